@@ -1,0 +1,32 @@
+"""margin_jax: margin-based training of classifiers in JAX.
+
+The functional API: pure functions for a training loop of your own. The
+trainer is `python -m margin_jax.train`.
+"""
+
+import warnings as _warnings
+
+import jaxlib as _jaxlib
+
+from margin_jax.margins import competitors, mms_scores, signed_margins
+from margin_jax.penalties import mmr_penalty
+from margin_jax.selection import select_lowest, take_lowest, trimmed_mean
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'competitors',
+  'mmr_penalty',
+  'mms_scores',
+  'select_lowest',
+  'signed_margins',
+  'take_lowest',
+  'trimmed_mean',
+]
+
+if _jaxlib.__version__ == '0.10.2':
+  _warnings.warn(
+    'jaxlib 0.10.2 computes wrong results on CPU (jax-ml/jax#39103, #39257, '
+    '#40412); install the versions pinned in requirements.txt',
+    stacklevel=2,
+  )

@@ -1,0 +1,210 @@
+"""Geometry of a linear last layer: competitors, signed margins, MMS scores.
+
+The last layer computes `logits = features @ kernel + bias`. In feature space
+the boundary between classes p and q is the hyperplane where their logits are
+equal; its normal is the difference of their columns of the kernel, so every
+distance here is a difference of logits over the norm of a difference of
+columns. The bias moves a boundary and never tilts it: it is in the logits and
+not in the norm.
+
+Everything is pure, works under `jit`, `vmap`, `grad` and `pmap`, computes in
+float32 (float64 for float64 inputs) and returns the dtype of its inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def check_floating(name: str, array: Array, ndim: int) -> None:
+  """Raises unless `array` is a floating array of `ndim` dimensions."""
+  if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+    raise TypeError(
+      f'{name} must be a floating-point array, got dtype {array.dtype}'
+    )
+  if jnp.ndim(array) != ndim:
+    raise ValueError(
+      f'{name} must have {ndim} dimension(s), got shape {jnp.shape(array)}'
+    )
+
+
+def check_logits(logits: Array) -> None:
+  """Raises unless `logits` is floating, (B, C), with at least two classes."""
+  check_floating('logits', logits, 2)
+  if logits.shape[1] < 2:
+    raise ValueError(
+      'logits must have at least two classes in its last dimension, got '
+      f'shape {logits.shape}'
+    )
+
+
+def check_labels(labels: Array, size: int) -> None:
+  """Raises unless `labels` is an integer array of shape (size,)."""
+  if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+    raise TypeError(f'labels must be integers, got dtype {labels.dtype}')
+  if jnp.shape(labels) != (size,):
+    raise ValueError(
+      f'labels must have shape ({size},) to match the examples, got '
+      f'{jnp.shape(labels)}'
+    )
+
+
+def check_kernel(kernel: Array, classes: int) -> None:
+  """Raises unless `kernel` is floating, (D, classes)."""
+  check_floating('kernel', kernel, 2)
+  if kernel.shape[1] != classes:
+    raise ValueError(
+      f'kernel must have shape (D, {classes}), one column a class of the '
+      f'logits, got {kernel.shape}'
+    )
+
+
+def compute_dtype(*arrays: Array) -> tuple[jnp.dtype, jnp.dtype]:
+  """The dtype of the inputs together, and the one to compute in."""
+  dtype = jnp.result_type(*arrays)
+  return dtype, jnp.promote_types(dtype, jnp.float32)
+
+
+def competitors(logits: Array, labels: Array) -> Array:
+  """The competitor of every example: the best class other than the label.
+
+      m_i = argmax_{j != y_i} s_ij
+
+  Ties go to the lowest class, and a NaN logit counts as the largest, as in
+  `jnp.argmax`. The result never equals the label, not even where all other
+  logits are minus infinity.
+
+  Args:
+    logits: (B, C) floating, C >= 2.
+    labels: (B,) integers in [0, C).
+
+  Returns:
+    (B,) int32. For a label outside [0, C) there is no competitor: -1.
+
+  Raises:
+    TypeError: `logits` is not floating or `labels` not integer.
+    ValueError: a shape does not fit.
+
+  Source: Weinstein et al. 2020, section 2 (the competitive class of Eq. 5).
+  """
+  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+  check_logits(logits)
+  check_labels(labels, logits.shape[0])
+  classes = logits.shape[1]
+  labels = labels.astype(jnp.int32)
+  is_label = jnp.arange(classes)[None, :] == labels[:, None]
+  masked = jnp.where(is_label, -jnp.inf, logits)
+  best = jnp.argmax(masked, axis=1).astype(jnp.int32)
+  # Where every other logit is -inf too, argmax stops at class 0 even if that
+  # is the label; the lowest other class is then class 1.
+  best = jnp.where(best == labels, jnp.int32(1), best)
+  valid = (labels >= 0) & (labels < classes)
+  return jnp.where(valid, best, jnp.int32(-1))
+
+
+def _column_distance(
+  kernel: Array, first: Array, second: Array
+) -> tuple[Array, Array, Array]:
+  """||w_first - w_second|| / 2 as scale * norm; where the columns are equal."""
+  columns = kernel.T
+  # Of halves, because the difference of two large entries may overflow; the
+  # caller halves the difference of the logits too.
+  difference = columns[first] / 2 - columns[second] / 2
+  # Scaled by the largest entry, the squares neither overflow nor underflow.
+  # The norm is homogeneous, so the scale needs no gradient.
+  scale = jax.lax.stop_gradient(jnp.max(jnp.abs(difference), axis=1))
+  equal = scale == 0
+  scale = jnp.where(equal, 1, scale)
+  squares = jnp.sum(jnp.square(difference / scale[:, None]), axis=1)
+  return scale, jnp.sqrt(jnp.where(equal, 1, squares)), equal
+
+
+def signed_margins(logits: Array, kernel: Array, labels: Array) -> Array:
+  """Signed distance in feature space to the boundary with the competitor.
+
+      d_i = (s_iy - s_im) / || w_y - w_m ||,   m_i = competitors(logits, labels)
+
+  Positive where the label wins, negative where the example is misclassified,
+  in units of the features.
+
+  Where the two columns are equal there is no boundary: the distance is +inf
+  or -inf by the sign of `s_iy - s_im`, and 0 for a tie. Two equal infinite
+  logits are a tie, one infinite logit an infinite distance. A NaN logit, or a
+  label outside [0, C), gives NaN. No gradient of an example
+  is NaN for finite inputs; it is 0 where the distance overflows.
+
+  Args:
+    logits: (B, C) floating, C >= 2.
+    kernel: (D, C) floating: the last layer's weights, one column a class.
+    labels: (B,) integers in [0, C).
+
+  Returns:
+    (B,) in the dtype of `logits` and `kernel` together.
+
+  Raises:
+    TypeError: `logits` or `kernel` is not floating, or `labels` not integer.
+    ValueError: a shape does not fit.
+
+  Source: Weinstein et al. 2020, Eq. 7.
+  """
+  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+  kernel = jnp.asarray(kernel)
+  rivals = competitors(logits, labels)
+  check_kernel(kernel, logits.shape[1])
+  dtype, wide = compute_dtype(logits, kernel)
+  logits, kernel = logits.astype(wide), kernel.astype(wide)
+  valid = rivals >= 0
+  labels = jnp.where(valid, labels, 0).astype(jnp.int32)
+  rivals = jnp.where(valid, rivals, 1)
+
+  own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+  other = jnp.take_along_axis(logits, rivals[:, None], axis=1)[:, 0]
+  infinite_tie = jnp.isinf(own) & (own == other)
+  own, other = (jnp.where(infinite_tie, 0, x) / 2 for x in (own, other))
+  gap = own - other
+  scale, norm, no_boundary = _column_distance(kernel, labels, rivals)
+  distance = gap / scale / norm
+  # An overflow would be NaN in the derivative; its gradient is 0 instead.
+  finite = jnp.isfinite(distance)
+  overflow = jax.lax.stop_gradient(distance)
+  distance = jnp.where(
+    finite, jnp.where(finite, gap, 0) / scale / norm, overflow
+  )
+  # sign(gap) * inf would be NaN for a tie, and its gradient NaN elsewhere.
+  infinity = jnp.where(gap > 0, jnp.inf, jnp.where(gap < 0, -jnp.inf, gap))
+  distance = jnp.where(no_boundary, jax.lax.stop_gradient(infinity), distance)
+  return jnp.where(valid, distance, jnp.nan).astype(dtype)
+
+
+def mms_scores(logits: Array, kernel: Array) -> Array:
+  """Minimal margin score: distance to the boundary of the two best classes.
+
+      d_i = (s_ij1 - s_ij2) / || w_j1 - w_j2 ||
+
+  j1 and j2 are the two highest-scoring classes of example i; no label is
+  used. It is the smallest L2 displacement of the features that puts the
+  example on the boundary between them. (A third class with a long column can
+  be nearer still; the papers' score does not look at it.) It equals
+  `signed_margins` with the prediction as label, and shares its edge cases: 0
+  for a tie, +inf where the two columns are equal and the logits are not, NaN
+  for a NaN logit.
+
+  bfloat16 inputs give bfloat16 scores, in which near neighbours tie: pass
+  float32 logits where the order matters.
+
+  Args:
+    logits: (B, C) floating, C >= 2.
+    kernel: (D, C) floating: the last layer's weights, one column a class.
+
+  Returns:
+    (B,) non-negative, in the dtype of `logits` and `kernel` together.
+
+  Raises:
+    TypeError: `logits` or `kernel` is not floating.
+    ValueError: a shape does not fit.
+
+  Source: Weinstein et al. 2020, Eq. 9; ICLR 2020 submission, Appendix A.
+  """
+  logits = jnp.asarray(logits)
+  check_logits(logits)
+  return signed_margins(logits, kernel, jnp.argmax(logits, axis=1))

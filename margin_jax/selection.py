@@ -1,0 +1,332 @@
+"""Selection: rules make scores, the lowest k are kept, on any devices.
+
+A rule is a pure function `(logits, kernel, labels, keys) -> (B,) scores`; the
+lowest scores are selected. `RULES` is the table: adding a rule is one function
+and one line there. `keys` holds one PRNG key an example, so that what a rule
+draws for an example does not depend on the device that the example is on.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from margin_jax import margins
+
+PyTree = Any
+Rule = Callable[[Array, Array, Array, Array], Array]
+# (scores, labels, draws, key, epoch) -> scores, of a whole pool.
+Arrange = Callable[[Array, Array, Array, Array, Array], Array]
+
+
+def _order_keys(scores: Array) -> Array:
+  """Signed integers in the order of the floats, every NaN above +inf."""
+  bits = jnp.finfo(scores.dtype).bits
+  wide = jnp.int64 if bits == 64 else jnp.int32
+  raw = jax.lax.bitcast_convert_type(scores, f'int{bits}').astype(wide)
+  inf = jax.lax.bitcast_convert_type(
+    jnp.array(jnp.inf, scores.dtype), f'int{bits}'
+  ).astype(wide)
+  magnitude = raw & jnp.iinfo(f'int{bits}').max
+  keys = jnp.where(raw < 0, -magnitude, magnitude)
+  return jnp.where(magnitude > inf, jnp.iinfo(wide).max, keys)
+
+
+def select_lowest(scores: Array, k: int) -> Array:
+  """Indices of the k lowest scores, ascending, ties by index, NaN last.
+
+  The order is that of NumPy's stable argsort: -inf first, +inf after every
+  finite score, NaN after everything, equal scores (-0 and +0 are equal) by
+  index. So a NaN is selected only when there are fewer than k other scores.
+  (`lax.top_k` on negated floats would put NaN first; hence integer keys.)
+
+  Args:
+    scores: (B,) floating.
+    k: how many, 0 <= k <= B; static.
+
+  Returns:
+    (k,) int32 indices into `scores`.
+
+  Raises:
+    TypeError: `scores` is not floating or `k` is not an int.
+    ValueError: `scores` is not a vector or `k` is out of range.
+  """
+  scores = jnp.asarray(scores)
+  margins.check_floating('scores', scores, 1)
+  try:
+    if isinstance(k, bool):
+      raise TypeError('a bool')
+    k = operator.index(k)
+  except TypeError as error:  # a traced integer is one of these
+    raise TypeError(f'k must be a static int, got {k!r}') from error
+  if not 0 <= k <= scores.shape[0]:
+    raise ValueError(f'k must be in [0, {scores.shape[0]}], got {k}')
+  # ~x reverses the order of integers without overflowing at the smallest.
+  return jax.lax.top_k(~_order_keys(scores), k)[1].astype(jnp.int32)
+
+
+def take_lowest(
+  scores: Array, examples: PyTree, k: int, axis_name: str | None = None
+) -> PyTree:
+  """The k lowest-scored examples, exactly, over one device or many.
+
+  Without `axis_name`, the rows of `examples` at `select_lowest(scores, k)`.
+  Under `pmap` with `axis_name`, `scores` and `examples` are this device's
+  share of the pool, k counts over all D devices, and device d returns the
+  examples of global ranks [d*k/D, (d+1)*k/D). The selected set does not depend
+  on D: ties go to the lower index in the pool, that is in device order.
+
+  Every device gathers all scores (4 bytes each) and finds the same ranking.
+  It then writes the selected examples that it holds at their ranks into a
+  buffer of zeros, and a reduce-scatter hands every device its ranks: only the
+  k selected examples travel, never the pool.
+
+  Args:
+    scores: (n,) floating, on every device.
+    examples: pytree of arrays (n, ...), of any numeric or bool dtype.
+    k: how many over all devices; static, divisible by the number of devices.
+    axis_name: the mapped axis that the pool is split over, if any.
+
+  Returns:
+    The pytree with k/D rows in each array.
+
+  Raises:
+    ValueError: k is out of range or not divisible by the number of devices,
+      or the arrays of `examples` do not have n rows.
+  """
+  scores = jnp.asarray(scores)
+  margins.check_floating('scores', scores, 1)
+  examples = jax.tree.map(jnp.asarray, examples)
+  rows = scores.shape[0]
+  for leaf in jax.tree.leaves(examples):
+    if leaf.shape[:1] != (rows,):
+      raise ValueError(
+        f'examples must hold arrays with {rows} rows, one a score, got shape '
+        f'{leaf.shape}'
+      )
+  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  if devices == 1 or not k:
+    chosen = select_lowest(scores, k)
+    return jax.tree.map(lambda x: x[chosen], examples)
+  if k % devices:
+    raise ValueError(f'k must be divisible by {devices} devices, got {k}')
+
+  everywhere = jax.lax.all_gather(scores, axis_name, tiled=True)
+  chosen = select_lowest(everywhere, k)
+  local = chosen - jax.lax.axis_index(axis_name) * rows
+  held = (local >= 0) & (local < rows)
+  local = jnp.where(held, local, 0)
+
+  def exchange(x: Array) -> Array:
+    dtype = x.dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+      x = jax.lax.bitcast_convert_type(x, f'uint{jnp.finfo(dtype).bits}')
+    mask = held.reshape((-1,) + (1,) * (x.ndim - 1))
+    mine = jnp.where(mask, x[local], jnp.zeros((), x.dtype))
+    is_bool = x.dtype == jnp.bool_
+    ranked = jax.lax.psum_scatter(
+      mine.astype(jnp.uint8) if is_bool else mine, axis_name, tiled=True
+    )
+    if jnp.issubdtype(dtype, jnp.floating):
+      return jax.lax.bitcast_convert_type(ranked, dtype)
+    return ranked.astype(dtype)
+
+  return jax.tree.map(exchange, examples)
+
+
+def mms(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+  """Minimal margin score: nearest to the decision boundary first (Eq. 9)."""
+  del labels, keys
+  return margins.mms_scores(logits, kernel)
+
+
+def loss(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+  """Minus the cross-entropy: hard-negative mining ("NM-samples")."""
+  del kernel, keys
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+
+
+def entropy(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+  """Minus the entropy of the softmax: most uncertain first (ICLR 4.2)."""
+  del kernel, labels, keys
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  # p log p tends to 0 where log p is -inf; the product alone would be NaN.
+  terms = jnp.where(jnp.isneginf(log_p), 0, jnp.exp(log_p) * log_p)
+  return jnp.sum(terms, axis=1)
+
+
+def margin(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+  """The difference of the two highest softmax probabilities."""
+  del kernel, labels, keys
+  p = jax.nn.softmax(logits.astype(jnp.float32))
+  top = jax.lax.top_k(p, 2)[0]
+  return top[:, 0] - top[:, 1]
+
+
+def random(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+  """A uniform draw: the control that pays for scoring and ignores it."""
+  del logits, kernel, labels
+  return jax.vmap(jax.random.uniform)(keys)
+
+
+RULES: dict[str, Rule] = {
+  'mms': mms,
+  'loss': loss,
+  'entropy': entropy,
+  'margin': margin,
+  'random': random,
+  # With `percentile_draw` over the pool.
+  'selective_backprop': loss,
+}
+
+
+def trimmed_mean(losses: Array, keep: int | Array) -> Array:
+  """The mean of the `keep` largest losses: mini-batch trimming.
+
+  `keep` may be traced: which losses count is a mask by rank, so another
+  `keep` compiles nothing. Equal losses rank by index. A NaN loss makes the
+  result NaN.
+
+  Args:
+    losses: (M,) floating, M >= 1.
+    keep: how many; outside [1, M] it counts as the nearer end.
+
+  Returns:
+    () in the dtype of `losses`; computed in float32.
+
+  Raises:
+    TypeError: `losses` is not floating.
+    ValueError: `losses` is not a vector, or empty.
+
+  Source: Fassold, section 2.
+  """
+  losses = jnp.asarray(losses)
+  margins.check_floating('losses', losses, 1)
+  size = losses.shape[0]
+  if not size:
+    raise ValueError('losses must hold at least one loss, got none')
+  dtype, wide = margins.compute_dtype(losses)
+  losses = losses.astype(wide)
+  keep = jnp.clip(keep, 1, size)
+  order = select_lowest(-losses, size)
+  counts = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < keep)
+  # NaN ranks last, so it has to be let in for it to be seen.
+  total = jnp.sum(jnp.where(counts | jnp.isnan(losses), losses, 0))
+  return (total / keep).astype(dtype)
+
+
+def _rank_in_class(scores: Array, labels: Array) -> Array:
+  """How many of the same label score lower (ties by index, NaN last)."""
+  order = jnp.lexsort((scores, labels))
+  ordered = labels[order]
+  first = jnp.searchsorted(ordered, ordered, side='left')
+  rank = jnp.arange(labels.shape[0]) - first
+  return jnp.zeros_like(rank).at[order].set(rank)
+
+
+def _round_robin(scores: Array, labels: Array, turns: Array) -> Array:
+  """Places when classes take turns, each giving its lowest score first."""
+  # NaN has no turn: a class with nothing else left is passed over.
+  order = jnp.lexsort(
+    (turns[labels], _rank_in_class(scores, labels), jnp.isnan(scores))
+  )
+  places = jnp.arange(labels.shape[0])
+  return jnp.zeros_like(places).at[order].set(places)
+
+
+def balanced_ramp(
+  scores: Array,
+  labels: Array,
+  draws: Array,
+  key: Array,
+  epoch: Array,
+  *,
+  k: int,
+  growth: float,
+  num_classes: int,
+  batches: int = 1,
+) -> Array:
+  """The authors' schedule of hard-negative mining, over a whole pool.
+
+  A share of the batch, min(1, growth * (epoch + 1)), is hard: classes take
+  turns in a random order, each giving its hardest example left. The rest is
+  random: classes take turns again, each giving a random example of those left.
+
+  Args:
+    scores: (B,) the rule's scores, lowest is hardest.
+    labels: (B,) integers in [0, num_classes).
+    draws: (B,) uniform.
+    key: for the order of the classes; the same on all devices.
+    epoch: () passes of pools over the data done.
+    k: how many will be selected; static.
+    growth: of the hard share, per pass.
+    num_classes: C.
+    batches: how many batches of k / batches are taken, in order of rank; each
+      has the same hard share.
+
+  Returns:
+    (B,) scores whose k lowest are that choice; NaN where `scores` is.
+
+  Source: the code of the ICLR 2020 submission ("NM-samples").
+  """
+  turns = jax.random.permutation(key, num_classes)
+  share = jnp.minimum(1.0, growth * (epoch + 1))
+  # A little less than exact: 0.7 * 10 must not become 8 by rounding.
+  size = k // batches
+  hard = jnp.ceil(share * size * (1 - 1e-6)).astype(jnp.int32)
+  easy = size - hard
+  places = _round_robin(scores, labels, turns)
+  is_hard = places < hard * batches
+  # Hard examples and NaN are out of the second draw.
+  draws = jnp.where(is_hard | jnp.isnan(scores), jnp.nan, draws)
+  rest = _round_robin(draws, labels, turns)
+  # Every batch first its hard examples, then its random ones.
+  hard_rank = places // hard * size + places % hard
+  divisor = jnp.maximum(easy, 1)
+  easy_rank = rest // divisor * size + hard + rest % divisor
+  easy_rank = jnp.where(rest < easy * batches, easy_rank, k + rest)
+  ranks = jnp.where(is_hard, hard_rank, easy_rank).astype(jnp.float32)
+  return jnp.where(jnp.isnan(scores), jnp.nan, ranks)
+
+
+def percentile_draw(
+  scores: Array,
+  labels: Array,
+  draws: Array,
+  key: Array,
+  epoch: Array,
+  *,
+  beta: float,
+) -> Array:
+  """Selective-Backprop: keeps with probability growing in the loss.
+
+      weight_i = percentile(loss_i) ^ beta
+
+  The k lowest of the returned scores are a draw of k examples without
+  replacement, with these weights (the Gumbel trick). Jiang et al. (2019) toss
+  a coin per example, with percentiles over the last losses seen; here the
+  percentile is over the pool, and the batch always has its size.
+
+  Args:
+    scores: (B,) minus the loss.
+    labels: unused.
+    draws: (B,) uniform in [0, 1).
+    key: unused.
+    epoch: unused.
+    beta: 0 draws uniformly; the larger, the harder.
+
+  Returns:
+    (B,) scores; NaN where `scores` is.
+  """
+  del labels, key, epoch
+  ordered = jnp.sort(scores)
+  # Share of the pool with a loss at most this one, ties counted.
+  below = jnp.searchsorted(ordered, scores, side='left')
+  percentile = (jnp.sum(~jnp.isnan(scores)) - below) / scores.shape[0]
+  gumbel = -jnp.log(-jnp.log(draws))
+  drawn = -(beta * jnp.log(percentile) + gumbel)
+  return jnp.where(jnp.isnan(scores), jnp.nan, drawn)

@@ -1,0 +1,33 @@
+"""Eight virtual CPU devices, strict shapes, a shared compilation cache."""
+
+import os
+import pathlib
+
+# All must be set before JAX starts its backend. XLA:CPU of jax 0.10 logs false
+# alarms about machine features when it loads a program from the cache.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+
+import jax
+import pytest
+
+# Each worker of pytest-xdist has its own: writes to a cache are not atomic.
+_CACHE = pathlib.Path(__file__).parent / '.jax_cache'
+_CACHE /= os.environ.get('PYTEST_XDIST_WORKER', 'main')
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> pathlib.Path:
+  """The folder with real data; the test skips where there is none."""
+  folder = os.environ.get('MARGIN_JAX_TEST_DATA')
+  if not folder:
+    pytest.skip('real data: MARGIN_JAX_TEST_DATA is not set')
+  return pathlib.Path(folder).resolve()

@@ -1,0 +1,127 @@
+"""Small runs that several tests share."""
+
+import functools
+
+import jax
+import numpy as np
+
+from margin_jax import build, data, parallel, program, validation
+from margin_jax import config as config_lib
+
+
+def small_config(**fields):
+  """Digits, CNN, b=8 of B=32, 20 steps; `fields` by dotted name."""
+  config = config_lib.default()
+  config.steps = 20
+  config.batch_size = 8
+  config.pool_size = 32
+  config.devices = 1
+  config.log_every = 5
+  config.eval_every = 10
+  config.checkpoint_every = 10
+  config.eval_batch_size = 100
+  config.data.validation_examples = 180
+  config.data.augmentations = ('crop',)
+  config.data.crop_padding = 1
+  config.optimizer.learning_rates = (0.05,)
+  config.optimizer.weight_decay = 1e-4
+  config.selection.rule = 'mms'
+  config.mmr.alpha = 1e-4
+  with config.unlocked():
+    for name, value in fields.items():
+      config.update_from_flattened_dict({name: value})
+  validation.validate(config)
+  return config
+
+
+@functools.cache
+def digits():
+  """The digits as `small_config` reads them."""
+  return data.load(
+    'digits',
+    validation_examples=180,
+    augmentations=('crop',),
+    crop_padding=1,
+  )
+
+
+@functools.cache
+def noise():
+  """RGB noise whose brightness tells two classes, for BatchNorm networks."""
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 2, 96).astype(np.int32)
+  inputs = rng.integers(0, 200, (96, 12, 12, 3))
+  inputs += 50 * label.reshape(-1, 1, 1, 1)
+  split = {'inputs': inputs.astype(np.uint8), 'label': label}
+  return data.Source(
+    name='noise',
+    num_classes=2,
+    splits={'train': split, 'test': split},
+    augment=lambda key, image: image,
+    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+  )
+
+
+class Setup:
+  """A compiled step outside the trainer."""
+
+  def __init__(self, steps_per_call=1, source=None, rule=None, **fields):
+    self.config = small_config(**fields)
+    self.source = source or digits()
+    self.devices = parallel.Devices(self.config.devices)
+    self.method = build.make_method(
+      self.config, self.source, self.devices.total, rule
+    )
+    state = build.init_state(self.config, self.source, self.method)
+    self.first = jax.tree.map(np.array, jax.device_get(state))
+    self.data = self.devices.replicate(self.source.splits['train'])
+    self.program = program.Program(
+      self.method,
+      self.devices,
+      steps_per_call,
+      self.devices.replicate(state),
+      self.data,
+    )
+
+  def run(self, calls):
+    """The state and the metrics of each step after so many calls."""
+    state = self.devices.replicate(self.first)
+    metrics = []
+    for call in range(calls):
+      step = call * self.program.steps_per_call
+      state, values = self.program(step, state, self.data)
+      metrics.append(jax.device_get(values))
+    stacked = {
+      name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]
+    }
+    return jax.device_get(state), stacked
+
+
+def first_pool(setup):
+  """The 32 examples that the first step of seed 0 scores."""
+  _, pool = setup.method.draw(
+    setup.first.stream,
+    setup.source.splits['train'],
+    32,
+    key=jax.random.fold_in(jax.random.key(0), 2),
+    step=0,
+    lane=0,
+    lanes=1,
+  )
+  return pool
+
+
+def assert_trees_equal(first, second):
+  """Bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def assert_trees_close(first, second, tolerance):
+  """Within an absolute and relative tolerance."""
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=tolerance, atol=tolerance
+    ),
+    first,
+    second,
+  )

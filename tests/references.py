@@ -1,0 +1,184 @@
+"""Float64 NumPy oracles: the formulas of the papers, one example at a time.
+
+Plain loops on purpose. Nothing here shares code with the package, or is
+arranged as the package arranges it, so an error has to be made twice to hide.
+"""
+
+import math
+
+import numpy as np
+
+
+def float64(x) -> np.ndarray:
+  """Widens any floating array, bfloat16 included, without rounding."""
+  with np.errstate(invalid='ignore'):  # signalling NaNs complain when widened
+    return np.asarray(x).astype(np.float64)
+
+
+def random_head(shape, seed=0):
+  """float32 (features, logits, kernel) and int32 labels; shape is (B, C, D).
+
+  The logits are those of a last layer with a bias.
+  """
+  b, c, d = shape
+  rng = np.random.default_rng(seed)
+  features = rng.normal(size=(b, d))
+  kernel = rng.normal(size=(d, c))
+  logits = features @ kernel + rng.normal(size=(1, c))
+  labels = rng.integers(0, c, size=b).astype(np.int32)
+  features, logits, kernel = (
+    x.astype(np.float32) for x in (features, logits, kernel)
+  )
+  return features, logits, kernel, labels
+
+
+def competitors(logits, labels) -> np.ndarray:
+  """The best class other than the label; NaN beats all; -1: no such label."""
+  rivals = []
+  for row, label in zip(float64(logits), np.asarray(labels), strict=True):
+    others = [j for j in range(len(row)) if j != label]
+    nans = [j for j in others if math.isnan(row[j])]
+    if not 0 <= label < len(row):
+      rivals.append(-1)
+    elif nans:
+      rivals.append(nans[0])
+    else:
+      # max returns the first of equals: the lowest class.
+      rivals.append(max(others, key=lambda j: row[j]))
+  return np.array(rivals, np.int32)
+
+
+def _distance(row, kernel, p, q) -> float:
+  """Signed distance to the boundary of classes p and q: 2020, Eq. 7."""
+  if math.isnan(row[p]) or math.isnan(row[q]):
+    return math.nan
+  gap = 0.0 if row[p] == row[q] else row[p] - row[q]
+  norm = math.sqrt(sum((w[p] - w[q]) ** 2 for w in kernel))
+  if norm > 0:
+    return gap / norm
+  return math.copysign(math.inf, gap) if gap else 0.0
+
+
+def signed_margins(logits, kernel, labels) -> np.ndarray:
+  """2020, Eq. 7: label against competitor; NaN for a label that is none."""
+  logits, kernel = float64(logits), float64(kernel)
+  rivals = competitors(logits, labels)
+  return np.array(
+    [
+      math.nan if m < 0 else _distance(row, kernel, y, m)
+      for row, y, m in zip(logits, np.asarray(labels), rivals, strict=True)
+    ]
+  )
+
+
+def mms_scores(logits, kernel) -> np.ndarray:
+  """2020, Eq. 9: the two highest-scoring classes, and no label."""
+  logits, kernel = float64(logits), float64(kernel)
+  scores = []
+  for row in logits:
+    if any(math.isnan(s) for s in row):
+      scores.append(math.nan)
+      continue
+    first, second, *_ = sorted(range(len(row)), key=lambda j: (-row[j], j))
+    scores.append(_distance(row, kernel, first, second))
+  return np.array(scores)
+
+
+def mmr_penalty(
+  features, logits, kernel, labels, reduction='mean_of_squares'
+) -> float:
+  """2020, Eq. 8; 'square_of_mean' is the form of the authors' later code."""
+  features, kernel = float64(features), float64(kernel)
+  largest = max(math.sqrt(sum(x * x for x in phi)) for phi in features)
+  widths = []
+  for y, m in zip(labels, competitors(logits, labels), strict=True):
+    if m < 0:
+      return math.nan
+    widths.append(math.sqrt(sum((w[y] - w[m]) ** 2 for w in kernel)))
+  if reduction == 'square_of_mean':
+    return (largest * sum(widths) / len(widths)) ** 2
+  return sum((width * largest) ** 2 for width in widths) / len(widths)
+
+
+def select_lowest(scores, k) -> np.ndarray:
+  """NumPy's stable argsort: ties by index, -0 equal to +0, NaN last."""
+  return np.argsort(float64(scores), kind='stable')[:k]
+
+
+def _log_softmax(row) -> list[float]:
+  top = max(row)
+  log_sum = top + math.log(sum(math.exp(s - top) for s in row))
+  return [s - log_sum for s in row]
+
+
+def loss_scores(logits, labels) -> np.ndarray:
+  """Minus the cross-entropy."""
+  rows = float64(logits)
+  return np.array(
+    [_log_softmax(row)[y] for row, y in zip(rows, labels, strict=True)]
+  )
+
+
+def entropy_scores(logits) -> np.ndarray:
+  """Minus the entropy of softmax, where 0 log 0 is 0."""
+  scores = []
+  for row in float64(logits):
+    log_p = [x for x in _log_softmax(row) if x > -math.inf]
+    scores.append(sum(math.exp(x) * x for x in log_p))
+  return np.array(scores)
+
+
+def margin_scores(logits) -> np.ndarray:
+  """The difference of the two highest softmax probabilities."""
+  scores = []
+  for row in float64(logits):
+    first, second, *_ = sorted(math.exp(x) for x in _log_softmax(row))[::-1]
+    scores.append(first - second)
+  return np.array(scores)
+
+
+def trimmed_mean(losses, keep) -> float:
+  """The mean of the `keep` largest; at least one, at most all."""
+  losses = float64(losses).tolist()  # no warnings for inf - inf
+  if any(math.isnan(x) for x in losses):
+    return math.nan
+  keep = min(max(keep, 1), len(losses))
+  return sum(sorted(losses)[::-1][:keep]) / keep
+
+
+def _take_turns(values, labels, order, taken, count):
+  """Classes give their lowest value left in turn, until `count` are taken."""
+
+  def left_of(label):
+    return [
+      i
+      for i, value in enumerate(values)
+      if labels[i] == label and i not in taken and not math.isnan(value)
+    ]
+
+  while len(taken) < count and any(left_of(label) for label in order):
+    for label in order:
+      left = left_of(label)
+      if left and len(taken) < count:
+        # min returns the first of equals: the lowest index.
+        taken.append(min(left, key=lambda i: values[i]))
+
+
+def balanced_ramp(scores, labels, draws, order, k, hard) -> list[int]:
+  """`hard` hardest by turns of the classes, then random ones up to k.
+
+  `order` lists the classes. NaN scores are taken when nothing else is left.
+  """
+  scores = float64(scores)
+  taken = []
+  _take_turns(scores, labels, order, taken, hard)
+  nans = [i for i, score in enumerate(scores) if math.isnan(score)]
+  draws = [math.nan if i in nans else draw for i, draw in enumerate(draws)]
+  _take_turns(draws, labels, order, taken, k)
+  return (taken + nans)[:k]
+
+
+def percentiles(losses) -> list[float]:
+  """The share of the pool with a loss at most this one; NaN is not at most."""
+  losses = float64(losses)
+  return [sum(x <= loss for x in losses) / len(losses) for loss in losses]
