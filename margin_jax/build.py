@@ -1,0 +1,204 @@
+"""Config -> the static description of a train step and its first state."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from margin_jax import data, models, optimizers, parallel, selection
+from margin_jax import step as step_lib
+from margin_jax.config import UNIFORM, ConfigError
+from margin_jax.method import Method, Selection, Trimming
+
+MAX_STEPS_PER_CALL = 100
+# In how many equal steps the backward pass of trimming shrinks.
+TRIMMING_SIZES = 4
+
+
+def steps_per_call(
+  config: ml_collections.ConfigDict, platform: str, start: int = 0
+) -> int:
+  """How many steps one call runs.
+
+  One on CPU: XLA:CPU runs convolutions inside a loop an order of magnitude
+  slower (jax-ml/jax#12868), and a call costs well under a millisecond. On
+  accelerators the largest divisor of the run's intervals up to 100, so that no
+  call has another length and nothing is compiled twice. It also divides
+  `start`, where a continued run begins, or the run would step over its end.
+
+  Raises:
+    ConfigError: an explicit `steps_per_call` does not divide `start`.
+  """
+  if config.steps_per_call is not None:
+    if start % config.steps_per_call:
+      raise ConfigError(
+        f'steps_per_call={config.steps_per_call} is not allowed: it must be a '
+        f'divisor of {start}, the step at which the workdir stopped'
+      )
+    return config.steps_per_call
+  if platform == 'cpu':
+    return 1
+  common = math.gcd(
+    start,
+    config.steps,
+    config.log_every,
+    config.eval_every,
+    config.checkpoint_every,
+  )
+  top = min(common, MAX_STEPS_PER_CALL)
+  return max(k for k in range(1, top + 1) if common % k == 0)
+
+
+def _model(
+  config: ml_collections.ConfigDict, name: str, num_classes: int
+) -> nn.Module:
+  synchronized = config.model.batch_norm == 'global'
+  return models.build(
+    name,
+    num_classes,
+    variant=config.model.variant if models.has_variants(name) else 'he',
+    dtype=config.model.dtype,
+    batch_norm_axis=parallel.AXIS if synchronized else None,
+  )
+
+
+def _arrange(
+  config: ml_collections.ConfigDict, num_classes: int, lanes: int
+) -> selection.Arrange | None:
+  """What the rule does with the scores of the whole pool, if anything."""
+  if config.selection.rule == 'selective_backprop':
+    return functools.partial(
+      selection.percentile_draw, beta=config.selection.beta
+    )
+  if config.selection.ramp:
+    shares = lanes if config.selection.scope == 'device' else 1
+    return functools.partial(
+      selection.balanced_ramp,
+      k=config.batch_size * config.selection.reuse // shares,
+      growth=config.selection.ramp,
+      num_classes=num_classes,
+      batches=config.selection.reuse,
+    )
+  return None
+
+
+def _selection(
+  config: ml_collections.ConfigDict,
+  rule: selection.Rule | None,
+  model: nn.Module,
+  proxy: nn.Module | None,
+  num_classes: int,
+  lanes: int,
+) -> Selection | None:
+  if rule is None and config.selection.rule == UNIFORM:
+    return None
+  scorer = model if proxy is None else proxy
+  if config.selection.score_dtype is not None:
+    scorer = scorer.clone(dtype=jnp.dtype(config.selection.score_dtype))
+  return Selection(
+    rule=rule or selection.RULES[config.selection.rule],
+    arrange=None if rule else _arrange(config, num_classes, lanes),
+    pool_size=config.pool_size,
+    scope=config.selection.scope,
+    reuse=config.selection.reuse,
+    every=config.selection.every,
+    start=config.selection.start,
+    stop=config.selection.stop,
+    scorer=scorer,
+    resolution=config.selection.score_resolution,
+    pool_statistics=config.selection.batch_stats == 'pool',
+  )
+
+
+def _trimming(
+  config: ml_collections.ConfigDict, examples: int, lanes: int
+) -> Trimming | None:
+  """p is linear in the epoch, r = max(round(p * M), 1) half to even."""
+  size = config.batch_size
+  if config.trimming.first == config.trimming.last == 1:
+    return None
+  steps_per_epoch = examples // size
+  epochs = math.ceil(config.steps / steps_per_epoch)
+  shares = np.linspace(config.trimming.first, config.trimming.last, epochs)
+  sizes = {
+    math.ceil(size * i / TRIMMING_SIZES / lanes) * lanes
+    for i in range(1, TRIMMING_SIZES + 1)
+  }
+  return Trimming(
+    keep=tuple(max(round(float(p) * size), 1) for p in shares),
+    steps_per_epoch=steps_per_epoch,
+    kept_only=config.trimming.backward == 'kept',
+    sizes=tuple(sorted(sizes)),
+  )
+
+
+def make_method(
+  config: ml_collections.ConfigDict,
+  source: data.Source,
+  lanes: int,
+  rule: selection.Rule | None = None,
+) -> Method:
+  """The static description of the train step that `config` asks for.
+
+  Args:
+    config: validated.
+    source: of the examples.
+    lanes: number of devices.
+    rule: a rule of the caller's own, in place of `config.selection.rule`.
+  """
+  classes = source.num_classes
+  model = _model(config, config.model.name, classes)
+  proxy = None
+  if config.selection.proxy is not None:
+    proxy = _model(config, config.selection.proxy, classes)
+  learning_rate = optimizers.learning_rate(
+    config.optimizer.learning_rates, config.optimizer.boundaries
+  )
+  alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
+  return Method(
+    model=model,
+    optimizer=optimizers.make(
+      config.optimizer.name,
+      learning_rate,
+      momentum=config.optimizer.momentum,
+      nesterov=config.optimizer.nesterov,
+      weight_decay=config.optimizer.weight_decay,
+    ),
+    draw=functools.partial(data.draw, augment=source.augment),
+    prepare=source.prepare,
+    num_classes=classes,
+    batch_size=config.batch_size,
+    selection=_selection(config, rule, model, proxy, classes, lanes),
+    trimming=_trimming(config, len(source.splits['train']['label']), lanes),
+    proxy=proxy,
+    alpha=(
+      optimizers.linear(alpha, alpha_end, config.steps)
+      if alpha or alpha_end
+      else None
+    ),
+    mmr={
+      'reduction': config.mmr.reduction,
+      'stop_feature_gradient': config.mmr.stop_feature_gradient,
+    },
+    learning_rate=learning_rate,
+    lanes=lanes,
+    axis=parallel.AXIS,
+    average_batch_stats=config.model.batch_norm == 'device',
+  )
+
+
+def init_state(
+  config: ml_collections.ConfigDict, source: data.Source, method: Method
+) -> step_lib.TrainState:
+  """The state before the first step."""
+  examples = len(source.splits['train']['label'])
+  return step_lib.init_state(
+    method,
+    data.Stream.create(examples),
+    config.seed,
+    np.zeros((1, *source.input_shape), np.uint8),
+    examples if config.selection.log_counts else None,
+  )

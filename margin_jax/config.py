@@ -1,0 +1,228 @@
+"""Configuration: every field, and the arguments of config files.
+
+Every field stands in `default()` with its meaning, and is read somewhere;
+`validation.py` says what each may be.
+"""
+
+import json
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+# Plain training on batches of b: no pool, nothing scored.
+UNIFORM = 'uniform'
+
+# Fields that may differ between a checkpoint and the run that continues it:
+# they change neither a batch nor an update, but for what rounding does: sums
+# over other devices, or compiled in another loop, end in other bits.
+RESUMABLE = (
+  'steps',
+  'devices',
+  'steps_per_call',
+  'log_every',
+  'eval_every',
+  'checkpoint_every',
+  'eval_batch_size',
+  'data.data_dir',
+)
+
+
+class ConfigError(ValueError):
+  """A field of the config is unknown, missing or has a bad value."""
+
+
+def _data() -> dict[str, Any]:
+  return {
+    'name': 'digits',
+    # Where TFDS has prepared datasets; None is TFDS's own folder.
+    'data_dir': config_dict.placeholder(str),
+    # The last training examples, in the original order, held out.
+    'validation_examples': 0,
+    'augmentations': (),
+    'crop_padding': 4,
+    # Statistics of the training split ('dataset') or ImageNet's.
+    'normalization': 'dataset',
+  }
+
+
+def _selection() -> dict[str, Any]:
+  optional = config_dict.placeholder
+  return {
+    # How the batch is chosen from a pool; 'uniform' has no pool.
+    'rule': UNIFORM,
+    # Rank over the examples of all devices, or of each 'device'.
+    'scope': 'global',
+    # The model's running BatchNorm statistics follow the 'selected'
+    # batches or the 'pool', which a train-mode forward then scores.
+    'batch_stats': 'selected',
+    # One scored pool feeds so many steps, best ranks first.
+    'reuse': 1,
+    # Score at every n-th step, from step `start` to before `stop`; the
+    # other steps are plain.
+    'every': 1,
+    'start': 0,
+    'stop': optional(int),
+    # Score in this dtype (None: the model's), at this side length (None:
+    # the images' own), by this small model trained along (None: the model).
+    'score_dtype': optional(str),
+    'score_resolution': optional(int),
+    'proxy': optional(str),
+    # Of rule 'loss': how much the hard share grows per epoch of draws, the
+    # rest being random; classes are balanced. 0 is plain hard-negative
+    # mining; the authors' value is 0.1.
+    'ramp': 0.0,
+    # Of rule 'selective_backprop': the power of the loss percentile.
+    'beta': 1.0,
+    # Count how often each training example is in a batch.
+    'log_counts': False,
+  }
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every field with its default; config files change some of them."""
+  optional = config_dict.placeholder
+  return ml_collections.ConfigDict(
+    {
+      'seed': 0,
+      'steps': 1000,
+      # b and B, over all devices. B is unused by the rule 'uniform'.
+      'batch_size': 64,
+      'pool_size': 640,
+      # How many devices to use; None is all that JAX sees.
+      'devices': optional(int),
+      # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
+      # on convolutions in loops, and up to 100 on accelerators.
+      'steps_per_call': optional(int),
+      'log_every': 100,
+      'eval_every': 1000,
+      'checkpoint_every': 1000,
+      'eval_batch_size': 1000,
+      'data': _data(),
+      'model': {
+        'name': 'cnn',
+        # Of the ResNets: He's layout, or the one of the MMS authors' code.
+        'variant': 'he',
+        'dtype': 'float32',
+        # Whose examples BatchNorm normalises with: all devices' ('global',
+        # which does not depend on their number) or each device's own.
+        'batch_norm': 'global',
+      },
+      'optimizer': {
+        'name': 'sgd',
+        # learning_rates[i] from step boundaries[i-1] on.
+        'learning_rates': (0.1,),
+        'boundaries': (),
+        'momentum': 0.9,
+        'nesterov': False,
+        'weight_decay': 0.0,
+      },
+      'selection': _selection(),
+      'trimming': {
+        # The share of the batch with the largest losses that counts, linear
+        # in the epoch from `first` to `last`; 1 and 1 is no trimming. The
+        # paper has 1.0 and 0.2.
+        'first': 1.0,
+        'last': 1.0,
+        # The backward pass runs on 'all' of the batch, or on the 'kept' part
+        # only (for models without BatchNorm).
+        'backward': 'all',
+      },
+      'mmr': {
+        # Weight of MMR in the loss; linear in the step up to alpha_end, if set.
+        'alpha': 0.0,
+        'alpha_end': optional(float),
+        'reduction': 'mean_of_squares',
+        'stop_feature_gradient': False,
+      },
+    }
+  )
+
+
+def parse_arguments(
+  text: str | None, **fields: Any
+) -> ml_collections.ConfigDict:
+  """Parses the argument of a config file: `config.py:mms,regime=standard`.
+
+  Args:
+    text: what stands behind the colon: comma-separated `field=value`; the
+      first may be a bare value, for the first field.
+    **fields: for each field its default, whose type the value gets, or a
+      tuple of strings: the values allowed, the first the default.
+
+  Returns:
+    The value of every field.
+
+  Raises:
+    ConfigError: unknown field, value not allowed, or field given twice.
+  """
+  values = {
+    name: field[0] if isinstance(field, tuple) else field
+    for name, field in fields.items()
+  }
+  given = set()
+  for position, part in enumerate(filter(None, (text or '').split(','))):
+    name, equals, value = part.partition('=')
+    if not equals:
+      if position:
+        raise ConfigError(f'config argument {part!r} must be field=value')
+      name, value = next(iter(fields)), part
+    if name not in fields:
+      raise ConfigError(
+        f'config argument {name!r} is unknown; there are {tuple(fields)}'
+      )
+    if name in given:
+      raise ConfigError(f'config argument {name!r} is given twice')
+    given.add(name)
+    field = fields[name]
+    if isinstance(field, tuple):
+      if value not in field:
+        raise ConfigError(
+          f'config argument {name}={value!r} must be one of {field}'
+        )
+      values[name] = value
+    else:
+      values[name] = _parse_scalar(name, value, type(field))
+  return ml_collections.ConfigDict(values)
+
+
+def _parse_scalar(name: str, value: str, kind: type) -> Any:
+  table = {'true': True, 'false': False}
+  try:
+    return table[value.lower()] if kind is bool else kind(value)
+  except (KeyError, ValueError):
+    raise ConfigError(
+      f'config argument {name}={value!r} must be of type {kind.__name__}'
+    ) from None
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+  """{'data.name': 'digits', ...}; tuples for sequences."""
+  flat = {}
+  for name, value in dict(config).items():
+    if isinstance(value, ml_collections.ConfigDict | dict):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+  return flat
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The flattened config as JSON will give it back."""
+  return json.loads(json.dumps(flatten(config)))
+
+
+def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+  """Lines 'field: saved -> now' for fields that a continued run must keep."""
+  free = {*RESUMABLE}
+  slopes = config.get('trimming.first') != config.get('trimming.last')
+  if config.get('mmr.alpha_end') is not None or slopes:
+    free.discard('steps')  # the slope of alpha, of the share that is kept
+  for name in ('model.batch_norm', 'selection.scope'):
+    if config.get(name) == 'device':
+      free.discard('devices')  # whose examples are normalised, or ranked
+  return [
+    f'{name}: {saved.get(name)!r} -> {config.get(name)!r}'
+    for name in sorted({*saved, *config} - free)
+    if saved.get(name) != config.get(name)
+  ]

@@ -1,0 +1,70 @@
+"""Datasets by name."""
+
+from margin_jax.data import augment, digits, images, tfds_images
+from margin_jax.data.images import Source, Stream, draw
+from margin_jax.data.tfds_images import DatasetError
+
+__all__ = ['NAMES', 'DatasetError', 'Source', 'Stream', 'draw', 'load']
+
+NAMES = ('digits', *tfds_images.NAMES)
+NORMALIZATIONS = ('dataset', 'imagenet')
+
+
+def load(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  validation_examples: int = 0,
+  augmentations: tuple[str, ...] = (),
+  crop_padding: int = 4,
+  normalization: str = 'dataset',
+) -> Source:
+  """Loads a dataset into host memory.
+
+  Args:
+    name: one of `NAMES`.
+    data_dir: where TFDS has it prepared, or None for TFDS's own folder.
+    validation_examples: how many of the last training examples, in the
+      dataset's original order, are held out for validation.
+    augmentations: names from `augment.AUGMENTATIONS`, applied in order.
+    crop_padding: pixels of zeros around the image before a random crop.
+    normalization: 'dataset' (statistics of the training split) or 'imagenet'.
+
+  Returns:
+    The source, with splits 'train', 'test' and, if asked for, 'validation'.
+
+  Raises:
+    ValueError: the name is unknown, or an argument does not fit the data.
+    DatasetError: the dataset is missing or broken.
+  """
+  if name not in NAMES:
+    raise ValueError(f'data.name: no dataset is called {name!r}; try {NAMES}')
+  if normalization not in NORMALIZATIONS:
+    raise ValueError(
+      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
+    )
+  if name == 'digits':
+    train, test, num_classes = digits.load()
+  else:
+    train, test, num_classes = tfds_images.load(name, data_dir)
+  examples = len(train['label'])
+  if not 0 <= validation_examples < examples:
+    raise ValueError(
+      f'data.validation_examples={validation_examples} must be at least 0 and '
+      f'leave something to train on: {name!r} has {examples} training examples'
+    )
+  cut = examples - validation_examples
+  splits = {
+    'train': {key: value[:cut] for key, value in train.items()},
+    'validation': {key: value[cut:] for key, value in train.items()},
+    'test': test,
+  }
+  if not validation_examples:
+    del splits['validation']
+  return Source(
+    name=name,
+    num_classes=num_classes,
+    splits=splits,
+    augment=augment.compose(tuple(augmentations), crop_padding),
+    prepare=images.normalizer(splits['train']['inputs'], normalization),
+  )

@@ -1,0 +1,177 @@
+"""Image datasets that live on the device as uint8 arrays.
+
+A split is `{'inputs': (N, H, W, channels) uint8, 'label': (N,) int32}`. The
+arrays are arguments of the compiled step: drawing a pool, cropping, flipping
+and normalising happen there, and pixels stay uint8 until the model reads them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from margin_jax.data import augment as augment_lib
+
+Split = dict[str, np.ndarray]
+
+# Over [0, 1], the statistics that networks trained on ImageNet expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Stream(flax.struct.PyTreeNode):
+  """Place in an endless stream of epochs, each in an order of its own.
+
+  Attributes:
+    epoch: () int32, the epoch that `order` belongs to; -1 before the first.
+    cursor: () int32, how much of `order` is drawn.
+    order: (N,) int32, a permutation: kept because sorting N keys at every
+      step costs more than a small model's step.
+  """
+
+  epoch: Array
+  cursor: Array
+  order: Array
+
+  @classmethod
+  def create(cls, examples: int) -> 'Stream':
+    """The stream before its first draw."""
+    return cls(
+      epoch=jnp.int32(-1),
+      cursor=jnp.int32(examples),
+      order=jnp.arange(examples, dtype=jnp.int32),
+    )
+
+
+def draw(
+  stream: Stream,
+  split: dict[str, Array],
+  size: int,
+  *,
+  key: Array,
+  step: Array,
+  lane: Array,
+  lanes: int,
+  augment: augment_lib.Augmentation,
+) -> tuple[Stream, dict[str, Array]]:
+  """Draws the next `size` examples and returns this device's share of them.
+
+  The order of an epoch depends on (key, epoch), the pixels of an example on
+  (key, step, its place among the `size`): never on the number of devices. An
+  epoch's last examples that do not fill a draw are left for another epoch.
+
+  Args:
+    stream: where the last draw ended.
+    split: arrays with N rows: 'inputs' and 'label'.
+    size: how many over all devices; static, at most N, divisible by `lanes`.
+    key: the run's PRNG key.
+    step: () int32.
+    lane: () int32, which device this is, of `lanes`.
+    lanes: the number of devices; static.
+    augment: (key, image) -> image.
+
+  Returns:
+    The stream after the draw, and `{'inputs', 'label', 'index'}` with
+    size / lanes rows; 'index' is the row in `split`.
+  """
+  order_key, pixel_key = jax.random.split(key)
+  spent = stream.cursor + size > stream.order.shape[0]
+  epoch = stream.epoch + spent
+  cursor = jnp.where(spent, 0, stream.cursor)
+  order = jax.lax.cond(
+    spent,
+    lambda: jax.random.permutation(
+      jax.random.fold_in(order_key, epoch), stream.order.shape[0]
+    ).astype(jnp.int32),
+    lambda: stream.order,
+  )
+  share = size // lanes
+  index = jax.lax.dynamic_slice_in_dim(order, cursor + lane * share, share)
+  place = lane * share + jnp.arange(share)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.fold_in(pixel_key, step), place
+  )
+  pool = {
+    'inputs': jax.vmap(augment)(keys, split['inputs'][index]),
+    'label': split['label'][index],
+    'index': index,
+  }
+  return Stream(epoch=epoch, cursor=cursor + size, order=order), pool
+
+
+def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Exact mean and standard deviation per channel of uint8 images, in [0, 1].
+
+  From a histogram: a float copy of the images would be four times their size.
+  """
+  values = np.arange(256) / 255
+  mean, std = [], []
+  for channel in range(images.shape[-1]):
+    counts = np.bincount(images[..., channel].ravel(), minlength=256)
+    mean.append(np.average(values, weights=counts))
+    variance = np.average((values - mean[-1]) ** 2, weights=counts)
+    std.append(np.sqrt(variance))
+  return np.array(mean), np.array(std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A dataset and the two functions the compiled step applies to its inputs.
+
+  Attributes:
+    name: of the dataset.
+    num_classes: C.
+    splits: 'train', 'test' and, unless it is empty, 'validation'.
+    augment: (key, image) -> image, for one training example.
+    prepare: batch of inputs as stored -> what the model reads.
+  """
+
+  name: str
+  num_classes: int
+  splits: dict[str, Split]
+  augment: augment_lib.Augmentation
+  prepare: Callable[[Any], Any]
+
+  @property
+  def input_shape(self) -> tuple[int, ...]:
+    """The shape of one example's inputs."""
+    return self.splits['train']['inputs'].shape[1:]
+
+
+def normalizer(
+  images: np.ndarray, normalization: str
+) -> Callable[[Array], Array]:
+  """uint8 -> float32 with mean 0 and variance 1 per channel.
+
+  Args:
+    images: the training images, whose statistics 'dataset' uses.
+    normalization: 'dataset', or 'imagenet' as in the authors' code.
+
+  Raises:
+    ValueError: 'imagenet' for images that are not RGB.
+  """
+  if normalization == 'imagenet':
+    if images.shape[-1] != 3:
+      raise ValueError(
+        "data.normalization='imagenet' needs RGB images, these have "
+        f"{images.shape[-1]} channel(s); use 'dataset'"
+      )
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+  else:
+    mean, std = statistics(images)
+    std = np.where(std == 0, 1, std)  # a constant channel becomes all zeros
+  scale = np.asarray(1 / (255 * np.asarray(std)), np.float32)
+  shift = np.asarray(-np.asarray(mean) / np.asarray(std), np.float32)
+
+  def prepare(inputs: Array) -> Array:
+    shape = (1,) * (inputs.ndim - 1) + (-1,)
+    return inputs.astype(jnp.float32) * scale.reshape(shape) + shift.reshape(
+      shape
+    )
+
+  return prepare

@@ -1,0 +1,53 @@
+"""Downloads a dataset and prepares it in the format the trainer reads.
+
+    python -m margin_jax.data.prepare cifar10 --data_dir=~/tensorflow_datasets
+
+Needs the network and TensorFlow (`pip install tensorflow-cpu`), once; reading
+needs neither. Behind a firewall, put the archives that TFDS asks for into
+DATA_DIR/downloads/manual, or copy a folder prepared elsewhere into DATA_DIR.
+"""
+
+import argparse
+import importlib.util
+import sys
+
+from margin_jax.data.tfds_images import NAMES
+
+
+def prepare(name: str, data_dir: str | None) -> str:
+  """Prepares dataset `name` as array_record files and returns their folder."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  if not builder.is_prepared():
+    builder.download_and_prepare()
+  return str(builder.data_path)
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command line: NAME and --data_dir."""
+  parser = argparse.ArgumentParser(
+    prog='python -m margin_jax.data.prepare',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('name', choices=NAMES)
+  parser.add_argument('--data_dir', help="default: TFDS's own folder")
+  args = parser.parse_args(argv)
+  if importlib.util.find_spec('tensorflow') is None:
+    sys.exit(
+      'error: preparing a dataset needs TensorFlow (reading it does not): '
+      'pip install tensorflow-cpu, then run this command again'
+    )
+  try:
+    print(prepare(args.name, args.data_dir))
+  except Exception as error:  # TFDS's own and the network's are of many kinds
+    sys.exit(
+      f'error: {args.name} could not be downloaded: {error}\nBehind a '
+      'firewall, put the archives into DATA_DIR/downloads/manual, or copy a '
+      'folder prepared elsewhere into DATA_DIR.'
+    )
+
+
+if __name__ == '__main__':
+  main()

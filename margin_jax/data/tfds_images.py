@@ -1,0 +1,104 @@
+"""Image classification datasets of TFDS, read without TensorFlow."""
+
+import os
+import shlex
+import sys
+
+import numpy as np
+
+Split = dict[str, np.ndarray]
+
+NAMES = ('cifar10', 'cifar100', 'mnist', 'svhn_cropped')
+
+
+class DatasetError(Exception):
+  """A dataset is missing or is not what it should be."""
+
+
+def _builder(name: str, data_dir: str | None):
+  # Imported here: it takes a second, and the default dataset needs none of it.
+  import tensorflow_datasets as tfds
+
+  folder = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+  command = (
+    f'{os.path.basename(sys.executable)} -m margin_jax.data.prepare {name} '
+    f'--data_dir={shlex.quote(folder)}'
+  )
+  try:
+    builder = tfds.builder(name, data_dir=folder, file_format='array_record')
+  except ValueError as error:  # prepared, in another format
+    raise DatasetError(
+      f'dataset {name!r} in {folder} is not in the array_record format, the '
+      f'only one that can be read without TensorFlow ({error}). Remove it and '
+      f'prepare it again with: {command}'
+    ) from error
+  except Exception as error:
+    raise DatasetError(
+      f'dataset {name!r} in {folder} is broken ({error}). Remove it and '
+      f'prepare it again with: {command}'
+    ) from error
+  if not builder.is_prepared():
+    raise DatasetError(
+      f'dataset {name!r} is not prepared: looked in {builder.data_path}. '
+      f'Prepare it (once, needs the network and tensorflow-cpu) with: '
+      f'{command}'
+      f' -- or name the folder that holds it with --config.data.data_dir'
+    )
+  return builder, command
+
+
+def _decode(builder, split: str) -> tuple[Split, list[int]]:
+  """All images and labels of a split, and the numbers in their ids."""
+  source = builder.as_data_source(split=split)
+  classes = builder.info.features['label'].num_classes
+  shape = builder.info.features['image'].shape
+  inputs = np.empty((len(source), *shape), np.uint8)
+  label = np.empty(len(source), np.int32)
+  numbers = []
+  for start in range(0, len(source), 1000):
+    rows = range(start, min(start + 1000, len(source)))
+    for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
+      inputs[row], label[row] = record['image'], record['label']
+      if 'id' in record:
+        numbers.append(int(record['id'].decode().rsplit('_', 1)[1]))
+  if label.size and not (label.min() >= 0 and label.max() < classes):
+    raise DatasetError(
+      f'dataset {builder.name!r}, split {split!r}: labels run from '
+      f'{label.min()} to {label.max()}, outside [0, {classes})'
+    )
+  return {'inputs': inputs, 'label': label}, numbers
+
+
+def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+  """Decodes the training and the test split.
+
+  TFDS stores CIFAR shuffled; the training images come back in the order of
+  their ids, which is the original one, so that "the last 5,000 images" means
+  what the papers mean by it.
+
+  Args:
+    name: one of `NAMES`.
+    data_dir: the folder that TFDS prepares datasets in, or None for its own.
+
+  Returns:
+    The training split, the test split and the number of classes.
+
+  Raises:
+    DatasetError: the dataset is not there (the message holds the command that
+      prepares it), is in another format, or has labels out of range.
+  """
+  builder, command = _builder(name, data_dir)
+  try:
+    train, numbers = _decode(builder, 'train')
+    test, _ = _decode(builder, 'test')
+  except DatasetError:
+    raise
+  except Exception as error:  # array_record and Pillow raise many kinds
+    raise DatasetError(
+      f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '
+      f'and prepare it again with: {command}'
+    ) from error
+  if numbers:
+    order = np.argsort(numbers, kind='stable')
+    train = {key: value[order] for key, value in train.items()}
+  return train, test, builder.info.features['label'].num_classes

@@ -1,0 +1,308 @@
+"""train(config, workdir): data -> steps -> metrics -> checkpoints."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from margin_jax import (
+  build,
+  data,
+  evaluation,
+  parallel,
+  selection,
+  validation,
+)
+from margin_jax import config as config_lib
+from margin_jax.checkpoints import Checkpoints
+from margin_jax.metrics import summarize
+from margin_jax.program import Counters, Program
+from margin_jax.reporting import Reporter, Silent, versions, write_json
+
+PyTree = Any
+
+
+def _name(rule: selection.Rule) -> str:
+  """The same in every process; a `repr` may hold an address."""
+  while isinstance(rule, functools.partial):
+    rule = rule.func
+  return getattr(rule, '__qualname__', type(rule).__qualname__)
+
+
+class Trainer:
+  """A run between two points in time: the compiled step and its state."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    source: data.Source,
+    devices: parallel.Devices,
+    checkpoints: Checkpoints,
+    rule: selection.Rule | None,
+  ):
+    """Initialises, or restores the latest checkpoint, and compiles.
+
+    Raises:
+      ConfigError: the checkpoint was made by another config.
+    """
+    self.config = config
+    self.saved_config = config_lib.as_json(config)
+    if rule is not None:
+      self.saved_config['selection.rule'] = f'custom: {_name(rule)}'
+    self.devices = devices
+    self.checkpoints = checkpoints
+    self.counters = Counters()
+    self.best: dict[str, Any] | None = None
+    method = build.make_method(config, source, devices.total, rule)
+    state = build.init_state(config, source, method)
+    info = checkpoints.info()
+    if info is not None:
+      self._check_same_run(info)
+      state, info = checkpoints.restore(state)
+      self.counters = Counters(**info['counters'])
+      self.best = info['best']
+    self.start = int(state.step)
+    self.state = devices.replicate(state)
+    self.data = devices.replicate(source.splits['train'])
+    self.evaluator = evaluation.Evaluator(
+      method,
+      devices,
+      {k: v for k, v in source.splits.items() if k != 'train'},
+      config.eval_batch_size,
+    )
+    self.program = Program(
+      method,
+      devices,
+      build.steps_per_call(config, devices.platform, self.start),
+      self.state,
+      self.data,
+    )
+
+  def _check_same_run(self, info: dict[str, Any]) -> None:
+    changed = config_lib.differences(info['config'], self.saved_config)
+    if changed:
+      raise config_lib.ConfigError(
+        'the checkpoint in the workdir was made by another config; go back to '
+        'it, or use another workdir:\n  ' + '\n  '.join(changed)
+      )
+    if info['step'] > self.config.steps:
+      raise config_lib.ConfigError(
+        f'steps={self.config.steps} is not allowed: the checkpoint in the '
+        f'workdir is at step {info["step"]} already'
+      )
+
+  def call(self, step: int) -> PyTree:
+    """Dispatches the call at `step`; its metrics are still on the device."""
+    self.state, metrics = self.program(step, self.state, self.data)
+    return metrics
+
+  def save(self, step: int, accuracy: float | None) -> None:
+    """Saves a checkpoint of the state, which is at `step`."""
+    info = {
+      'step': step,
+      'config': self.saved_config,
+      'counters': dataclasses.asdict(self.counters),
+      'best': self.best,
+    }
+    self.checkpoints.save(self.state, info, accuracy)
+
+
+def _run(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+  """All remaining steps; returns the last evaluation of every split."""
+  config, call = trainer.config, trainer.program.steps_per_call
+  windows: list[PyTree] = []
+  # The clock runs while the device trains, and not while it evaluates.
+  total, started = trainer.counters, time.perf_counter()
+  reported = trainer.start
+
+  def report(step: int) -> None:
+    nonlocal reported, windows, total
+    metrics, class_rates = summarize(reported, windows)
+    total = total.plus(trainer.program.cost(reported, step))
+    elapsed = Counters(seconds=time.perf_counter() - started)
+    trainer.counters = total.plus(elapsed)
+    counters = dataclasses.asdict(trainer.counters)
+    reporter.train(step, counters, metrics, class_rates)
+    reported, windows = step, []
+
+  evaluations = {}
+  for step in range(trainer.start + call, config.steps + 1, call):
+    metrics = trainer.call(step - call)
+    if windows and (step - call) % config.log_every == 0:
+      report(step - call)  # a call late: the device is busy with the next
+    windows.append(metrics)
+    parallel.wait_for_old(windows)
+    last = step == config.steps
+    evaluate = last or step % config.eval_every == 0
+    save = last or step % config.checkpoint_every == 0
+    if evaluate or save:
+      report(step)
+      paused = time.perf_counter()
+      accuracy = None
+      if evaluate:
+        evaluations, accuracy, improved = _evaluate(trainer, reporter, step)
+        save = save or improved
+      if save:
+        trainer.save(step, accuracy)
+      started += time.perf_counter() - paused
+      reporter.restart_clock(step)
+  return evaluations
+
+
+def _evaluate(
+  trainer: Trainer, reporter: Reporter, step: int
+) -> tuple[dict[str, Any], float | None, bool]:
+  """Evaluates every split; whether validation is the best so far."""
+  counters = dataclasses.asdict(trainer.counters)
+  splits = ['test']
+  if trainer.config.data.validation_examples:
+    splits.insert(0, 'validation')
+  results = {}
+  for split in splits:
+    results[split] = trainer.evaluator(split, trainer.state)
+    reporter.evaluation(step, split, counters, results[split])
+  if 'validation' not in results:
+    return results, None, False
+  accuracy = results['validation']['accuracy']
+  improved = trainer.best is None or accuracy >= trainer.best['validation']
+  if improved:
+    test = results['test']['accuracy']
+    trainer.best = {'step': step, 'validation': accuracy, 'test': test}
+  return results, accuracy, improved
+
+
+def _prepare(
+  config: ml_collections.ConfigDict, rule: selection.Rule | None
+) -> tuple[parallel.Devices, data.Source]:
+  """Checks the config against itself, the devices and the data."""
+  validation.validate(config)
+  if rule is not None and config.selection.rule == config_lib.UNIFORM:
+    raise config_lib.ConfigError(
+      "selection.rule='uniform' is not allowed with a rule of your own, which "
+      "needs a pool: set it to another, 'random' say"
+    )
+  arranged = config.selection.rule == 'selective_backprop'
+  if rule is not None and (config.selection.ramp or arranged):
+    raise config_lib.ConfigError(
+      f'selection.rule={config.selection.rule!r} with ramp='
+      f'{config.selection.ramp} is not allowed with a rule of your own, whose '
+      "scores are ranked as they are: use 'random' and no ramp"
+    )
+  try:
+    devices = parallel.Devices(config.devices)
+    validation.validate_devices(config, devices.total)
+    source = data.load(
+      config.data.name,
+      data_dir=config.data.data_dir,
+      validation_examples=config.data.validation_examples,
+      augmentations=config.data.augmentations,
+      crop_padding=config.data.crop_padding,
+      normalization=config.data.normalization,
+    )
+  except ValueError as error:  # what only the machine or the data can tell
+    raise config_lib.ConfigError(str(error)) from error
+  examples = len(source.splits['train']['label'])
+  validation.validate_data(config, examples, source.input_shape)
+  return devices, source
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  rule: selection.Rule | None = None,
+  log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Trains as `config` says, and continues where `workdir` stopped.
+
+  The same call again restores the latest checkpoint and ends with the same
+  bits as an uninterrupted run. Writes to `workdir`: checkpoints/, train.csv,
+  eval.csv, tensorboard/ and, at the end, result.json; with a selection also
+  classes.csv (the share of each class that was selected) and, on request,
+  selection_counts.npy. Of several processes, the first writes.
+
+  Args:
+    config: every field of `config.default()`.
+    workdir: a folder, created if need be; "~" is expanded.
+    rule: a rule of your own, `(logits, kernel, labels, keys) -> scores`, in
+      place of `config.selection.rule`. It sees one device's share of the pool.
+    log: takes the progress lines.
+
+  Returns:
+    What result.json holds: 'test' and 'validation' at the last step, 'best'
+    (the step of the best validation accuracy), the cumulative cost, 'config',
+    'seed', 'versions' and the device.
+
+  Raises:
+    ConfigError: a field is bad, or the workdir holds a run of another config.
+    DatasetError: the dataset is missing or broken.
+    NonFiniteError: loss or gradient became NaN or infinite; checkpoints
+      saved before are kept.
+  """
+  devices, source = _prepare(config, rule)
+  workdir = os.path.abspath(os.path.expanduser(workdir))
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise config_lib.ConfigError(f'workdir={workdir!r}: {error}') from error
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    trainer = Trainer(config, source, devices, checkpoints, rule)
+    compiled = trainer.program.compile_seconds
+    say = log if devices.primary else (lambda line: None)
+    say(
+      f'{source.name}: {len(source.splits["train"]["label"]):,} training '
+      f'examples on {devices.total} x {devices.kind}; compiled in '
+      f'{compiled:.1f} s; starting at step {trainer.start:,}'
+    )
+    stored = pathlib.Path(workdir) / 'result.json'
+    if trainer.start == config.steps and stored.exists():
+      # Its seconds and versions are those of the machine that trained.
+      result = json.loads(stored.read_text())
+      say(f'complete: test accuracy {result["test"]["accuracy"]:.2%}')
+      return result
+    reporter = Silent()
+    if devices.primary:
+      reporter = Reporter(
+        workdir, steps=config.steps, after=trainer.start, log=log
+      )
+    with contextlib.closing(reporter):
+      results = _run(trainer, reporter)
+      if not results:  # stopped between the last checkpoint and result.json
+        names = (k for k in source.splits if k != 'train')
+        results = {k: trainer.evaluator(k, trainer.state) for k in names}
+  result = {
+    **results,
+    'best': trainer.best,
+    'steps': config.steps,
+    'seed': config.seed,
+    **dataclasses.asdict(trainer.counters),
+    'compile_seconds': trainer.program.compile_seconds,
+    'device': devices.kind,
+    'devices': devices.total,
+    'versions': versions(),
+    'config': trainer.saved_config,
+  }
+  if devices.primary:
+    _write_result(pathlib.Path(workdir), result, trainer)
+    log(
+      f'test accuracy {results["test"]["accuracy"]:.2%} after '
+      f'{config.steps:,} steps, {trainer.counters.seconds:.1f} s of training'
+    )
+  return result
+
+
+def _write_result(
+  workdir: pathlib.Path, result: dict[str, Any], trainer: Trainer
+) -> None:
+  if trainer.config.selection.log_counts:
+    counts = np.asarray(trainer.state.counts)
+    np.save(workdir / 'selection_counts.npy', counts)
+  write_json(workdir / 'result.json', result)

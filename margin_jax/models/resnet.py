@@ -1,0 +1,112 @@
+"""Residual networks for 32x32 images (He et al. 2016, section 4.2)."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+DEPTHS = tuple(range(8, 111, 6))
+
+# "fan_out" keeps the variance of the gradients; He et al. 2015, Eq. 14.
+conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class Block(nn.Module):
+  """Two 3x3 convolutions and a shortcut.
+
+  Where the shape changes, the shortcut is the identity, subsampled and
+  zero-padded in channels (He's option A), or a 1x1 projection (`projection`,
+  option B). `zero_init` starts the last BatchNorm scale at zero, so that the
+  block starts as its shortcut.
+  """
+
+  width: int
+  stride: int
+  conv: Any
+  norm: Any
+  projection: bool
+  zero_init: bool
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    y = self.conv(self.width, (3, 3), self.stride, padding=1, name='conv1')(x)
+    y = nn.relu(self.norm(name='norm1')(y))
+    y = self.conv(self.width, (3, 3), padding=1, name='conv2')(y)
+    scale_init = (
+      nn.initializers.zeros if self.zero_init else nn.initializers.ones
+    )
+    y = self.norm(name='norm2', scale_init=scale_init)(y)
+    if x.shape != y.shape:
+      if self.projection:
+        x = self.conv(self.width, (1, 1), self.stride, name='conv_proj')(x)
+        x = self.norm(name='norm_proj')(x)
+      else:
+        x = x[:, :: self.stride, :: self.stride]
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, self.width - x.shape[-1])])
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet of depth 6n+2 for small images: three stages of n blocks.
+
+  Stages have 16, 32 and 64 channels; the second and third halve the image.
+  `variant='he'` is the paper's layout (identity shortcuts everywhere).
+  `variant='authors'` is the one of the MMS and MMR papers' code: 1x1
+  projections where the shape changes, last BatchNorm scale of a block at
+  zero, and a head initialised with standard deviation 0.01.
+
+  Attributes:
+    depth: 8, 14, 20, ..., 110.
+    num_classes: C.
+    variant: 'he' or 'authors'.
+    dtype: of the computation; parameters and the head stay float32.
+    batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
+  """
+
+  depth: int
+  num_classes: int
+  variant: str = 'he'
+  dtype: jnp.dtype = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs: Array, *, train: bool) -> tuple[Array, Array]:
+    """(B, H, W, channels) -> logits (B, C), features (B, 64), both float32."""
+    authors = self.variant == 'authors'
+    conv = functools.partial(
+      nn.Conv,
+      use_bias=False,
+      kernel_init=conv_init,
+      dtype=self.dtype,
+    )
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=self.dtype,
+      axis_name=self.batch_norm_axis,
+    )
+    x = conv(16, (3, 3), padding=1, name='conv_stem')(inputs.astype(self.dtype))
+    x = nn.relu(norm(name='norm_stem')(x))
+    for stage, width in enumerate((16, 32, 64)):
+      for index in range((self.depth - 2) // 6):
+        x = Block(
+          width=width,
+          stride=2 if stage and not index else 1,
+          conv=conv,
+          norm=norm,
+          projection=authors,
+          zero_init=authors,
+          name=f'stage{stage + 1}_block{index + 1}',
+        )(x)
+    features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    head_init = (
+      nn.initializers.normal(0.01) if authors else nn.linear.default_kernel_init
+    )
+    logits = nn.Dense(self.num_classes, kernel_init=head_init, name='head')(
+      features
+    )
+    return logits, features

@@ -1,0 +1,179 @@
+"""The only file that knows devices and hosts: pmap, placement, lanes.
+
+State and data are replicated: plain arrays without a leading device axis,
+passed to `pmap` with `in_axes=None` and returned with `out_axes=None`. So a
+checkpoint does not know how many devices wrote it. The one mapped argument is
+`lane`, the index of the device among all devices of all processes; `pmap`
+needs at least one, and it is what tells the devices apart.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = 'device'
+
+PyTree = Any
+
+# How many calls Python may run ahead of the devices. XLA:CPU's collectives
+# deadlock with a hundred calls waiting; a few keep any device busy.
+MAX_CALLS_AHEAD = 8
+
+
+def join(
+  coordinator: str, processes: int | None = None, process: int | None = None
+) -> None:
+  """Makes this process one of several that train together.
+
+  Args:
+    coordinator: HOST:PORT of process 0, or 'auto' where JAX finds out by
+      itself: TPU pods, Slurm and the like.
+    processes: how many there are.
+    process: which one this is, from 0.
+
+  Raises:
+    ValueError: an argument is missing or malformed.
+  """
+  if coordinator == 'auto':
+    jax.distributed.initialize()
+    return
+  if not coordinator.rpartition(':')[2].isdigit() or ':' not in coordinator:
+    raise ValueError(
+      f'coordinator must be HOST:PORT or auto, got {coordinator!r}'
+    )
+  if processes is None or process is None or not 0 <= process < processes:
+    raise ValueError(
+      f'process_id must be in [0, num_processes), got {process} and {processes}'
+    )
+  jax.distributed.initialize(coordinator, processes, process)
+
+
+def wait_for_old(results: list[PyTree]) -> None:
+  """Waits for the result that came `MAX_CALLS_AHEAD` calls before the last."""
+  if len(results) > MAX_CALLS_AHEAD:
+    jax.block_until_ready(results[-1 - MAX_CALLS_AHEAD])
+
+
+class Devices:
+  """The devices of a run.
+
+  Attributes:
+    total: how many there are over all processes.
+    kind: what JAX calls their kind.
+    platform: 'cpu', 'gpu' or 'tpu'.
+    primary: whether this is the process that writes files.
+  """
+
+  def __init__(self, count: int | None = None):
+    """Takes the first `count` devices, or all.
+
+    Raises:
+      ValueError: there are fewer, or `count` does not fit several processes.
+    """
+    available = jax.device_count()
+    count = available if count is None else count
+    if not 1 <= count <= available:
+      raise ValueError(
+        f'devices must be between 1 and {available}, the number that JAX '
+        f'sees, got {count}'
+      )
+    if jax.process_count() > 1 and count != available:
+      raise ValueError(
+        f'devices must be all {available} devices where there are several '
+        f'processes, got {count}'
+      )
+    self._all = jax.devices()[:count]
+    self._local = [
+      d for d in self._all if d.process_index == jax.process_index()
+    ]
+    self.total = count
+    self.primary = jax.process_index() == 0
+    self.kind = self._all[0].device_kind
+    self.platform = self._all[0].platform
+    self._mesh = Mesh(np.array(self._local), (AXIS,))
+    lanes = [self._all.index(device) for device in self._local]
+    self._lanes = jax.device_put(
+      np.array(lanes, np.int32), NamedSharding(self._mesh, PartitionSpec(AXIS))
+    )
+
+  def replicate(self, tree: PyTree) -> PyTree:
+    """A copy of the tree's arrays on every local device."""
+    # From the host: device_put of an array that is on a device already may
+    # share its buffer, and donating the result would delete the original.
+    host = jax.tree.map(np.array, jax.device_get(tree))
+    return jax.device_put(host, NamedSharding(self._mesh, PartitionSpec()))
+
+  def compile(
+    self, function: Callable, *args: PyTree, donate_first: bool = False
+  ) -> 'Compiled':
+    """Compiles `function(*args, lane)` for all devices, under one pmap.
+
+    Args:
+      function: the per-device function; its collectives use `AXIS`, and what
+        it returns is the same on all devices.
+      *args: replicated arguments to compile for; shapes and dtypes count.
+      donate_first: whether the first argument's memory is reused.
+
+    Returns:
+      A callable of `*args`.
+    """
+    mapped = self._map(function, len(args), donate_first)
+    return Compiled(mapped, args, self._lanes, self.total)
+
+  def flops(self, function: Callable, *args: PyTree) -> float:
+    """What `Compiled.flops` would be, without compiling."""
+    mapped = self._map(function, len(args), False)
+    return _flops(mapped.lower(*args, self._lanes), self.total)
+
+  def _map(
+    self, function: Callable, arguments: int, donate_first: bool
+  ) -> Callable:
+    return jax.pmap(
+      function,
+      axis_name=AXIS,
+      in_axes=(None,) * arguments + (0,),
+      out_axes=None,
+      donate_argnums=(0,) if donate_first else (),
+      devices=self._local if jax.process_count() == 1 else None,
+    )
+
+
+def _flops(lowered: jax.stages.Lowered, devices: int) -> float:
+  cost = lowered.cost_analysis() or {}
+  return float(cost.get('flops', 0.0)) * devices
+
+
+class Compiled:
+  """A compiled program, called with its replicated arguments.
+
+  Attributes:
+    lowered: the program before optimisation.
+    flops: of one call over all devices, from XLA's cost analysis of the
+      program before optimisation, so that they do not depend on the backend.
+      The body of a loop counts once.
+  """
+
+  def __init__(
+    self,
+    mapped: Callable,
+    args: tuple[PyTree, ...],
+    lanes: jax.Array,
+    devices: int,
+  ):
+    self.lowered = mapped.lower(*args, lanes)
+    self.flops = _flops(self.lowered, devices)
+    self._lanes = lanes
+    # With several processes a program takes global arrays, and only `pmap`
+    # itself makes them of each process's own; it then compiles when called.
+    several = jax.process_count() > 1
+    self._executable = mapped if several else self.lowered.compile()
+
+  def __call__(self, *args: PyTree) -> PyTree:
+    return self._executable(*args, self._lanes)
+
+  def as_text(self) -> str:
+    """The optimised program."""
+    return self.lowered.compile().as_text()

@@ -1,0 +1,106 @@
+"""The compiled train step, and what its steps cost."""
+
+import dataclasses
+import functools
+import time
+
+from margin_jax import parallel
+from margin_jax import step as step_lib
+from margin_jax.method import Method
+
+
+@dataclasses.dataclass
+class Counters:
+  """What a run has cost so far; cumulative, kept in checkpoints."""
+
+  examples_scored: int = 0
+  examples_trained: int = 0
+  flops: float = 0.0
+  seconds: float = 0.0
+
+  def plus(self, other: 'Counters') -> 'Counters':
+    """The sum, field by field."""
+    mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+    return Counters(**{name: mine[name] + theirs[name] for name in mine})
+
+
+class Program:
+  """A train step for every step of a run, compiled before the first.
+
+  A method may have several branches: plain steps and scored ones, say. On
+  accelerators one program switches between them on the device. On CPU each is
+  a program of its own and the host picks, since XLA:CPU runs the gradient of
+  a convolution inside a conditional eight times slower than outside. Which
+  branch a step takes is a function of the step alone, so neither has to wait
+  for the other.
+
+  Attributes:
+    steps_per_call: how many steps one call runs.
+    compile_seconds: spent on lowering and compiling.
+  """
+
+  def __init__(
+    self,
+    method: Method,
+    devices: parallel.Devices,
+    steps_per_call: int,
+    state: step_lib.TrainState,
+    data: dict,
+  ):
+    """Compiles the branches that `method` has for arguments like these."""
+    started = time.perf_counter()
+    self.steps_per_call = steps_per_call
+    self._method = method
+    args = (state, data)
+
+    def per_device(branch: int | None, times: int):
+      chosen = dataclasses.replace(method, branch=branch)
+      step = functools.partial(step_lib.train_step, chosen)
+      return step_lib.repeat(step, times)
+
+    branches = method.branches()
+    self._switching = len(branches) > 1 and (
+      steps_per_call > 1 or devices.platform != 'cpu'
+    )
+    kinds = (None,) if self._switching else branches
+    self._programs = {
+      kind: devices.compile(
+        per_device(kind, steps_per_call), *args, donate_first=True
+      )
+      for kind in kinds
+    }
+    # XLA's analysis counts the body of a loop once, so a program of many steps
+    # gives the cost of one; of a switch it cannot tell which branch runs.
+    self._flops = {
+      branch: devices.flops(per_device(branch, 1), *args)
+      if self._switching
+      else self._programs[branch].flops
+      for branch in branches
+    }
+    self.compile_seconds = time.perf_counter() - started
+
+  @property
+  def programs(self) -> list[parallel.Compiled]:
+    """The compiled programs: one, or on CPU one for each branch."""
+    return list(self._programs.values())
+
+  def __call__(
+    self, step: int, state: step_lib.TrainState, data: dict
+  ) -> tuple[step_lib.TrainState, dict]:
+    """Runs a call that starts at `step`, which `state` is at."""
+    branch = None if self._switching else self._method.branch_of(step)
+    return self._programs[branch](state, data)
+
+  def cost(self, first: int, last: int) -> Counters:
+    """The cost of steps first, ..., last - 1, without the seconds."""
+    total = Counters()
+    for step in range(first, last):
+      branch = self._method.branch_of(step)
+      total = total.plus(
+        Counters(
+          examples_scored=self._method.examples_scored(branch),
+          examples_trained=self._method.batch_size,
+          flops=self._flops[branch],
+        )
+      )
+    return total

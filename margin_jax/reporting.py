@@ -1,0 +1,182 @@
+"""What a run tells: progress lines, CSV files, TensorBoard, result.json."""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tensorboardX
+
+Row = dict[str, float]
+
+
+class _Table:
+  """A CSV file that grows by rows; a resumed run drops rows it will redo."""
+
+  def __init__(self, path: pathlib.Path, after: int):
+    self._path = path
+    self._fields: list[str] | None = None
+    if not path.exists():
+      return
+    with path.open(newline='') as file:
+      reader = csv.DictReader(file)
+      rows = [row for row in reader if int(row['step']) <= after]
+      self._fields = list(reader.fieldnames or ()) or None
+    if self._fields:
+      # Written aside and renamed: a kill in between loses nothing.
+      aside = path.with_suffix('.tmp')
+      with aside.open('w', newline='') as file:
+        writer = csv.DictWriter(file, self._fields)
+        writer.writeheader()
+        writer.writerows(rows)
+      os.replace(aside, path)
+
+  def add(self, row: dict[str, Any]) -> None:
+    with self._path.open('a', newline='') as file:
+      if self._fields is None:
+        self._fields = list(row)
+        csv.DictWriter(file, self._fields).writeheader()
+      csv.DictWriter(file, self._fields, extrasaction='ignore').writerow(row)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else (
+    f'{minutes}:{seconds:02}'
+  )  # fmt: skip
+
+
+class Reporter:
+  """Writes train.csv, eval.csv, classes.csv, tensorboard/, progress lines."""
+
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    steps: int,
+    after: int = 0,
+    log: Callable[[str], None] = print,
+  ):
+    """Opens the files of a run.
+
+    Args:
+      workdir: the run's folder; it exists.
+      steps: how many the whole run has.
+      after: the step the run continues from; later rows are dropped.
+      log: takes the progress lines.
+    """
+    folder = pathlib.Path(workdir)
+    self._steps = steps
+    self._log = log
+    self._train = _Table(folder / 'train.csv', after)
+    self._eval = _Table(folder / 'eval.csv', after)
+    self._classes = _Table(folder / 'classes.csv', after)
+    self._board = tensorboardX.SummaryWriter(
+      str(folder / 'tensorboard'), purge_step=after + 1
+    )
+    self._last = (after, time.perf_counter())
+
+  def restart_clock(self, step: int) -> None:
+    """Keeps what happened since the last line out of the steps per second."""
+    self._last = (step, time.perf_counter())
+
+  def train(
+    self, step: int, counters: Row, metrics: Row, class_rates: Any = None
+  ) -> None:
+    """Reports the means of the steps since the last call.
+
+    Args:
+      step: the last of them.
+      counters: what the run has cost up to it.
+      metrics: the means.
+      class_rates: (C,) share of each class's pool examples that was selected,
+        for classes.csv; None without a selection.
+    """
+    now = time.perf_counter()
+    before, then = self._last
+    self._last = (step, now)
+    speed = (step - before) / max(now - then, 1e-9)
+    row = {'step': step, **counters, **metrics, 'steps_per_second': speed}
+    self._train.add(row)
+    self._scalars('train', step, row)
+    if class_rates is not None:
+      rates = {f'class_{i}': rate for i, rate in enumerate(class_rates)}
+      self._classes.add({'step': step, **rates})
+    self._log(
+      f'step {step:,}/{self._steps:,}  '
+      f'eta {_duration((self._steps - step) / speed)}  '
+      f'{speed:.1f} steps/s  '
+      f'scored {int(counters["examples_scored"]):,}  '
+      f'trained {int(counters["examples_trained"]):,}  '
+      f'loss {metrics["loss"]:.4f}  '
+      f'accuracy {metrics["accuracy"]:.2%}  '
+      f'mean MMS {metrics["mean_mms"]:.4g}'
+    )
+
+  def evaluation(
+    self, step: int, split: str, counters: Row, metrics: Row
+  ) -> None:
+    """Reports one split's loss and accuracy."""
+    self._eval.add({'step': step, 'split': split, **counters, **metrics})
+    self._scalars(split, step, metrics)
+    self._log(
+      f'step {step:,}/{self._steps:,}  {split}: '
+      f'loss {metrics["loss"]:.4f}  accuracy {metrics["accuracy"]:.2%} '
+      f'of {int(metrics["count"]):,} examples'
+    )
+
+  def _scalars(self, prefix: str, step: int, row: Row) -> None:
+    for name, value in row.items():
+      if name != 'step' and not math.isnan(value):
+        self._board.add_scalar(f'{prefix}/{name}', value, step)
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self._board.close()
+
+
+class Silent(Reporter):
+  """What the other processes of a run use: writes nothing."""
+
+  def __init__(self):
+    """Opens nothing."""
+
+  def restart_clock(self, step: int) -> None:
+    """Does nothing."""
+
+  def train(self, *args: Any) -> None:
+    """Does nothing."""
+
+  def evaluation(self, *args: Any) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes a JSON file at once, or not at all."""
+  aside = path.with_suffix('.tmp')
+  aside.write_text(json.dumps(content, indent=2) + '\n')
+  os.replace(aside, path)
+
+
+def versions() -> dict[str, str]:
+  """The versions that numbers depend on."""
+  import flax
+  import jax
+  import jaxlib
+  import numpy
+  import optax
+
+  import margin_jax
+
+  modules = (margin_jax, jax, jaxlib, flax, optax, numpy)
+  found = {module.__name__: module.__version__ for module in modules}
+  return {'python': sys.version.split()[0], **found}

@@ -1,0 +1,374 @@
+"""The per-device train step and eval step: score -> select -> update.
+
+Pure functions of (state, data, lane), meant to be mapped over devices under
+`method.axis`; nothing here knows how many hosts there are or where arrays live.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from margin_jax import margins, penalties, pool, selection
+from margin_jax.method import PLAIN, Method
+
+PyTree = Any
+Metrics = dict[str, Array]
+
+# Mean MMS is over the ten smallest (ICLR 4.1, Figure 3).
+MEAN_MMS_EXAMPLES = 10
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything a step reads and writes, and all that a checkpoint must hold.
+
+  Attributes:
+    step: () int32, steps done.
+    seed: () uint32: batches are a pure function of (seed, step).
+    stream: the place in the data.
+    reserve: selected examples that later steps train on; {} without reuse.
+    params, batch_stats: the model's variables.
+    opt_state: the optimizer's.
+    proxy: the same three of the proxy model; {} without one.
+    counts: (N,) int32, how often each training example was in a batch; ()
+      where that is not counted.
+  """
+
+  step: Array
+  seed: Array
+  stream: PyTree
+  reserve: PyTree
+  params: PyTree
+  batch_stats: PyTree
+  opt_state: PyTree
+  proxy: PyTree
+  counts: PyTree
+
+
+def init_state(
+  method: Method,
+  stream: PyTree,
+  seed: int,
+  inputs: PyTree,
+  counted: int | None,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    method: the method.
+    stream: the data's stream before its first draw.
+    seed: of everything random in the run.
+    inputs: a batch of one, as stored; only shapes count.
+    counted: the number of training examples, to count their selections.
+  """
+  example = method.prepare(inputs)
+
+  def variables(model: Any, key: Array) -> dict[str, PyTree]:
+    found = model.init({'params': key}, example, train=False)
+    params = found['params']
+    return {
+      'params': params,
+      'batch_stats': found.get('batch_stats', {}),
+      'opt_state': method.optimizer.init(params),
+    }
+
+  @jax.jit
+  def init(seed: Array) -> tuple[dict[str, PyTree], PyTree]:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
+    proxy = {} if method.proxy is None else variables(method.proxy, keys[1])
+    return variables(method.model, keys[0]), proxy
+
+  seed = jnp.uint32(seed)
+  model, proxy = init(seed)
+  return TrainState(
+    step=jnp.int32(0),
+    seed=seed,
+    stream=stream,
+    reserve=pool.empty_reserve(method, inputs),
+    proxy=proxy,
+    counts=() if counted is None else jnp.zeros(counted, jnp.int32),
+    **model,
+  )
+
+
+def _mean_mms(logits: Array, kernel: Array, axis: str) -> Array:
+  """The mean of the ten smallest MMS over the devices' batch (ICLR 4.1)."""
+  scores = margins.mms_scores(logits, kernel)
+  scores = jax.lax.all_gather(scores, axis, tiled=True)
+  count = min(MEAN_MMS_EXAMPLES, scores.shape[0])
+  return jnp.mean(scores[selection.select_lowest(scores, count)])
+
+
+def _batch_loss(method: Method, losses: Array, keep: Array | None) -> Array:
+  """The mean loss, or that of the `keep` hardest over all devices."""
+  if keep is None:
+    return jnp.mean(losses)
+  everywhere = jax.lax.all_gather(losses, method.axis, tiled=True)
+  return selection.trimmed_mean(everywhere, keep)
+
+
+def _gradient(
+  method: Method, state: TrainState, batch: PyTree, key: Array, keep
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+  """Mean gradient over devices, batch_stats, and what the metrics need."""
+
+  def loss_function(params: PyTree):
+    (logits, features), updates = method.model.apply(
+      {'params': params, 'batch_stats': state.batch_stats},
+      method.prepare(batch['inputs']),
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': key},
+    )
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    )
+    penalty = penalties.mmr_penalty(
+      features,
+      logits,
+      pool.head_kernel(params),
+      batch['label'],
+      axis_name=method.axis,
+      **method.mmr,
+    )
+    total = _batch_loss(method, losses, keep)
+    if method.alpha is not None:
+      total = total + method.alpha(state.step) * penalty
+    return total, (updates.get('batch_stats', {}), logits, losses, penalty)
+
+  gradient, (batch_stats, logits, losses, penalty) = jax.grad(
+    loss_function, has_aux=True
+  )(state.params)
+  gradient = jax.lax.pmean(gradient, method.axis)
+  if method.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, method.axis)
+  correct = jnp.argmax(logits, axis=1) == batch['label']
+  mean = {
+    'loss': jnp.mean(losses),
+    'penalty': penalty,
+    'accuracy': jnp.mean(correct, dtype=jnp.float32),
+  }
+  metrics = jax.lax.pmean(mean, method.axis)
+  if keep is not None:
+    metrics['trimmed_loss'] = _batch_loss(method, losses, keep)
+  kernel = pool.head_kernel(state.params)
+  metrics['mean_mms'] = _mean_mms(logits, kernel, method.axis)
+  return gradient, batch_stats, metrics
+
+
+def _kept_part(
+  method: Method, state: TrainState, batch: PyTree, size: int
+) -> PyTree:
+  """The `size` hardest of the batch, by an eval-mode forward."""
+  if size == method.batch_size:
+    return batch
+  logits, _ = method.model.apply(
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    method.prepare(batch['inputs']),
+    train=False,
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), batch['label']
+  )
+  # NaN counts as hardest: it must reach the loss, and stop the run.
+  losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+  return selection.take_lowest(-losses, batch, size, method.axis)
+
+
+def _trimmed_gradient(
+  method: Method, state: TrainState, batch: PyTree, key: Array
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+  """`_gradient` of the batch, trimmed where the method says so."""
+  trimming = method.trimming
+  if trimming is None:
+    return _gradient(method, state, batch, key, None)
+  table = jnp.array(trimming.keep, jnp.int32)
+  keep = table[trimming.epoch(state.step)]
+  if not trimming.kept_only:
+    return _gradient(method, state, batch, key, keep)
+
+  def branch(size: int) -> Callable:
+    return lambda: _gradient(
+      method, state, _kept_part(method, state, batch, size), key, keep
+    )
+
+  sizes = dict(enumerate(trimming.sizes))
+  branches = {index: branch(size) for index, size in sizes.items()}
+  return pool.switch(method, state.step, branches)
+
+
+def _train_proxy(
+  method: Method, state: TrainState, batch: PyTree
+) -> tuple[PyTree, Metrics]:
+  """One cross-entropy step of the proxy on the same batch; its loss."""
+  proxy = state.proxy
+  if method.proxy is None:
+    return proxy, {}
+
+  def loss_function(params: PyTree):
+    (logits, _), updates = method.proxy.apply(
+      {'params': params, 'batch_stats': proxy['batch_stats']},
+      method.prepare(batch['inputs']),
+      train=True,
+      mutable=['batch_stats'],
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits.astype(jnp.float32), batch['label']
+    )
+    return jnp.mean(losses), updates.get('batch_stats', {})
+
+  (loss, batch_stats), gradient = jax.value_and_grad(
+    loss_function, has_aux=True
+  )(proxy['params'])
+  gradient = jax.lax.pmean(gradient, method.axis)
+  if method.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, method.axis)
+  change, opt_state = method.optimizer.update(
+    gradient, proxy['opt_state'], proxy['params']
+  )
+  proxy = {
+    'params': optax.apply_updates(proxy['params'], change),
+    'batch_stats': batch_stats,
+    'opt_state': opt_state,
+  }
+  return proxy, {'proxy_loss': jax.lax.pmean(loss, method.axis)}
+
+
+def _update(
+  method: Method, state: TrainState, batch: PyTree, key: Array
+) -> tuple[TrainState, Metrics]:
+  """One gradient step on the batch, averaged over devices."""
+  gradient, batch_stats, metrics = _trimmed_gradient(method, state, batch, key)
+  if method.selection is not None and method.selection.pool_statistics:
+    # Where a pool was scored, or its examples are used again, the running
+    # statistics are the pool's already.
+    plain = method.branch_of(state.step) == PLAIN
+    batch_stats = jax.tree.map(
+      lambda new, old: jnp.where(plain, new, old),
+      batch_stats,
+      state.batch_stats,
+    )
+  alpha = 0.0 if method.alpha is None else method.alpha(state.step)
+  metrics['gradient_norm'] = optax.tree.norm(gradient)
+  metrics['learning_rate'] = jnp.float32(method.learning_rate(state.step))
+  metrics['alpha'] = jnp.float32(alpha)
+  change, opt_state = method.optimizer.update(
+    gradient, state.opt_state, state.params
+  )
+  proxy, proxy_metrics = _train_proxy(method, state, batch)
+  metrics |= proxy_metrics
+  state = state.replace(
+    step=state.step + 1,
+    proxy=proxy,
+    params=optax.apply_updates(state.params, change),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+  )
+  return state, metrics
+
+
+def train_step(
+  method: Method, state: TrainState, data: PyTree, lane: Array
+) -> tuple[TrainState, Metrics]:
+  """Forward on the pool, scores, lowest b, gradient step on those.
+
+  Args:
+    method: what to do; static.
+    state: replicated.
+    data: the training split, replicated.
+    lane: () int32, this device's index.
+
+  Returns:
+    The new state and float32 metrics, both equal on all devices. Of every
+    step: 'loss' (mean cross-entropy of the batch, train-mode), 'penalty'
+    (MMR, never part of 'loss'), 'accuracy', 'mean_mms' (the ten smallest MMS
+    of the batch, from the train-mode forward, so that every rule and plain
+    training have the same quantity), 'gradient_norm', 'learning_rate',
+    'alpha', with trimming 'trimmed_loss', with a proxy 'proxy_loss'. With a
+    selection also 'scored' (0 or 1) and, 0 where nothing was scored:
+    'pool_error' and 'batch_error' (shares misclassified by the scoring
+    forward, that is by the proxy if there is one), 'nan_scores', quantiles of
+    the rule's scores without NaN, and (C,) 'pool_classes' and 'batch_classes':
+    examples of each class in the pool, and in the reuse * b selected from it.
+
+    With a short backward pass of trimming, 'loss', 'penalty', 'accuracy' and
+    'mean_mms' are over the part of the batch that it runs on.
+  """
+  key = jax.random.key(state.seed)
+  step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
+  choice = pool.next_batch(method, state, data, key, lane)
+  state = state.replace(
+    stream=choice.stream,
+    reserve=choice.reserve,
+    batch_stats=choice.batch_stats,
+  )
+  if not isinstance(state.counts, tuple):
+    chosen = jax.lax.all_gather(choice.batch['index'], method.axis, tiled=True)
+    state = state.replace(counts=state.counts.at[chosen].add(1))
+  state, metrics = _update(
+    method, state, choice.batch, jax.random.fold_in(step_key, lane)
+  )
+  if method.selection is not None:
+    metrics |= choice.metrics
+  return state, metrics
+
+
+def repeat(step: Callable, times: int) -> Callable:
+  """`times` steps in one call; metrics get a leading axis of that length."""
+
+  def many(state: TrainState, data: PyTree, lane: Array):
+    return jax.lax.scan(
+      lambda carry, _: step(carry, data, lane), state, None, length=times
+    )
+
+  def one(state: TrainState, data: PyTree, lane: Array):
+    state, metrics = step(state, data, lane)
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  return one if times == 1 else many
+
+
+def eval_step(
+  method: Method,
+  size: int,
+  variables: PyTree,
+  split: PyTree,
+  chunk: Array,
+  lane: Array,
+) -> Metrics:
+  """Sums over examples [chunk * size, (chunk + 1) * size) of a split.
+
+  Args:
+    method: holds the model; static.
+    size: examples a call over all devices; static, divisible by the lanes.
+    variables: 'params' and 'batch_stats'.
+    split: 'inputs', 'label' and 'count', how many of their rows are real:
+      the others are padding, so that splits of any size share one program.
+    chunk: () int32.
+    lane: () int32, this device's index.
+
+  Returns:
+    'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
+    over all chunks every real example counts exactly once.
+  """
+  share = size // method.lanes
+  index = chunk * size + lane * share + jnp.arange(share)
+  real = index < split['count']
+  index = jnp.where(real, index, 0)
+  label = split['label'][index]
+  logits, _ = method.model.apply(
+    variables, method.prepare(split['inputs'][index]), train=False
+  )
+  logits = logits.astype(jnp.float32)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  sums = {
+    'loss': jnp.sum(jnp.where(real, losses, 0)),
+    'correct': jnp.sum(real & (jnp.argmax(logits, axis=1) == label)),
+    'count': jnp.sum(real),
+  }
+  return jax.lax.psum(sums, method.axis)

@@ -1,0 +1,101 @@
+"""Trains one config.
+
+    python -m margin_jax.train --config=configs/digits.py --workdir=/tmp/digits
+
+Any field can be set on the command line: --config.steps=300.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from margin_jax import config as config_lib
+from margin_jax import data, loop, metrics, parallel
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of checkpoints, metrics and result.json.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of process 0, where there are several processes; or "auto" on a '
+  'TPU pod or a cluster that JAX knows.',
+)
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator.')
+
+
+def _use_compilation_cache() -> None:
+  """Keeps compiled programs for the next start, where that is quiet."""
+  if jax.config.jax_compilation_cache_dir is None:
+    # XLA:CPU of jax 0.10 logs false alarms about the processor, ten lines a
+    # start, for every program it loads. JAX_COMPILATION_CACHE_DIR overrides.
+    if jax.default_backend() == 'cpu' and jax.__version_info__ < (0, 11):
+      return
+    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    folder = pathlib.Path(home) / 'margin_jax' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the trainer; what the user can mend is one line, not a traceback."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)
+  if _COORDINATOR.value is not None:
+    try:
+      parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    except (ValueError, RuntimeError) as error:
+      sys.exit(f'error: {error}')
+  elif (_PROCESSES.value, _PROCESS.value) != (None, None):
+    sys.exit('error: --num_processes and --process_id need --coordinator')
+  _use_compilation_cache()
+  try:
+    # Flushed, so that a pipe or a log file shows each line at once.
+    log = functools.partial(print, flush=True)
+    loop.train(_CONFIG.value, _WORKDIR.value, log=log)
+  except (
+    config_lib.ConfigError,
+    data.DatasetError,
+    metrics.NonFiniteError,
+  ) as error:
+    sys.exit(f'error: {error}')
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags; a mistake in them, or in the config file, is one line."""
+  try:
+    rest = flags.FLAGS(argv)
+    dict(_CONFIG.value)  # a file that could not be read raises only now
+  except flags.Error as error:
+    # Errors inside a config file arrive as text that ends a traceback.
+    last = str(error).strip().splitlines()[-1]
+    sys.exit('error: ' + last.removeprefix('margin_jax.config.ConfigError: '))
+  except AttributeError as error:
+    if not re.match(r"'\\?'?\w+", str(error.args[0])):
+      raise  # a mistake in the config file's own code: show where
+    text = str(error.args[0]).replace('\\n', ' ')
+    name, *hint = re.findall(r'\w+(?: \w+)*', text)
+    sys.exit(f'error: unknown config field {name!r}. {" ".join(hint)}')
+  except OSError as error:
+    sys.exit(f'error: --config: {str(error).strip().splitlines()[-1].strip()}')
+  return rest
+
+
+def run() -> None:
+  """The command line."""
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main, flags_parser=_parse_flags)
+
+
+if __name__ == '__main__':
+  run()
