@@ -1,0 +1,71 @@
+"""ResNet-44 on CIFAR-10: the rows of both papers.
+
+    python -m margin_jax.train --config=configs/cifar10_resnet44.py:mms \
+        --workdir=/tmp/cifar10_mms
+
+Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
+steps, as the papers' 200 epochs) or `regime=early_drop` (44K steps).
+
+Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
+submission, Table 1):
+
+    baseline  standard    93.22% (2020), 93.24% (ICLR)
+    mmr       standard    93.83%
+    mms       early_drop  93.0% after 44K steps
+    baseline  early_drop  1.57 points below the standard regime
+
+Ours: not run at full length yet.
+
+Cost, from XLA's FLOP count of the step: 34 GFLOP for a plain step (b=64), 149
+for an MMS step (B=640). So a run takes (calculated, in PFLOP):
+
+    baseline  standard    5.4
+    mms       early_drop  6.5
+    baseline  early_drop  1.5
+    mms       standard   23.2
+
+MMS needs 28% of the steps of the standard baseline and 1.2 times its FLOPs.
+"""
+
+from margin_jax import config as config_lib
+
+# step -> learning rate; 781 steps of 64 are one pass of 50,000 images.
+REGIMES = {
+  'standard': {
+    'steps': 156_200,  # 200 epochs
+    'boundaries': (63_261, 95_282, 128_084),  # epochs 81, 122, 164
+  },
+  'early_drop': {
+    'steps': 44_000,
+    'boundaries': (24_992, 27_335, 29_678),
+  },
+}
+
+
+def get_config(argument: str | None = None):
+  """The config of one row."""
+  args = config_lib.parse_arguments(
+    argument,
+    method=('baseline', 'mmr', 'mms', 'mms_mmr'),
+    regime=('standard', 'early_drop'),
+  )
+  regime = REGIMES[args.regime]
+  config = config_lib.default()
+  config.steps = regime['steps']
+  config.batch_size = 64
+  config.pool_size = 640
+  config.eval_every = 1000
+  config.checkpoint_every = 1000
+  config.data.name = 'cifar10'
+  config.data.validation_examples = 5000
+  config.data.augmentations = ('crop', 'flip')
+  config.model.name = 'resnet44'
+  config.optimizer.learning_rates = (0.1, 0.01, 0.001, 0.0001)
+  config.optimizer.boundaries = regime['boundaries']
+  config.optimizer.weight_decay = 1e-4
+  if 'mms' in args.method.split('_'):
+    config.selection.rule = 'mms'
+  if 'mmr' in args.method.split('_'):
+    config.mmr.alpha = 1e-5
+    config.mmr.alpha_end = 1e-3
+  return config

@@ -1,0 +1,312 @@
+"""Configs: what is refused and how, arguments, JSON, the files in configs/."""
+
+import ast
+import importlib.util
+import itertools
+import json
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+import margin_jax
+from margin_jax import config as config_lib
+from margin_jax import validation
+from margin_jax.config import ConfigError
+from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+CONFIG_FILES = sorted((REPOSITORY / 'configs').glob('*.py'))
+FIELDS = tuple(config_lib.flatten(config_lib.default()))
+# What may differ between a checkpoint and the run that continues it.
+RESUMABLE = {
+  'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
+  'checkpoint_every', 'eval_batch_size', 'data.data_dir',
+}  # fmt: skip
+
+
+def make_config(fields):
+  """The default with `fields` by dotted name, of whatever type."""
+  config = config_lib.default()
+  with config.unlocked(), config.ignore_type():
+    for name, value in fields.items():
+      *path, leaf = name.split('.')
+      section = config
+      for part in path:
+        section = section[part]
+      with section.unlocked(), section.ignore_type():
+        section[leaf] = value
+  return config
+
+
+def assert_refused(config, name, value, allowed):
+  with pytest.raises(ConfigError) as caught:
+    validation.validate(config)
+  message = str(caught.value)
+  assert message.startswith(f'{name}={value!r} is ')
+  assert allowed in message
+
+
+@pytest.mark.parametrize(('name', 'value', 'allowed'), BAD)
+def test_a_bad_value_is_refused(name, value, allowed):
+  assert_refused(make_config({name: value}), name, value, allowed)
+
+
+def test_every_field_has_a_bad_value():
+  assert {name for name, _, _ in BAD} >= {*FIELDS}
+
+
+@pytest.mark.parametrize(('fields', 'allowed'), BAD_TOGETHER)
+def test_a_bad_combination_is_refused(fields, allowed):
+  name, value = next(iter(fields.items()))
+  assert_refused(make_config(fields), name, value, allowed)
+
+
+@pytest.mark.parametrize('fields', GOOD, ids=str)
+def test_the_edges_of_what_is_allowed(fields):
+  validation.validate(make_config(fields))
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_missing_field_is_named_with_its_default(name):
+  config = config_lib.default()
+  default = config_lib.flatten(config)[name]
+  *path, leaf = name.split('.')
+  section = config[path[0]] if path else config
+  with section.unlocked():
+    del section[leaf]
+  message = re.escape(f'{name} is missing; its default is {default!r}')
+  with pytest.raises(ConfigError, match=f'^{message}$'):
+    validation.validate(config)
+
+
+def test_a_list_does_for_a_tuple():
+  config = make_config({'data.augmentations': ['crop'], RATES: [0.1]})
+  validation.validate(config)
+  assert config_lib.flatten(config)[RATES] == (0.1,)
+
+
+def test_sizes_must_be_divisible_by_the_devices():
+  config = make_config({'batch_size': 6, 'pool_size': 9})
+  validation.validate_devices(config, 2)  # no pool without a rule
+  with pytest.raises(ConfigError, match=r'^batch_size=6 .*divisible by 4 '):
+    validation.validate_devices(config, 4)
+  config.selection.rule = 'mms'
+  validation.validate_devices(config, 3)
+  with pytest.raises(ConfigError, match=r'^pool_size=9 .*divisible by 2 '):
+    validation.validate_devices(config, 2)
+
+
+def test_the_data_must_fill_what_a_step_draws():
+  config = make_config({'pool_size': 640, 'batch_size': 64})
+  validation.validate_data(config, 64, (8, 8, 1))
+  with pytest.raises(ConfigError, match=r'^batch_size=64 .*at most 63, '):
+    validation.validate_data(config, 63, (8, 8, 1))
+  config.selection.rule = 'mms'
+  validation.validate_data(config, 640, (8, 8, 1))
+  with pytest.raises(ConfigError, match=r'^pool_size=640 .*at most 639, '):
+    validation.validate_data(config, 639, (8, 8, 1))
+
+
+def test_options_that_the_data_make_void_are_refused():
+  config = make_config({'trimming.last': 0.2, 'steps': 11})
+  validation.validate_data(config, 640, (8, 8, 1))
+  config.steps = 10
+  with pytest.raises(ConfigError, match=r'^steps=10 .* above 10, one epoch'):
+    validation.validate_data(config, 640, (8, 8, 1))
+  config = make_config(
+    {
+      'model.name': 'resnet8',
+      'selection.rule': 'mms',
+      'selection.score_resolution': 31,
+    }
+  )
+  validation.validate_data(config, 640, (32, 32, 3))
+  with pytest.raises(ConfigError, match=r'^selection.score_resolution=31 '):
+    validation.validate_data(config, 640, (31, 31, 3))
+
+
+def parse(text):
+  return config_lib.parse_arguments(
+    text,
+    method=('baseline', 'mms'),
+    seed=3,
+    rate=0.5,
+    fast=False,
+    folder='here',
+  )
+
+
+@pytest.mark.parametrize(
+  ('text', 'changed'),
+  [
+    (None, {}),
+    ('', {}),
+    ('mms', {'method': 'mms'}),
+    ('method=mms', {'method': 'mms'}),
+    ('seed=7,method=mms', {'seed': 7, 'method': 'mms'}),
+    ('mms,rate=1,folder=a=b', {'method': 'mms', 'rate': 1.0, 'folder': 'a=b'}),
+    ('fast=true', {'fast': True}),
+    ('baseline,fast=False,rate=1e-3', {'rate': 1e-3}),
+  ],
+)
+def test_arguments_change_the_defaults(text, changed):
+  expected = {
+    'method': 'baseline', 'seed': 3, 'rate': 0.5, 'fast': False,
+    'folder': 'here',
+  } | changed  # fmt: skip
+  values = dict(parse(text))
+  assert values == expected
+  for name, value in expected.items():
+    assert type(values[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('mmr', ["method='mmr'", "('baseline', 'mms')"]),
+    ('method=', ["method=''", "('baseline', 'mms')"]),
+    ('sed=3', ["'sed' is unknown", "('method', 'seed', 'rate', 'fast', "]),
+    ('seed=1,seed=2', ["'seed' is given twice"]),
+    ('mms,method=mms', ["'method' is given twice"]),
+    ('seed=1,mms', ["'mms' must be field=value"]),
+    ('seed=1.5', ["seed='1.5'", 'type int']),
+    ('fast=1', ["fast='1'", 'type bool']),
+  ],
+)
+def test_bad_arguments_are_refused(text, words):
+  with pytest.raises(ConfigError) as caught:
+    parse(text)
+  assert all(word in str(caught.value) for word in words)
+
+
+def test_flatten_names_fields_by_path():
+  config = ml_collections.ConfigDict(
+    {'a': 1, 'b': {'c': (1, 2), 'd': {'e': None}}, 'f': [3]}
+  )
+  expected = {'a': 1, 'b.c': (1, 2), 'b.d.e': None, 'f': (3,)}
+  assert config_lib.flatten(config) == expected
+
+
+def test_json_and_back_gives_no_differences():
+  config = make_config(
+    {RATES: (0.1, 0.01), BOUNDARIES: (5,), 'data.augmentations': ('crop',)}
+  )
+  saved = json.loads(json.dumps(config_lib.as_json(config)))
+  assert {*saved} == {*FIELDS}
+  assert config_lib.differences(saved, config_lib.as_json(config)) == []
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_change_is_a_difference_unless_a_run_may_make_it(name):
+  before = config_lib.as_json(config_lib.default())
+  after = before | {name: 'new'}
+  line = f'{name}: {before[name]!r} -> {"new"!r}'
+  expected = [] if name in RESUMABLE else [line]
+  assert config_lib.differences(before, after) == expected
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'because'),
+  [
+    # alpha's slope is (alpha_end - alpha) / steps.
+    ('steps', 2000, {'mmr.alpha_end': 1e-3}),
+    # Each device normalises with its own examples.
+    ('devices', 2, {'model.batch_norm': 'device'}),
+    # Each device ranks its own examples.
+    ('devices', 2, {'selection.scope': 'device', 'selection.rule': 'mms'}),
+    # The share that is kept is linear between the first and the last epoch.
+    ('steps', 2000, {'trimming.last': 0.2}),
+  ],
+)
+def test_a_continued_run_may_not_change_its_updates(name, value, because):
+  before = config_lib.as_json(make_config(because))
+  after = config_lib.as_json(make_config({**because, name: value}))
+  lines = config_lib.differences(before, after)
+  assert [line.partition(':')[0] for line in lines] == [name]
+
+
+def test_every_field_is_read_outside_of_config():
+  # Attribute chains of the syntax tree: comments and docstrings do not count.
+  read = set()
+  for path in pathlib.Path(margin_jax.__file__).parent.rglob('*.py'):
+    if path.name != 'config.py':
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+          read.add(ast.unparse(node))
+  unread = [
+    name
+    for name in FIELDS
+    if not any(f'.{chain}'.endswith(f'.config.{name}') for chain in read)
+  ]
+  assert not unread
+
+
+def load_config_file(path):
+  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def arguments_of(module, monkeypatch):
+  """No argument, and every combination of arguments."""
+  seen = {}
+  parse_arguments = config_lib.parse_arguments
+
+  def spy(text, **fields):
+    seen.update(fields)
+    return parse_arguments(text, **fields)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(config_lib, 'parse_arguments', spy)
+    module.get_config()
+  choices = [
+    [f'{name}={value}' for value in values]
+    for name, values in seen.items()
+    if isinstance(values, tuple)  # a set of values, not a default
+  ]
+  combinations = [','.join(parts) for parts in itertools.product(*choices)]
+  return [None, *filter(None, combinations)]
+
+
+@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_files_are_valid(path, monkeypatch):
+  module = load_config_file(path)
+  assert f'--config=configs/{path.name}' in module.__doc__
+  for argument in arguments_of(module, monkeypatch):
+    config = module.get_config(*filter(None, [argument]))
+    validation.validate(config)
+
+
+# Design, section 6: epochs of 781 steps; drops by 10; where the run ends.
+REGIMES = {
+  'standard': (200 * 781, (81 * 781, 122 * 781, 164 * 781)),
+  'early_drop': (44_000, (24_992, 27_335, 29_678)),
+}
+MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
+# What a method changes of plain training.
+METHODS = {
+  'baseline': {'selection.rule': 'uniform', 'mmr.alpha': 0.0},
+  'mms': {'selection.rule': 'mms', 'mmr.alpha': 0.0, 'mmr.alpha_end': None},
+  'mmr': {'selection.rule': 'uniform', **MMR},
+  'mms_mmr': {'selection.rule': 'mms', **MMR},
+}
+
+
+@pytest.mark.parametrize('regime', REGIMES)
+@pytest.mark.parametrize('method', METHODS)
+def test_cifar10_resnet44_has_the_numbers_of_the_papers(method, regime):
+  module = load_config_file(REPOSITORY / 'configs/cifar10_resnet44.py')
+  config = config_lib.flatten(module.get_config(f'{method},regime={regime}'))
+  steps, boundaries = REGIMES[regime]
+  expected = {
+    'steps': steps, BOUNDARIES: boundaries, RATES: (0.1, 0.01, 0.001, 0.0001),
+    'batch_size': 64, 'pool_size': 640, 'model.name': 'resnet44',
+    'optimizer.name': 'sgd', 'optimizer.momentum': 0.9,
+    'optimizer.nesterov': False, 'optimizer.weight_decay': 1e-4,
+    'data.name': 'cifar10', 'data.validation_examples': 5000,
+    'data.augmentations': ('crop', 'flip'), 'data.crop_padding': 4,
+  } | METHODS[method]  # fmt: skip
+  assert config.items() >= expected.items()

@@ -1,0 +1,400 @@
+"""Pools, augmentations, statistics, datasets real and made here."""
+
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import socket
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn import datasets as sklearn_datasets
+from tensorflow_datasets.core.download import download_manager, util
+
+from margin_jax import data
+from margin_jax.data import augment, digits, images, prepare
+
+CIFAR = (32, 32, 3)
+
+
+@functools.cache
+def pools(steps, size, examples, lanes=1, seed=0):
+  """The pools of the first steps; arrays (steps, size, ...)."""
+  split = {
+    'inputs': jnp.zeros((examples, 1), jnp.uint32),
+    'label': 100 + jnp.arange(examples),
+  }
+
+  @jax.jit
+  def draw(stream, step, lane):
+    return data.draw(
+      stream, split, size, key=jax.random.key(seed), step=step, lane=lane,
+      lanes=lanes,
+      # What the key of an example is, in place of its pixels.
+      augment=lambda key, image: jax.random.bits(key, image.shape),
+    )  # fmt: skip
+
+  stream = data.Stream.create(examples)
+  found = []
+  for step in range(steps):
+    drawn = [draw(stream, jnp.int32(step), jnp.int32(i)) for i in range(lanes)]
+    for other, _ in drawn[1:]:
+      jax.tree.map(np.testing.assert_array_equal, drawn[0][0], other)
+    stream = drawn[0][0]
+    shares = (share for _, share in drawn)
+    found.append(jax.tree.map(lambda *x: np.concatenate(x), *shares))
+  return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+@pytest.mark.parametrize('lanes', [1, 2, 4])
+def test_pools_do_not_depend_on_the_number_of_lanes(lanes):
+  expected = pools(5, 8, 23)
+  found = pools.__wrapped__(5, 8, 23, lanes)  # 1: computed again
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert found['index'].dtype == np.int32
+  assert found['index'].shape == (5, 8)
+  np.testing.assert_array_equal(found['label'], 100 + found['index'])
+
+
+@pytest.mark.parametrize(
+  ('size', 'examples', 'per_epoch'), [(8, 23, 2), (6, 24, 4), (7, 7, 1)]
+)
+def test_an_epoch_visits_no_example_twice(size, examples, per_epoch):
+  epochs = 8
+  index = pools(epochs * per_epoch, size, examples)['index']
+  index = index.reshape(epochs, per_epoch * size)
+  for epoch in index:
+    assert len({*epoch}) == per_epoch * size
+  assert {*index.ravel()} == {*range(examples)}
+  # Every epoch, and every seed, has an order of its own.
+  assert len({epoch.tobytes() for epoch in index}) == epochs
+  other = pools(epochs * per_epoch, size, examples, seed=1)['index']
+  assert not (other.reshape(index.shape) == index).all(axis=1).any()
+
+
+def test_every_example_has_a_key_of_its_own_at_every_step():
+  first = pools(16, 8, 23)['inputs']
+  other = pools(16, 8, 23, seed=1)['inputs']
+  assert np.unique([first, other]).size == first.size + other.size
+
+
+def image_of(number, shape):
+  return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+
+
+def crops(image, padding):
+  """Every crop of the padded image, by loops."""
+  height, width, _ = image.shape
+  found = []
+  for top in range(-padding, padding + 1):
+    for left in range(-padding, padding + 1):
+      found.append(np.zeros_like(image))
+      for i in range(height):
+        for j in range(width):
+          if 0 <= top + i < height and 0 <= left + j < width:
+            found[-1][i, j] = image[top + i, left + j]
+  return found
+
+
+PIXELS = image_of(0, (3, 4, 2))
+MIRRORED = np.stack([PIXELS[:, 3 - j] for j in range(4)], axis=1)
+
+
+@pytest.mark.parametrize(
+  ('names', 'padding', 'expected'),
+  [
+    ((), 1, [PIXELS]),
+    (('flip', 'flip'), 1, [PIXELS, MIRRORED]),  # each by a key of its own
+    (('crop',), 2, crops(PIXELS, 2)),
+    (('flip',), 1, [PIXELS, MIRRORED]),
+    (('crop', 'flip'), 1, crops(PIXELS, 1) + crops(MIRRORED, 1)),
+  ],
+)
+def test_augmented_images_are_all_there_equally_often(names, padding, expected):
+  function = jax.vmap(augment.compose(names, padding), (0, None))
+  keys = jax.random.split(jax.random.key(0), 4000)
+  outputs = jax.jit(function)(keys, PIXELS)
+  assert outputs.dtype == jnp.uint8
+  counts = dict.fromkeys((x.tobytes() for x in expected), 0)
+  assert len(counts) == len(expected)
+  for output in np.asarray(outputs):
+    counts[output.tobytes()] += 1
+  mean = 4000 / len(expected)
+  assert max(abs(x - mean) for x in counts.values()) <= 5 * np.sqrt(mean)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_normalized_images_have_mean_0_and_variance_1(channels):
+  scale = 15 * np.arange(1, channels + 1)  # channels unlike each other
+  raw = np.random.default_rng(0).normal(4, 1, (50, 6, 7, channels))
+  raw = (raw * scale).astype(np.uint8)
+  values = raw.reshape(-1, channels).astype(np.float64) / 255
+  mean, std = images.statistics(raw)
+  np.testing.assert_allclose(mean, values.mean(axis=0), 1e-12)
+  np.testing.assert_allclose(std, values.std(axis=0), 1e-12)
+  outputs = images.normalizer(raw, 'dataset')(jnp.asarray(raw))
+  assert outputs.dtype == jnp.float32
+  outputs = np.asarray(outputs, np.float64).reshape(-1, channels)
+  np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-5)
+  np.testing.assert_allclose(outputs.var(axis=0), 1, 1e-5)
+
+
+def test_imagenet_normalization_has_imagenets_statistics():
+  raw = image_of(0, (6, 7, 3))
+  outputs = images.normalizer(raw[None], 'imagenet')(jnp.asarray(raw))
+  expected = (raw / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+  np.testing.assert_allclose(outputs, expected, 1e-5, 1e-5)
+
+
+def test_digits_are_scikit_learns_each_once():
+  train, test, _ = digits.load()
+  rows = []
+  for split, count in ((train, 1437), (test, 360)):
+    assert split['inputs'].shape == (count, 8, 8, 1)
+    assert split['label'].shape == (count,)
+    dtypes = [array.dtype for array in split.values()]
+    assert dtypes == [np.uint8, np.int32]
+    assert {*split['label']} == {*range(10)}
+    assert (split['inputs'].min(), split['inputs'].max()) == (0, 255)
+    for image, label in zip(split['inputs'], split['label'], strict=True):
+      rows.append((bytes(image), int(label)))
+  assert len({image for image, _ in rows}) == 1797  # so the splits are disjoint
+  bunch = sklearn_datasets.load_digits()
+  grey = np.round(bunch.images / 16 * 255).astype(np.uint8)
+  expected = zip(map(bytes, grey), map(int, bunch.target), strict=True)
+  assert sorted(rows) == sorted(expected)
+
+
+def test_validation_is_the_last_of_the_training_examples():
+  train, test, _ = digits.load()
+  assert {*data.load('digits').splits} == {'train', 'test'}
+  source = data.load('digits', validation_examples=100)
+  assert {*source.splits} == {'train', 'validation', 'test'}
+  assert (source.input_shape, source.num_classes) == ((8, 8, 1), 10)
+  for split, whole, rows in (
+    ('train', train, slice(-100)),
+    ('validation', train, slice(-100, None)),
+    ('test', test, slice(None)),
+  ):
+    for key, value in source.splits[split].items():
+      np.testing.assert_array_equal(value, whole[key][rows])
+  # Normalised by what is trained on: the held-out images do not count.
+  first = source.prepare(jnp.asarray(train['inputs'][:-100]))
+  np.testing.assert_allclose([np.mean(first), np.var(first)], [0, 1], 0, 1e-5)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'words'),
+  [
+    ('name', 'cifar', ["'cifar'", "('digits', 'cifar10', 'cifar100', "]),
+    ('validation_examples', 1437, ['validation_examples=1437', 'has 1437 ']),
+    ('validation_examples', -1, ['validation_examples=-1']),
+    ('normalization', 'imagenet', ["='imagenet' needs RGB", '1 channel']),
+    ('normalization', 'none', ["'none'", "('dataset', 'imagenet')"]),
+    ('augmentations', ('cutout',), ["'cutout'", "('crop', 'flip')"]),
+  ],
+)
+def test_bad_arguments_of_load_are_refused(field, value, words):
+  message = '.*'.join(re.escape(word) for word in words)
+  with pytest.raises(ValueError, match=message):
+    data.load(**{'name': 'digits', field: value})
+
+
+def write_dataset(folder, name, *, ids, labels):
+  """Prepares dataset `name` as TFDS would, and returns the files' folder.
+
+  Training example i is image_of(i, shape) with label labels[i], unchecked, and
+  CIFAR's id, 'train_7', if `ids`; the three test examples have labels 0, 1, 2.
+  """
+  # Before registration is skipped: this registers the stock datasets.
+  stock = tfds.builder(name, data_dir=folder)
+  shape = stock.info.features['image'].shape
+  features = {'image': tfds.features.Image(shape=shape), 'label': np.int64}
+  features |= {'id': tfds.features.Text()} if ids else {}
+  features = tfds.features.FeaturesDict(features)
+
+  with tfds.core.registered.skip_registration():
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+      VERSION = stock.version
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+      def _split_generators(self, dl_manager):
+        splits = {'train': labels, 'test': range(3)}
+        return {s: self._generate_examples(s, x) for s, x in splits.items()}
+
+      def _generate_examples(self, split, values):
+        for i, value in enumerate(values):
+          image = Image.fromarray(image_of(i, shape).squeeze())
+          record = {'image': image, 'label': value}
+          key = f'{split}_{i}'
+          yield key, record | ({'id': key} if ids else {})
+
+  Builder.name = name
+  builder = Builder(data_dir=folder, file_format='array_record')
+  builder.download_and_prepare()
+  return builder.data_path
+
+
+def stored_records(name, folder):
+  """The training records, as they lie in the dataset's files."""
+  return tfds.data_source(name, data_dir=folder, split='train')
+
+
+def number_of(record):
+  return int(record['id'].decode().removeprefix('train_'))
+
+
+def test_stored_images_come_back_in_the_order_of_their_ids(tmp_path):
+  labels = np.random.default_rng(0).integers(0, 10, 120)
+  write_dataset(tmp_path, 'cifar10', ids=True, labels=labels)
+  stored = stored_records('cifar10', tmp_path)
+  assert [number_of(x) for x in stored] != [*range(120)]
+  source = data.load('cifar10', data_dir=str(tmp_path), validation_examples=15)
+  splits = source.splits
+  test_label = splits['test']['label']
+  assert sorted(test_label) == [0, 1, 2]
+  for split, numbers, expected in (
+    ('train', range(105), labels[:105]),
+    ('validation', range(105, 120), labels[105:]),
+    ('test', test_label, test_label),
+  ):
+    inputs, label = splits[split].values()
+    assert (inputs.dtype, label.dtype) == (np.uint8, np.int32)
+    np.testing.assert_array_equal(inputs, [image_of(i, CIFAR) for i in numbers])
+    np.testing.assert_array_equal(label, expected)
+
+
+def test_without_ids_images_come_back_as_stored(tmp_path):
+  labels = np.arange(1005) % 10  # more than are decoded at once
+  write_dataset(tmp_path, 'mnist', ids=False, labels=labels)
+  stored = stored_records('mnist', tmp_path)
+  train = data.load('mnist', data_dir=str(tmp_path)).splits['train']
+  assert train['inputs'].shape == (1005, 28, 28, 1)
+  for image, label, record in zip(*train.values(), stored, strict=True):
+    np.testing.assert_array_equal(image, record['image'])
+    assert label == record['label']
+
+
+@pytest.mark.parametrize(('label', 'run'), [(-1, '-1 to 5'), (10, '3 to 10')])
+def test_a_label_out_of_range_is_refused(tmp_path, label, run):
+  write_dataset(tmp_path, 'cifar10', ids=True, labels=[3, label, 5])
+  words = rf"'cifar10', split 'train': .* {run}, outside \[0, 10\)"
+  with pytest.raises(data.DatasetError, match=words):
+    data.load('cifar10', data_dir=str(tmp_path))
+
+
+def command_of(message):
+  """The words of the command that a message tells the user to run."""
+  return shlex.split(message[message.index('python') :].partition(' -- ')[0])
+
+
+def test_a_missing_dataset_is_an_answer_at_once(tmp_path, monkeypatch):
+  tries = []
+
+  def refuse(*args, **kwargs):
+    tries.append(args)
+    raise OSError('no network in this test')
+
+  monkeypatch.setattr(socket.socket, 'connect', refuse)
+  monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+  folder = str(tmp_path / 'my data')
+  started = time.perf_counter()
+  with pytest.raises(data.DatasetError) as caught:
+    data.load('cifar100', data_dir=folder)
+  assert time.perf_counter() - started < 10
+  assert not tries
+  assert f'looked in {folder}/cifar100/' in str(caught.value)
+  words = ['-m', 'margin_jax.data.prepare', 'cifar100', f'--data_dir={folder}']
+  assert command_of(str(caught.value))[1:] == words
+
+
+SPOILED = {
+  'bad_info': ('dataset_*', lambda path: path.write_text('{')),
+  'no_shard': ('*-train.*', lambda path: path.unlink()),
+  'cut': ('*-train.*', lambda path: os.truncate(path, 70_000)),
+  'tfrecord': (
+    'dataset_*',
+    lambda path: path.write_text(path.read_text().replace('array_', 'tf')),
+  ),
+}
+
+
+@pytest.mark.parametrize('how', SPOILED)
+def test_a_broken_dataset_is_named_with_the_remedy(tmp_path, how):
+  folder = write_dataset(tmp_path, 'cifar10', ids=True, labels=[1] * 100)
+  pattern, spoil = SPOILED[how]
+  for path in folder.glob(pattern):
+    spoil(path)
+  with pytest.raises(data.DatasetError, match="dataset 'cifar10'") as caught:
+    data.load('cifar10', data_dir=str(tmp_path))
+  assert 'margin_jax.data.prepare' in command_of(str(caught.value))
+
+
+def test_prepare_refuses_an_unknown_name(capsys):
+  with pytest.raises(SystemExit) as caught:
+    prepare.main(['cifar'])
+  assert caught.value.code == 2
+  assert 'svhn_cropped' in capsys.readouterr().err
+
+
+def test_prepare_says_that_it_needs_tensorflow(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(SystemExit, match='pip install tensorflow-cpu'):
+    prepare.main(['cifar10'])
+
+
+def test_prepare_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+  folder = write_dataset(tmp_path, 'cifar10', ids=True, labels=[1])
+  capsys.readouterr()
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  prepare.main(['cifar10', f'--data_dir={tmp_path}'])
+  assert capsys.readouterr().out == f'{folder}\n'
+
+
+@pytest.mark.parametrize(
+  'error',
+  [OSError, util.DownloadError, download_manager.NonMatchingChecksumError],
+)
+def test_prepare_explains_a_failed_download(monkeypatch, error):
+  def fail(name, data_dir):
+    raise error('the reason')
+
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  monkeypatch.setattr(prepare, 'prepare', fail)
+  with pytest.raises(SystemExit, match=r'(?s)reason.*downloads/manual'):
+    prepare.main(['cifar10'])
+
+
+def test_cifar10_validates_on_the_last_5000_images(data_dir):
+  source = data.load(
+    'cifar10', data_dir=str(data_dir / 'tfds'), validation_examples=5000
+  )
+  sizes = {name: len(x['label']) for name, x in source.splits.items()}
+  assert sizes == {'train': 45_000, 'validation': 5000, 'test': 10_000}
+  assert (source.input_shape, source.num_classes) == (CIFAR, 10)
+  stored = stored_records('cifar10', data_dir / 'tfds')
+  seen = set()
+  for record in stored.__getitems__([*range(0, 50_000, 500)]):
+    number = number_of(record)
+    split, first = ('train', 0) if number < 45_000 else ('validation', 45_000)
+    image, label = (x[number - first] for x in source.splits[split].values())
+    np.testing.assert_array_equal(image, record['image'])
+    assert label == record['label']
+    seen.add(split)
+  assert seen == {'train', 'validation'}
+
+
+def test_mnist_is_read(data_dir):
+  source = data.load('mnist', data_dir=str(data_dir / 'tfds'))
+  for name, count in (('train', 60_000), ('test', 10_000)):
+    assert source.splits[name]['inputs'].shape == (count, 28, 28, 1)
+  assert {*source.splits['test']['label']} == {*range(10)}

@@ -1,0 +1,319 @@
+"""The trainer: resuming, files, refusals. Digits, 20 steps, one device."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from margin_jax import build, loop, metrics, parallel
+from margin_jax import config as config_lib
+from margin_jax.checkpoints import Checkpoints
+from tests import helpers
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Interrupted(Exception):
+  """Raised from a progress line, where a kill might have come."""
+
+
+def train(workdir, *, interrupt_at=None, **fields):
+  lines = []
+
+  def log(line):
+    lines.append(line)
+    if interrupt_at is not None and f'step {interrupt_at}/' in line:
+      raise Interrupted
+
+  config = helpers.small_config(**fields)
+  return loop.train(config, str(workdir), log=log), lines
+
+
+def saved_state(workdir, **fields):
+  """The latest checkpoint's state and info."""
+  config = helpers.small_config(**fields)
+  source = helpers.digits()
+  target = build.init_state(
+    config, source, build.make_method(config, source, 1)
+  )
+  checkpoints = Checkpoints(str(workdir))
+  restored = checkpoints.restore(target)
+  checkpoints.close()
+  return restored
+
+
+def read_csv(path):
+  with path.open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('finished')
+  result, lines = train(workdir)
+  return workdir, result, lines
+
+
+def test_run_writes_what_it_promises(finished):
+  workdir, result, lines = finished
+  written = json.loads((workdir / 'result.json').read_text())
+  assert written == json.loads(json.dumps(result))
+  assert result['test']['count'] == 360
+  assert result['validation']['count'] == 180
+  assert result['config'] == config_lib.as_json(helpers.small_config())
+  assert result['seed'] == 0
+  assert result['examples_scored'] == 20 * 32
+  assert result['examples_trained'] == 20 * 8
+  assert result['flops'] > 0
+  assert result['seconds'] > 0
+  assert result['versions']['jax']
+  assert list((workdir / 'tensorboard').iterdir())
+
+  rows = read_csv(workdir / 'train.csv')
+  assert [int(row['step']) for row in rows] == [5, 10, 15, 20]
+  assert [int(row['examples_scored']) for row in rows] == [160, 320, 480, 640]
+  flops = [float(row['flops']) for row in rows]
+  np.testing.assert_allclose(np.diff(flops), flops[0])
+  assert all(float(row['penalty']) > 0 for row in rows)
+  rows = read_csv(workdir / 'eval.csv')
+  assert [(int(row['step']), row['split']) for row in rows] == [
+    (10, 'validation'), (10, 'test'), (20, 'validation'), (20, 'test'),
+  ]  # fmt: skip
+  assert float(rows[-1]['accuracy']) == result['test']['accuracy']
+  assert any('eta' in line and 'steps/s' in line for line in lines)
+  assert 'test accuracy' in lines[-1]
+
+
+def test_best_is_the_best_validation(finished):
+  workdir, result, _ = finished
+  rows = read_csv(workdir / 'eval.csv')
+  best = max(float(r['accuracy']) for r in rows if r['split'] == 'validation')
+  assert result['best']['validation'] == best
+
+
+def test_same_command_on_a_complete_run_changes_nothing(finished):
+  workdir, result, _ = finished
+  before = (workdir / 'eval.csv').read_bytes()
+  again, lines = train(workdir)
+  assert again['test'] == result['test']
+  assert again['seconds'] == result['seconds']
+  assert (workdir / 'eval.csv').read_bytes() == before
+  assert 'starting at step 20' in lines[0]
+
+
+@pytest.mark.parametrize('at', [10, 15])
+def test_interrupted_run_ends_bit_identical(finished, tmp_path, at):
+  workdir, result, _ = finished
+  with pytest.raises(Interrupted):
+    train(tmp_path, interrupt_at=at)
+  again, lines = train(tmp_path)
+  # At 10 the interruption comes before the save at 10.
+  assert f'starting at step {0 if at == 10 else 10}' in lines[0]
+  helpers.assert_trees_equal(saved_state(workdir)[0], saved_state(tmp_path)[0])
+  assert again['test'] == result['test']
+  assert again['best'] == result['best']
+  for name in ('examples_scored', 'examples_trained', 'flops'):
+    assert again[name] == result[name]
+  steps = [int(row['step']) for row in read_csv(tmp_path / 'train.csv')]
+  assert steps == [5, 10, 15, 20]
+
+
+def test_killed_process_ends_bit_identical(tmp_path):
+  """kill -9 at some moment after the first checkpoint, then the same again."""
+  command = [
+    sys.executable, '-m', 'margin_jax.train', '--config=configs/digits.py',
+    '--config.steps=60', '--config.checkpoint_every=10',
+    '--config.eval_every=30', '--config.log_every=5',
+    '--config.batch_size=8', '--config.pool_size=32',
+  ]  # fmt: skip
+  environment = {**os.environ, 'XLA_FLAGS': ''}
+
+  def start(workdir):
+    return subprocess.Popen(
+      [*command, f'--workdir={workdir}'], cwd=ROOT, env=environment,
+      stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  process = start(tmp_path / 'killed')
+  checkpoint = tmp_path / 'killed' / 'checkpoints' / '20'
+  while process.poll() is None and not checkpoint.exists():
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  outputs = {}
+  for name in ('killed', 'whole'):
+    process = start(tmp_path / name)
+    outputs[name] = process.communicate()[0]
+    assert process.returncode == 0
+  assert 'starting at step 0' not in outputs['killed']
+
+  # digits.py's model and optimizer; its schedules do not change shapes.
+  fields = {'steps': 60, 'mmr.alpha_end': 1e-3}
+  states = [saved_state(tmp_path / name, **fields)[0] for name in outputs]
+  helpers.assert_trees_equal(*states)
+  assert int(states[0].step) == 60
+
+
+def test_a_checkpoint_fits_any_number_of_devices(finished, tmp_path):
+  workdir, _, _ = finished
+  with pytest.raises(Interrupted):
+    train(tmp_path, interrupt_at=15, devices=4)
+  _, lines = train(tmp_path, devices=1)
+  assert 'starting at step 10' in lines[0]
+  one, four = saved_state(workdir)[0], saved_state(tmp_path)[0]
+  helpers.assert_trees_close(one.params, four.params, 1e-5)
+
+
+def test_another_config_is_refused(finished):
+  workdir, _, _ = finished
+  before = (workdir / 'result.json').read_bytes()
+  with pytest.raises(config_lib.ConfigError, match=r'seed: 0 -> 1'):
+    train(workdir, seed=1)
+  with pytest.raises(config_lib.ConfigError, match=r'steps=10 .* step 20'):
+    train(workdir, steps=10)
+  assert (workdir / 'result.json').read_bytes() == before
+
+
+def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
+  with pytest.raises(metrics.NonFiniteError, match=r'is (nan|inf) at step \d+'):
+    train(
+      tmp_path,
+      **{
+        'optimizer.learning_rates': (0.01, 1e30),
+        'optimizer.boundaries': (12,),
+      },
+    )
+  state, info = saved_state(tmp_path)
+  assert info['step'] == 10
+  assert all(np.isfinite(x).all() for x in state.params['head'].values())
+
+
+def test_bad_config_stops_before_anything_is_written(tmp_path):
+  config = helpers.small_config()
+  config.pool_size = 4
+  workdir = tmp_path / 'run'
+  with pytest.raises(config_lib.ConfigError, match='pool_size=4'):
+    loop.train(config, str(workdir))
+  config = helpers.small_config(devices=4, batch_size=10)
+  with pytest.raises(config_lib.ConfigError, match='divisible by 4 devices'):
+    loop.train(config, str(workdir))
+  config = helpers.small_config(pool_size=1258)
+  with pytest.raises(config_lib.ConfigError, match='at most 1257'):
+    loop.train(config, str(workdir))
+  assert not workdir.exists()
+
+
+def test_without_validation_there_is_no_best(tmp_path):
+  result, _ = train(tmp_path, **{'data.validation_examples': 0}, steps=5)
+  assert result['best'] is None
+  assert 'validation' not in result
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+  def error_of(*arguments):
+    process = subprocess.run(
+      [sys.executable, '-m', 'margin_jax.train', *arguments],
+      cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode != 0
+    assert 'Traceback' not in process.stderr
+    return process.stderr
+
+  workdir = f'--workdir={tmp_path}'
+  message = error_of(
+    '--config=configs/digits.py', workdir, '--config.model.name=resnet9'
+  )
+  assert "error: model.name='resnet9' is not allowed" in message
+  message = error_of('--config=configs/cifar10_resnet44.py:mmx', workdir)
+  assert "method='mmx' must be one of" in message
+  message = error_of(
+    '--config=configs/cifar10_resnet44.py:mms', workdir,
+    f'--config.data.data_dir={tmp_path}',
+  )  # fmt: skip
+  assert 'margin_jax.data.prepare cifar10' in message
+
+
+def test_cifar10_trains(data_dir, tmp_path):
+  """The real 45,000 images: scored, selected, evaluated on all 10,000."""
+  result, lines = train(
+    tmp_path,
+    **{
+      'data.name': 'cifar10',
+      'data.data_dir': str(data_dir / 'tfds'),
+      'data.validation_examples': 5000,
+      'data.augmentations': ('crop', 'flip'),
+      'model.name': 'resnet8',
+      'batch_size': 32,
+      'pool_size': 64,
+      'steps': 40,
+      'eval_every': 40,
+      'checkpoint_every': 40,
+      'log_every': 10,
+      'optimizer.learning_rates': (0.05,),
+    },
+  )
+  assert '45,000 training examples' in lines[0]
+  assert result['test']['count'] == 10_000
+  assert result['validation']['count'] == 5_000
+  losses = [float(row['loss']) for row in read_csv(tmp_path / 'train.csv')]
+  assert losses[-1] < losses[0]
+
+
+def test_a_resumed_run_reaches_its_end_with_several_steps_a_call(tmp_path):
+  intervals = {'log_every': 5, 'eval_every': 5, 'checkpoint_every': 5}
+  train(tmp_path, steps=15, **intervals)
+  intervals = {'log_every': 10, 'eval_every': 10, 'checkpoint_every': 10}
+  with pytest.raises(config_lib.ConfigError, match='a divisor of 15'):
+    train(tmp_path, steps=40, steps_per_call=10, **intervals)
+  result, _ = train(tmp_path, steps=40, steps_per_call=5, **intervals)
+  assert result['examples_trained'] == 40 * 8
+  assert int(saved_state(tmp_path)[0].step) == 40
+
+
+def test_a_run_stopped_before_its_result_writes_it(tmp_path):
+  first, _ = train(tmp_path, steps=5)
+  (tmp_path / 'result.json').unlink()
+  again, _ = train(tmp_path, steps=5)
+  assert again['test'] == first['test']
+  assert (tmp_path / 'result.json').exists()
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'devices': 9},
+    {'data.validation_examples': 5000},
+    {'data.normalization': 'imagenet'},
+  ],
+)
+def test_mistakes_seen_late_are_config_errors_too(tmp_path, fields):
+  with pytest.raises(config_lib.ConfigError):
+    train(tmp_path, **fields)
+
+
+def test_unusable_workdir_is_a_config_error(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(config_lib.ConfigError, match='workdir='):
+    train(tmp_path / 'file')
+
+
+def test_python_stays_a_few_calls_ahead_of_the_devices(monkeypatch, tmp_path):
+  """A hundred waiting calls deadlock XLA:CPU's collectives."""
+  waited = []
+  wait = jax.block_until_ready
+  monkeypatch.setattr(
+    jax, 'block_until_ready', lambda x: waited.append(1) or wait(x)
+  )
+  intervals = {'log_every': 200, 'eval_every': 200, 'checkpoint_every': 200}
+  train(tmp_path, steps=200, devices=4, **intervals)
+  assert len(waited) >= 200 - parallel.MAX_CALLS_AHEAD - 1

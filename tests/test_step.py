@@ -1,0 +1,220 @@
+"""The fused step: against its parts, on several devices, as one program."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from margin_jax import build, evaluation, parallel
+from margin_jax import step as step_lib
+from tests import helpers, references
+
+
+@functools.cache
+def setup(**fields):
+  return helpers.Setup(**fields)
+
+
+def test_step_is_one_program_without_host_callbacks():
+  (program,) = setup().program.programs
+  lowered = program.lowered.as_text()
+  assert lowered.count('func.func public @main') == 1
+  assert 'top_k' in lowered
+  optimised = program.as_text()
+  assert optimised.count('\nENTRY') == 1
+  targets = set(re.findall(r'custom_call_target="([^"]+)"', optimised))
+  targets |= set(re.findall(r'custom_call @(\w+)', lowered))
+  assert not [target for target in targets if 'callback' in target]
+  for transfer in ('infeed', 'outfeed', 'send', 'recv'):
+    assert f' {transfer}(' not in optimised
+
+
+def test_the_search_for_callbacks_finds_one():
+  """The check above can fail: a program with a callback has such a target."""
+  text = (
+    jax.jit(lambda x: jax.pure_callback(np.sin, x, x))
+    .lower(np.float32(1))
+    .compile()
+    .as_text()
+  )
+  targets = re.findall(r'custom_call_target="([^"]+)"', text)
+  assert [target for target in targets if 'callback' in target]
+
+
+def test_step_donates_the_state():
+  this = setup()
+  state = this.devices.replicate(this.first)
+  kernel = state.params['head']['kernel']
+  new, _ = this.program(0, state, this.data)
+  assert kernel.is_deleted()
+  assert not new.params['head']['kernel'].is_deleted()
+
+
+def test_one_step_equals_its_parts():
+  """Pool, scores, choice, gradient and update, each by other means."""
+  this = setup()
+  state, metrics = this.run(1)
+  first, method = this.first, this.method
+  pool = helpers.first_pool(this)
+  apply = functools.partial(method.model.apply, train=False)
+  inputs = this.source.prepare(pool['inputs'])
+  logits, _ = apply({'params': first.params}, inputs)
+  scores = references.mms_scores(
+    np.asarray(logits), first.params['head']['kernel']
+  )
+  chosen = np.argsort(scores, kind='stable')[:8]
+  label = np.asarray(pool['label'])[chosen]
+  # The CNN has no train mode, so these are the gradient step's logits too.
+  rivals = references.competitors(np.asarray(logits)[chosen], label)
+
+  def loss(params):
+    logits, features = apply({'params': params}, inputs[chosen])
+    log_p = jax.nn.log_softmax(logits)
+    kernel = params['head']['kernel']
+    width = jnp.sum((kernel[:, label] - kernel[:, rivals]) ** 2, axis=0)
+    penalty = jnp.mean(width) * jnp.max(jnp.sum(features**2, axis=1))
+    return -jnp.mean(log_p[np.arange(8), label]) + 1e-4 * penalty
+
+  gradient = jax.grad(loss)(first.params)
+  expected = jax.tree.map(
+    lambda p, g: p - 0.05 * (g + (1e-4 * p if p.ndim > 1 else 0)),
+    first.params,
+    gradient,
+  )
+  helpers.assert_trees_close(state.params, expected, 1e-6)
+  wrong = np.argmax(logits, axis=1) != np.asarray(pool['label'])
+  np.testing.assert_allclose(metrics['pool_error'], [wrong.mean()])
+  np.testing.assert_allclose(
+    metrics['gradient_norm'], [optax.tree.norm(gradient)], rtol=1e-5
+  )
+  assert metrics['nan_scores'] == [0]
+
+
+@pytest.mark.parametrize('rule', ['mms', 'random', 'uniform'])
+def test_four_devices_agree_with_one(rule):
+  fields = {'selection.rule': rule, 'steps': 20}
+  one, metrics_one = helpers.Setup(**fields, devices=1).run(20)
+  four, metrics_four = helpers.Setup(**fields, devices=4).run(20)
+  helpers.assert_trees_close(one.params, four.params, 1e-5)
+  helpers.assert_trees_equal(one.stream, four.stream)
+  for name, values in metrics_one.items():
+    np.testing.assert_allclose(
+      values, metrics_four[name], rtol=1e-4, atol=1e-5, err_msg=name
+    )
+
+
+def test_device_count_does_not_change_batch_norm_networks():
+  """Statistics are over all devices' examples, scoring leaves them alone."""
+  fields = {
+    'model.name': 'resnet8',
+    'data.validation_examples': 0,
+    'optimizer.learning_rates': (0.01,),
+  }
+  source = helpers.noise()
+  one, _ = helpers.Setup(source=source, devices=1, **fields).run(3)
+  four, _ = helpers.Setup(source=source, devices=4, **fields).run(3)
+  helpers.assert_trees_close(one.batch_stats, four.batch_stats, 1e-4)
+  helpers.assert_trees_close(one.params, four.params, 1e-4)
+
+  # Statistics per device are another computation, averaged to one state.
+  own, _ = helpers.Setup(
+    source=source, devices=4, **fields, **{'model.batch_norm': 'device'}
+  ).run(3)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(own))
+  difference = jax.tree.map(
+    lambda x, y: np.abs(x - y).max(), own.batch_stats, four.batch_stats
+  )
+  assert max(jax.tree.leaves(difference)) > 1e-4
+
+
+def test_steps_in_one_call_equal_steps_one_by_one():
+  one, metrics_one = setup().run(6)
+  many, metrics_many = helpers.Setup(steps_per_call=3).run(2)
+  helpers.assert_trees_close(one.params, many.params, 1e-6)
+  helpers.assert_trees_equal(one.stream, many.stream)
+  assert int(many.step) == 6
+  np.testing.assert_allclose(metrics_one['loss'], metrics_many['loss'], 1e-5)
+
+
+def test_uniform_scores_nothing_and_costs_less():
+  plain = setup(**{'selection.rule': 'uniform'})
+  _, metrics = plain.run(1)
+  assert 'pool_error' not in metrics
+  assert plain.program.cost(0, 1).flops < 0.6 * setup().program.cost(0, 1).flops
+
+
+def test_flops_count_the_forward_on_the_pool():
+  """B=32, b=8: one forward on 32, and about three forwards' worth on 8."""
+  this = setup()
+  forward = jax.jit(
+    lambda params, x: this.method.model.apply(
+      {'params': params}, x, train=False
+    )
+  ).lower(this.first.params, np.zeros((32, 8, 8, 1), np.float32))
+  flops = forward.cost_analysis()['flops']
+  assert 1.6 * flops < this.program.cost(0, 1).flops < 1.9 * flops
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_evaluation_counts_every_example_once(devices):
+  this = setup(devices=devices)
+  splits = {k: v for k, v in this.source.splits.items() if k != 'train'}
+  evaluator = evaluation.Evaluator(
+    this.method, parallel.Devices(devices), splits, batch_size=101
+  )
+  for name, split in splits.items():
+    result = evaluator(name, this.first)
+    logits, _ = this.method.model.apply(
+      {'params': this.first.params},
+      this.source.prepare(split['inputs']),
+      train=False,
+    )
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    rows = np.arange(len(log_p))
+    assert result['count'] == len(split['label'])
+    assert result['accuracy'] == pytest.approx(
+      np.mean(log_p.argmax(1) == split['label']), abs=1e-12
+    )
+    assert result['loss'] == pytest.approx(
+      -log_p[rows, split['label']].mean(), rel=1e-5
+    )
+
+
+def test_devices_out_of_range_are_refused():
+  with pytest.raises(ValueError, match='devices must be between 1 and 8'):
+    parallel.Devices(9)
+
+
+def test_steps_per_call_divides_every_interval():
+  config = helpers.small_config(
+    steps=1200, log_every=300, eval_every=600, checkpoint_every=1200
+  )
+  assert build.steps_per_call(config, 'gpu') == 100
+  config.log_every = 14
+  assert build.steps_per_call(config, 'tpu') == 2
+  assert build.steps_per_call(config, 'cpu') == 1
+  assert build.steps_per_call(config, 'gpu', start=7) == 1
+  config.steps_per_call = 3
+  assert build.steps_per_call(config, 'cpu') == 3
+
+
+def test_batches_depend_on_the_seed():
+  first, _ = setup().run(1)
+  other, _ = setup(seed=1).run(1)
+  assert not np.array_equal(first.stream.order, other.stream.order)
+
+
+def test_mean_mms_is_over_the_ten_smallest():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(24, 5)).astype(np.float32)
+  kernel = rng.normal(size=(3, 5)).astype(np.float32)
+  expected = np.sort(references.mms_scores(logits, kernel))[:10].mean()
+  mean = jax.pmap(
+    lambda x: step_lib._mean_mms(x, jnp.asarray(kernel), 'device'),
+    axis_name='device',
+  )(logits.reshape(4, 6, 5))
+  np.testing.assert_allclose(mean, np.full(4, expected), rtol=1e-5)
