@@ -8,16 +8,28 @@ import warnings as _warnings
 
 import jaxlib as _jaxlib
 
+from margin_jax.analysis import fit_generalization_gap
+from margin_jax.layers import at_layers, layer_margins
 from margin_jax.margins import competitors, mms_scores, signed_margins
-from margin_jax.penalties import mmr_penalty
-from margin_jax.selection import select_lowest, take_lowest, trimmed_mean
+from margin_jax.penalties import large_margin_loss, mmr_penalty
+from margin_jax.selection import (
+  query,
+  select_lowest,
+  take_lowest,
+  trimmed_mean,
+)
 
 __version__ = '0.1.0'
 
 __all__ = [
+  'at_layers',
   'competitors',
+  'fit_generalization_gap',
+  'large_margin_loss',
+  'layer_margins',
   'mmr_penalty',
   'mms_scores',
+  'query',
   'select_lowest',
   'signed_margins',
   'take_lowest',

@@ -2,16 +2,26 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from margin_jax import data, models, optimizers, parallel, selection
+from margin_jax import (
+  attacks,
+  data,
+  layers,
+  models,
+  optimizers,
+  parallel,
+  selection,
+)
 from margin_jax import step as step_lib
 from margin_jax.config import UNIFORM, ConfigError
-from margin_jax.method import Method, Selection, Trimming
+from margin_jax.method import LargeMargin, Method, Selection, Trimming
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
@@ -135,6 +145,74 @@ def _trimming(
   )
 
 
+def _large_margin(
+  config: ml_collections.ConfigDict, model: nn.Module, source: data.Source
+) -> LargeMargin | None:
+  """Raises a ConfigError where the model or the data do not fit."""
+  chosen = config.large_margin
+  if not chosen.weight:
+    return None
+  known = layer_shapes(model, source)
+  check_layers('large_margin.layers', chosen.layers, known)
+  if chosen.top_k >= source.num_classes:
+    raise ConfigError(
+      f'large_margin.top_k={chosen.top_k} is not allowed: it must be at most '
+      f'{source.num_classes - 1}, the number of wrong classes'
+    )
+  return LargeMargin(
+    weight=chosen.weight,
+    cross_entropy=chosen.cross_entropy,
+    layers=tuple(chosen.layers),
+    options={
+      'gamma': chosen.gamma,
+      'alpha': chosen.alpha,
+      'norm': chosen.norm,
+      'top_k': chosen.top_k,
+      'worst_case': chosen.worst_case,
+      'difference': chosen.difference,
+      'epsilon': chosen.epsilon,
+      'by_size': chosen.by_size,
+      'second_order': chosen.second_order,
+    },
+  )
+
+
+def layer_shapes(
+  model: nn.Module, source: data.Source
+) -> dict[str, tuple[int, ...]]:
+  """The layers of a model that reads this data, for a batch of one."""
+  stored = jax.ShapeDtypeStruct((1, *source.input_shape), np.uint8)
+  inputs = jax.eval_shape(source.prepare, stored)
+  key = jax.eval_shape(jax.random.key, 0)
+  init = functools.partial(model.init, train=False)
+  variables = jax.eval_shape(init, key, inputs)
+  return layers.layer_shapes(model, variables, inputs)
+
+
+def check_layers(
+  field: str, names: tuple[str, ...], known: dict[str, tuple[int, ...]]
+) -> None:
+  """Raises unless all names are among the layers `known`.
+
+  Raises:
+    ConfigError: naming the field, the name, and the names that there are.
+  """
+  for name in names:
+    if name not in known:
+      raise ConfigError(
+        f'{field}: no layer is called {name!r}; the model has {tuple(known)}'
+      )
+
+
+def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
+  """The attack that the test split is evaluated under, or None."""
+  if config.attack.name is None:
+    return None
+  if config.attack.name == 'fgsm':
+    return attacks.fgsm
+  return functools.partial(attacks.pgd, steps=config.attack.steps)
+
+
 def make_method(
   config: ml_collections.ConfigDict,
   source: data.Source,
@@ -166,6 +244,9 @@ def make_method(
       momentum=config.optimizer.momentum,
       nesterov=config.optimizer.nesterov,
       weight_decay=config.optimizer.weight_decay,
+      decayed=config.optimizer.decayed,
+      epsilon=config.optimizer.epsilon,
+      clip_norm=config.optimizer.clip_norm,
     ),
     draw=functools.partial(data.draw, augment=source.augment),
     prepare=source.prepare,
@@ -183,6 +264,7 @@ def make_method(
       'reduction': config.mmr.reduction,
       'stop_feature_gradient': config.mmr.stop_feature_gradient,
     },
+    large_margin=_large_margin(config, model, source),
     learning_rate=learning_rate,
     lanes=lanes,
     axis=parallel.AXIS,

@@ -20,21 +20,25 @@ _NOT_EVALUATED = -1.0
 class Checkpoints:
   """Four functions around an Orbax `CheckpointManager`."""
 
-  def __init__(self, workdir: str):
-    """Opens, or creates, `workdir`/checkpoints."""
+  def __init__(self, workdir: str, keep_every: int | None = None):
+    """Opens, or creates, `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's folder.
+      keep_every: checkpoints at its multiples are never deleted.
+    """
     policies = ocp.checkpoint_managers
+    keep = [
+      policies.LatestN(2),
+      policies.BestN(get_metric_fn=lambda metrics: metrics['accuracy'], n=1),
+    ]
+    if keep_every is not None:
+      keep.append(policies.EveryNSteps(keep_every))
     self._manager = ocp.CheckpointManager(
       pathlib.Path(workdir).absolute() / FOLDER,
       options=ocp.CheckpointManagerOptions(
         best_fn=lambda metrics: metrics['accuracy'],
-        preservation_policy=policies.AnyPreservationPolicy(
-          [
-            policies.LatestN(2),
-            policies.BestN(
-              get_metric_fn=lambda metrics: metrics['accuracy'], n=1
-            ),
-          ]
-        ),
+        preservation_policy=policies.AnyPreservationPolicy(keep),
       ),
     )
 

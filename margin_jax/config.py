@@ -23,8 +23,12 @@ RESUMABLE = (
   'log_every',
   'eval_every',
   'checkpoint_every',
+  'keep_every',
   'eval_batch_size',
   'data.data_dir',
+  'attack.name',
+  'attack.epsilons',
+  'attack.steps',
 )
 
 
@@ -39,6 +43,10 @@ def _data() -> dict[str, Any]:
     'data_dir': config_dict.placeholder(str),
     # The last training examples, in the original order, held out.
     'validation_examples': 0,
+    # The share of the other training examples that is used, and the share of
+    # those that gets a wrong label; `seed` decides which.
+    'fraction': 1.0,
+    'label_noise': 0.0,
     'augmentations': (),
     'crop_padding': 4,
     # Statistics of the training split ('dataset') or ImageNet's.
@@ -79,6 +87,32 @@ def _selection() -> dict[str, Any]:
   }
 
 
+def _large_margin() -> dict[str, Any]:
+  return {
+    # Weight of the large-margin loss in the loss; 0 is none. And the weight of
+    # cross-entropy beside it; 0 trains on the large-margin loss alone.
+    'weight': 0.0,
+    'cross_entropy': 1.0,
+    # Where margins are asked for: 'input', 'features', or paths of submodules.
+    'layers': ('input',),
+    # How distances are measured there.
+    'norm': 'l2',
+    # How many wrong classes count, and whether only the nearest of them does.
+    'top_k': 1,
+    'worst_case': False,
+    # Of softmax or of logits.
+    'difference': 'softmax',
+    # Distances are clipped to [gamma * (1 - alpha), gamma].
+    'gamma': 1e4,
+    'alpha': 4.0,
+    'epsilon': 1e-6,
+    # Divide gradient norms by the number of the layer's activations.
+    'by_size': False,
+    # The exact gradient, through the norm of the gradient.
+    'second_order': False,
+  }
+
+
 def default() -> ml_collections.ConfigDict:
   """Every field with its default; config files change some of them."""
   optional = config_dict.placeholder
@@ -97,6 +131,9 @@ def default() -> ml_collections.ConfigDict:
       'log_every': 100,
       'eval_every': 1000,
       'checkpoint_every': 1000,
+      # Checkpoints at multiples of it are never deleted; None: the last two and
+      # the best are kept.
+      'keep_every': optional(int),
       'eval_batch_size': 1000,
       'data': _data(),
       'model': {
@@ -115,7 +152,13 @@ def default() -> ml_collections.ConfigDict:
         'boundaries': (),
         'momentum': 0.9,
         'nesterov': False,
+        # On kernels only, or on all parameters.
         'weight_decay': 0.0,
+        'decayed': 'kernels',
+        # Of Adam and RMSProp; None is optax's own.
+        'epsilon': optional(float),
+        # Largest L2 norm of the gradient; None does not clip.
+        'clip_norm': optional(float),
       },
       'selection': _selection(),
       'trimming': {
@@ -134,6 +177,15 @@ def default() -> ml_collections.ConfigDict:
         'alpha_end': optional(float),
         'reduction': 'mean_of_squares',
         'stop_feature_gradient': False,
+      },
+      'large_margin': _large_margin(),
+      'attack': {
+        # At the end the test split is evaluated under an l_inf attack too, of
+        # each of these radii; images are in [0, 1]. None is no attack.
+        'name': optional(str),
+        'epsilons': (),
+        # Of PGD.
+        'steps': 10,
       },
     }
   )
@@ -210,6 +262,22 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The flattened config as JSON will give it back."""
   return json.loads(json.dumps(flatten(config)))
+
+
+def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
+  """The config that `as_json` made this of; fields it lacks are defaults.
+
+  Raises:
+    ConfigError: it has a field that does not exist.
+  """
+  config = default()
+  for name, value in saved.items():
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (KeyError, TypeError) as error:
+      raise ConfigError(f'{name}={value!r} is no field: {error}') from error
+  return config
 
 
 def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:

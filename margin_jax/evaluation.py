@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,33 +10,33 @@ import numpy as np
 
 from margin_jax import parallel
 from margin_jax import step as step_lib
+from margin_jax.method import Method
 
 PyTree = Any
 Split = dict[str, np.ndarray]
 
 
-class Evaluator:
-  """Loss and accuracy over whole splits, one compiled program for all."""
+class Splits:
+  """Whole splits on the devices, gone through in chunks of one size.
+
+  Attributes:
+    size: examples a chunk, over all devices.
+    counts: examples of each split.
+  """
 
   def __init__(
-    self,
-    method: step_lib.Method,
-    devices: parallel.Devices,
-    splits: dict[str, Split],
-    batch_size: int,
+    self, devices: parallel.Devices, splits: dict[str, Split], batch_size: int
   ):
     """Pads the splits to one length and places them on the devices."""
     longest = max(len(split['label']) for split in splits.values())
-    lanes = devices.total
-    self._size = math.ceil(min(batch_size, longest) / lanes) * lanes
-    self._counts = {name: len(s['label']) for name, s in splits.items()}
+    self.size = math.ceil(min(batch_size, longest) / devices.total)
+    self.size *= devices.total
+    self.counts = {name: len(s['label']) for name, s in splits.items()}
     self._splits = {
       name: devices.replicate(self._pad(split, longest))
       for name, split in splits.items()
     }
     self._devices = devices
-    self._step = functools.partial(step_lib.eval_step, method, self._size)
-    self._program: parallel.Compiled | None = None
 
   @staticmethod
   def _pad(split: Split, length: int) -> PyTree:
@@ -46,22 +47,131 @@ class Evaluator:
     }
     return {**padded, 'count': np.int32(count)}
 
-  def __call__(self, name: str, state: step_lib.TrainState) -> dict[str, Any]:
-    """'loss', 'accuracy' and 'count' of the split called `name`."""
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    split = self._splits[name]
-    if self._program is None:
-      self._program = self._devices.compile(
-        self._step, variables, split, np.int32(0)
+  def compile(
+    self, step: Callable, variables: PyTree, *rest: PyTree
+  ) -> parallel.Compiled:
+    """Compiles `step(variables, split, chunk, *rest, lane)` for all splits."""
+    split = next(iter(self._splits.values()))
+    return self._devices.compile(step, variables, split, np.int32(0), *rest)
+
+  def run(
+    self,
+    program: parallel.Compiled,
+    name: str,
+    variables: PyTree,
+    *rest: PyTree,
+  ) -> list[PyTree]:
+    """What `program` returns for every chunk of a split, on the host."""
+    results = []
+    for chunk in range(math.ceil(self.counts[name] / self.size)):
+      results.append(
+        program(variables, self._splits[name], np.int32(chunk), *rest)
       )
-    sums = []
-    for chunk in range(math.ceil(self._counts[name] / self._size)):
-      sums.append(self._program(variables, split, np.int32(chunk)))
-      parallel.wait_for_old(sums)
-    sums = jax.device_get(sums)
+      parallel.wait_for_old(results)
+    return jax.device_get(results)
+
+
+class Evaluator:
+  """Loss and accuracy over whole splits, one compiled program for all.
+
+  Under attack there is a second program.
+  """
+
+  def __init__(
+    self,
+    method: Method,
+    devices: parallel.Devices,
+    splits: dict[str, Split],
+    batch_size: int,
+    attack: Callable | None = None,
+  ):
+    """Places the splits on the devices.
+
+    Args:
+      method: holds the model.
+      devices: to evaluate on.
+      splits: by name.
+      batch_size: examples a call over all devices.
+      attack: as `eval_step` takes it, for calls with an `epsilon`.
+    """
+    self._splits = Splits(devices, splits, batch_size)
+    self._method = method
+    self._attack = attack
+    self._programs: dict[Callable | None, parallel.Compiled] = {}
+
+  def __call__(
+    self, name: str, state: step_lib.TrainState, epsilon: float | None = None
+  ) -> dict[str, Any]:
+    """'loss', 'accuracy' and 'count' of the split called `name`.
+
+    Args:
+      name: of the split.
+      state: the model's.
+      epsilon: the radius of the attack to evaluate under; None is no attack.
+    """
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    attack = None if epsilon is None else self._attack
+    radius = np.float32(epsilon or 0)
+    if attack not in self._programs:
+      step = functools.partial(
+        step_lib.eval_step, self._method, self._splits.size, attack
+      )
+      self._programs[attack] = self._splits.compile(step, variables, radius)
+    sums = self._splits.run(self._programs[attack], name, variables, radius)
     total = {key: sum(float(x[key]) for x in sums) for key in sums[0]}
     return {
       'loss': total['loss'] / total['count'],
       'accuracy': total['correct'] / total['count'],
       'count': int(total['count']),
     }
+
+
+class Measurer:
+  """The margins of every example of whole splits, at the head and at layers."""
+
+  def __init__(
+    self,
+    method: Method,
+    devices: parallel.Devices,
+    splits: dict[str, Split],
+    batch_size: int,
+    layers: tuple[str, ...],
+  ):
+    """Places the splits on the devices.
+
+    Args:
+      method: holds the model.
+      devices: to measure on.
+      splits: by name.
+      batch_size: examples a call over all devices.
+      layers: names as `layers.layer_shapes` returns them.
+    """
+    self._splits = Splits(devices, splits, batch_size)
+    self._step = functools.partial(
+      step_lib.measure_step, method, self._splits.size, layers
+    )
+    self._layers = layers
+    self._program: parallel.Compiled | None = None
+
+  def __call__(self, name: str, variables: PyTree) -> dict[str, Any]:
+    """Measures the split called `name`.
+
+    Returns:
+      'prediction', 'margin', 'mms' and 'radius' (the norm of the features),
+      each (N,), and at each layer 'margin/LAYER' (signed) and 'mms/LAYER'
+      (label-free), (N,), and 'total_variation/LAYER', a float.
+    """
+    if self._program is None:
+      self._program = self._splits.compile(self._step, variables)
+    chunks = self._splits.run(self._program, name, variables)
+    count = self._splits.counts[name]
+    found = {
+      key: np.concatenate([chunk['examples'][key] for chunk in chunks])[:count]
+      for key in chunks[0]['examples']
+    }
+    for layer in self._layers:
+      total = sum(chunk['sums'][layer].astype(np.float64) for chunk in chunks)
+      squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)
+      mean = total / count
+      found[f'total_variation/{layer}'] = float(squares - np.sum(mean**2))
+    return found

@@ -77,6 +77,7 @@ class Trainer:
       devices,
       {k: v for k, v in source.splits.items() if k != 'train'},
       config.eval_batch_size,
+      build.make_attack(config),
     )
     self.program = Program(
       method,
@@ -179,7 +180,23 @@ def _evaluate(
   return results, accuracy, improved
 
 
-def _prepare(
+def _evaluate_attacked(
+  trainer: Trainer, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+  """The test split under the attack, by radius."""
+  config = trainer.config
+  counters = dataclasses.asdict(trainer.counters)
+  results = {}
+  for epsilon in config.attack.epsilons:
+    name = f'{config.attack.name} {epsilon:g}'
+    results[name] = trainer.evaluator('test', trainer.state, epsilon)
+    reporter.evaluation(
+      config.steps, f'test under {name}', counters, results[name]
+    )
+  return results
+
+
+def prepare(
   config: ml_collections.ConfigDict, rule: selection.Rule | None
 ) -> tuple[parallel.Devices, data.Source]:
   """Checks the config against itself, the devices and the data."""
@@ -206,6 +223,9 @@ def _prepare(
       augmentations=config.data.augmentations,
       crop_padding=config.data.crop_padding,
       normalization=config.data.normalization,
+      fraction=config.data.fraction,
+      label_noise=config.data.label_noise,
+      seed=config.seed,
     )
   except ValueError as error:  # what only the machine or the data can tell
     raise config_lib.ConfigError(str(error)) from error
@@ -239,7 +259,8 @@ def train(
   Returns:
     What result.json holds: 'test' and 'validation' at the last step, 'best'
     (the step of the best validation accuracy), the cumulative cost, 'config',
-    'seed', 'versions' and the device.
+    'seed', 'versions', the device, and 'attack': the test split under each
+    radius of the attack, if there is one.
 
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.
@@ -247,13 +268,15 @@ def train(
     NonFiniteError: loss or gradient became NaN or infinite; checkpoints
       saved before are kept.
   """
-  devices, source = _prepare(config, rule)
+  devices, source = prepare(config, rule)
   workdir = os.path.abspath(os.path.expanduser(workdir))
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
     raise config_lib.ConfigError(f'workdir={workdir!r}: {error}') from error
-  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+  with contextlib.closing(
+    Checkpoints(workdir, config.keep_every)
+  ) as checkpoints:
     trainer = Trainer(config, source, devices, checkpoints, rule)
     compiled = trainer.program.compile_seconds
     say = log if devices.primary else (lambda line: None)
@@ -262,10 +285,8 @@ def train(
       f'examples on {devices.total} x {devices.kind}; compiled in '
       f'{compiled:.1f} s; starting at step {trainer.start:,}'
     )
-    stored = pathlib.Path(workdir) / 'result.json'
-    if trainer.start == config.steps and stored.exists():
-      # Its seconds and versions are those of the machine that trained.
-      result = json.loads(stored.read_text())
+    result = _stored(pathlib.Path(workdir), trainer)
+    if result is not None and not _other_attack(result, trainer):
       say(f'complete: test accuracy {result["test"]["accuracy"]:.2%}')
       return result
     reporter = Silent()
@@ -274,29 +295,58 @@ def train(
         workdir, steps=config.steps, after=trainer.start, log=log
       )
     with contextlib.closing(reporter):
-      results = _run(trainer, reporter)
-      if not results:  # stopped between the last checkpoint and result.json
-        names = (k for k in source.splits if k != 'train')
-        results = {k: trainer.evaluator(k, trainer.state) for k in names}
-  result = {
-    **results,
-    'best': trainer.best,
-    'steps': config.steps,
-    'seed': config.seed,
-    **dataclasses.asdict(trainer.counters),
-    'compile_seconds': trainer.program.compile_seconds,
-    'device': devices.kind,
-    'devices': devices.total,
-    'versions': versions(),
-    'config': trainer.saved_config,
-  }
+      if result is None:
+        result = _finish(trainer, reporter, list(source.splits))
+      result['attack'] = _evaluate_attacked(trainer, reporter)
+      result['config'] = trainer.saved_config
   if devices.primary:
     _write_result(pathlib.Path(workdir), result, trainer)
     log(
-      f'test accuracy {results["test"]["accuracy"]:.2%} after '
+      f'test accuracy {result["test"]["accuracy"]:.2%} after '
       f'{config.steps:,} steps, {trainer.counters.seconds:.1f} s of training'
     )
   return result
+
+
+def _stored(workdir: pathlib.Path, trainer: Trainer) -> dict[str, Any] | None:
+  """The result of a run that is complete; None if it is not.
+
+  Its seconds and versions are those of the machine that trained.
+  """
+  path = workdir / 'result.json'
+  if trainer.start != trainer.config.steps or not path.exists():
+    return None
+  return json.loads(path.read_text())
+
+
+def _other_attack(result: dict[str, Any], trainer: Trainer) -> bool:
+  """Whether the test split was not evaluated under this config's attack."""
+  return any(
+    result['config'].get(name) != value
+    for name, value in trainer.saved_config.items()
+    if name.startswith('attack.')
+  )
+
+
+def _finish(
+  trainer: Trainer, reporter: Reporter, splits: list[str]
+) -> dict[str, Any]:
+  """Runs the remaining steps; what result.json holds."""
+  results = _run(trainer, reporter)
+  if not results:  # stopped between the last checkpoint and result.json
+    names = (name for name in splits if name != 'train')
+    results = {name: trainer.evaluator(name, trainer.state) for name in names}
+  return {
+    **results,
+    'best': trainer.best,
+    'steps': trainer.config.steps,
+    'seed': trainer.config.seed,
+    **dataclasses.asdict(trainer.counters),
+    'compile_seconds': trainer.program.compile_seconds,
+    'device': trainer.devices.kind,
+    'devices': trainer.devices.total,
+    'versions': versions(),
+  }
 
 
 def _write_result(

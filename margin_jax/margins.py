@@ -65,6 +65,22 @@ def compute_dtype(*arrays: Array) -> tuple[jnp.dtype, jnp.dtype]:
   return dtype, jnp.promote_types(dtype, jnp.float32)
 
 
+@jax.custom_jvp
+def row_norms(x: Array) -> Array:
+  """L2 norms of the rows; no square over- or underflows, gradient 0 at 0."""
+  scale = jnp.max(jnp.abs(x), axis=1)
+  divisor = jnp.where(scale == 0, 1, scale)[:, None]
+  return scale * jnp.sqrt(jnp.sum(jnp.square(x / divisor), axis=1))
+
+
+@row_norms.defjvp
+def _row_norms_jvp(primals, tangents):
+  (x,), (x_dot,) = primals, tangents
+  norm = row_norms(x)
+  unit = x / jnp.where(norm == 0, 1, norm)[:, None]
+  return norm, jnp.sum(unit * x_dot, axis=1)
+
+
 def competitors(logits: Array, labels: Array) -> Array:
   """The competitor of every example: the best class other than the label.
 

@@ -75,6 +75,23 @@ class Trimming:
 
 
 @dataclasses.dataclass(frozen=True)
+class LargeMargin:
+  """The large-margin loss as part of the loss.
+
+  Attributes:
+    weight: of the large-margin loss.
+    cross_entropy: weight of cross-entropy beside it; 0 is none.
+    layers: names of the layers at which it asks for margins.
+    options: the other keyword arguments of `large_margin_loss`.
+  """
+
+  weight: float
+  cross_entropy: float
+  layers: tuple[str, ...]
+  options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
   """What a train step does, all of it static.
 
@@ -90,6 +107,7 @@ class Method:
     proxy: a small model trained along on the batches, which scores; or None.
     alpha: step -> weight of MMR, or None for no MMR in the loss.
     mmr: keyword arguments of `mmr_penalty`.
+    large_margin: the large-margin loss, or None.
     learning_rate: step -> learning rate, for the metrics.
     lanes: number of devices.
     axis: name of the mapped axis.
@@ -109,6 +127,7 @@ class Method:
   proxy: nn.Module | None
   alpha: optax.Schedule | None
   mmr: dict[str, Any]
+  large_margin: LargeMargin | None
   learning_rate: optax.Schedule
   lanes: int
   axis: str

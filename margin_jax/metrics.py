@@ -19,6 +19,8 @@ SCORED_ONLY = (
 )
 # Summed over the steps.
 SUMMED = ('nan_scores', 'scored')
+# NaN or infinity in these ends the run.
+CHECKED = ('loss', 'penalty', 'large_margin', 'gradient_norm', 'proxy_loss')
 # Per class: reported as the share of each class's pool examples selected.
 POOL_CLASSES, BATCH_CLASSES = 'pool_classes', 'batch_classes'
 
@@ -47,7 +49,7 @@ def summarize(
   """
   calls = jax.device_get(calls)
   steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
-  for name in ('loss', 'penalty', 'gradient_norm', 'proxy_loss'):
+  for name in CHECKED:
     if name not in steps:
       continue
     bad = np.flatnonzero(~np.isfinite(steps[name]))

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-NAMES = ('sgd', 'adam')
+NAMES = ('sgd', 'adam', 'rmsprop')
+# What weight decay is applied to.
+DECAYED = ('kernels', 'all')
 
 
 def learning_rate(
@@ -50,31 +52,46 @@ def make(
   momentum: float,
   nesterov: bool,
   weight_decay: float,
+  decayed: str = 'kernels',
+  epsilon: float | None = None,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer of the papers' results.
 
   Weight decay is added to the gradient before the optimizer sees it (an L2
-  penalty, as in PyTorch's SGD and Adam), on kernels only.
+  penalty, as in PyTorch's SGD and Adam); then the gradient is clipped.
 
   Args:
-    name: 'sgd' (with `momentum` and `nesterov`) or 'adam' (which ignores
-      them and has optax's defaults, which are PyTorch's).
+    name: 'sgd' (with `momentum` and `nesterov`), 'adam' (which ignores them),
+      or 'rmsprop' (with `momentum`; decay 0.9 and TensorFlow's form: the
+      average of squares starts at 1, `epsilon` is under the root).
     schedule: step -> learning rate.
-    momentum: decay of SGD's trace.
+    momentum: decay of the trace.
     nesterov: SGD's variant.
     weight_decay: coefficient.
+    decayed: 'kernels' or 'all' parameters.
+    epsilon: of Adam and RMSProp; None is optax's default.
+    clip_norm: the gradient, weight decay included, is scaled down to this L2
+      norm; None does not clip.
 
   Returns:
     The gradient transformation.
   """
   if name not in NAMES:
     raise ValueError(f'no optimizer is called {name!r}; there are {NAMES}')
+  eps = {} if epsilon is None else {'eps': epsilon}
   if name == 'sgd':
     core = optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
+  elif name == 'adam':
+    core = optax.adam(schedule, **eps)
   else:
-    core = optax.adam(schedule)
-  if not weight_decay:
-    return core
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=kernels_only), core
-  )
+    core = optax.rmsprop(
+      schedule, initial_scale=1.0, momentum=momentum or None, **eps
+    )
+  chain = []
+  if weight_decay:
+    mask = kernels_only if decayed == 'kernels' else None
+    chain.append(optax.add_decayed_weights(weight_decay, mask=mask))
+  if clip_norm is not None:
+    chain.append(optax.clip_by_global_norm(clip_norm))
+  return optax.chain(*chain, core) if chain else core

@@ -1,28 +1,18 @@
-"""What is added to the loss to widen margins: multi-margin regularization."""
+"""What widens margins: multi-margin regularization, the large-margin loss."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from margin_jax import margins
+from margin_jax import layers, margins
+
+PyTree = Any
 
 REDUCTIONS = ('mean_of_squares', 'square_of_mean')
-
-
-@jax.custom_jvp
-def _norm(x: Array) -> Array:
-  """Norms of the rows; no square over- or underflows, gradient 0 at 0."""
-  scale = jnp.max(jnp.abs(x), axis=1)
-  divisor = jnp.where(scale == 0, 1, scale)[:, None]
-  return scale * jnp.sqrt(jnp.sum(jnp.square(x / divisor), axis=1))
-
-
-@_norm.defjvp
-def _norm_jvp(primals, tangents):
-  (x,), (x_dot,) = primals, tangents
-  norm = _norm(x)
-  unit = x / jnp.where(norm == 0, 1, norm)[:, None]
-  return norm, jnp.sum(unit * x_dot, axis=1)
+DIFFERENCES = ('softmax', 'logits')
 
 
 def mmr_penalty(
@@ -109,7 +99,7 @@ def mmr_penalty(
 
   square_of_mean = reduction == 'square_of_mean'
   if square_of_mean:
-    width = jnp.where(valid, _norm(difference), jnp.nan)
+    width = jnp.where(valid, margins.row_norms(difference), jnp.nan)
   mean = jnp.mean(width)
   if axis_name is not None:
     mean = jax.lax.pmean(mean, axis_name)
@@ -122,3 +112,111 @@ def mmr_penalty(
   finite = jnp.isfinite(penalty)
   safe = product(jnp.where(finite, radius, 0), jnp.where(finite, mean, 0))
   return jnp.where(finite, safe, penalty).astype(dtype)
+
+
+def large_margin_loss(
+  logits_fn: layers.LogitsFunction,
+  activations: PyTree,
+  labels: Array,
+  *,
+  gamma: float = 1e4,
+  alpha: float = 4.0,
+  norm: str = 'l2',
+  top_k: int = 1,
+  worst_case: bool = False,
+  difference: str = 'softmax',
+  epsilon: float = 1e-6,
+  by_size: bool = False,
+  second_order: bool = False,
+) -> Array:
+  """The large-margin loss of every example, at one layer or several.
+
+      g_ik = || grad_h (p_iy - p_ik) ||_q
+      d_ik = (p_iy - p_ik) / (g_ik + epsilon)
+      loss_i = mean_h - sum_k clip(d_ik, gamma * (1 - alpha), gamma)
+
+  p is softmax of the logits, or the logits themselves; q is dual to `norm`; k
+  runs over the `top_k` highest-scoring classes other than the label. An example
+  pulls where its distance to a boundary lies between the two bounds: gamma is
+  the margin asked for, and alpha says how far behind the boundary an example
+  is given up.
+
+  By default the gradient treats g as a constant, as the paper's training
+  does: it is a first-order quantity. With `second_order` it is the exact
+  gradient of the loss, through the norm of the gradient.
+
+  Args:
+    logits_fn: activations -> (B, C) logits, row by row: see `at_layers`, which
+      makes it of a Flax model. BatchNorm must be in evaluation mode.
+    activations: pytree of arrays (B, ...), one a layer: where to linearise.
+      For the input alone, `logits_fn` is the network and this its input.
+    labels: (B,) integers in [0, C). Another label makes its example's loss NaN.
+    gamma: the upper bound of d, positive.
+    alpha: positive; the lower bound of d is gamma * (1 - alpha).
+    norm: 'l1', 'l2' or 'l_inf': how the distance is measured.
+    top_k: how many wrong classes count, at most C - 1; static.
+    worst_case: only the least distance of those counts, not their sum.
+    difference: of 'softmax' (the released code) or of 'logits' (the paper).
+    epsilon: positive, added to g.
+    by_size: divide g by the number of activations of the layer, as the
+      released code does for l_inf, where g is a sum over them.
+    second_order: let the gradient flow through g.
+
+  Returns:
+    (B,) float32, each in [-n * gamma, n * gamma * (alpha - 1)] where n is
+    `top_k`, or 1 with `worst_case`.
+
+  Raises:
+    TypeError: the logits are not floating, or `labels` not integer.
+    ValueError: a shape does not fit, an option is unknown or out of range.
+
+  Source: Elsayed et al. 2018 and its released code.
+  """
+  layers.check_norm(norm)
+  if difference not in DIFFERENCES:
+    raise ValueError(
+      f'difference must be one of {DIFFERENCES}, got {difference!r}'
+    )
+  for name, value in (('gamma', gamma), ('alpha', alpha), ('epsilon', epsilon)):
+    if not 0 < value < math.inf:
+      raise ValueError(f'{name} must be positive and finite, got {value}')
+  labels = jnp.asarray(labels)
+  valid = None
+
+  def values_fn(activations: PyTree) -> Array:
+    logits = logits_fn(activations)
+    margins.check_logits(logits)
+    logits = logits.astype(margins.compute_dtype(logits)[1])
+    return jax.nn.softmax(logits) if difference == 'softmax' else logits
+
+  def choose(values: Array) -> tuple[Array, Array]:
+    margins.check_labels(labels, values.shape[0])
+    classes = values.shape[1]
+    if not 1 <= top_k < classes:
+      raise ValueError(f'top_k must be in [1, {classes - 1}], got {top_k}')
+    nonlocal valid
+    valid = (labels >= 0) & (labels < classes)
+    own = jnp.where(valid, labels, 0).astype(jnp.int32)
+    is_label = jnp.arange(classes)[None, :] == own[:, None]
+    # Probabilities that underflow to 0 are still above the label's -inf.
+    rivals = jnp.where(is_label, -jnp.inf, values)
+    return own, jax.lax.top_k(rivals, top_k)[1]
+
+  gaps, norms = layers.slopes(values_fn, activations, choose, norm)
+
+  def loss(slope: Array, layer: Array) -> Array:
+    if by_size:
+      slope = slope / math.prod(layer.shape[1:])
+    if not second_order:
+      slope = jax.lax.stop_gradient(slope)
+    distance = gaps / (slope + epsilon)
+    if worst_case:
+      distance = jnp.min(distance, axis=1, keepdims=True)
+    # With clip, and not by adding and subtracting gamma, which loses digits.
+    return -jnp.sum(jnp.clip(distance, gamma * (1 - alpha), gamma), axis=1)
+
+  losses = jax.tree.leaves(jax.tree.map(loss, norms, activations))
+  if not losses:
+    raise ValueError('activations must hold at least one layer, got none')
+  mean = sum(losses) / len(losses)
+  return jnp.where(valid, mean, jnp.nan)

@@ -68,6 +68,55 @@ def select_lowest(scores: Array, k: int) -> Array:
   return jax.lax.top_k(~_order_keys(scores), k)[1].astype(jnp.int32)
 
 
+def query(scores: Array, k: int, labelled: Array | None = None) -> Array:
+  """What an annotator should label next: the k lowest-scored examples.
+
+  With `mms_scores` those nearest to a decision boundary, with another rule's
+  scores those that the rule would train on; with `layer_margins` without
+  labels those nearest at another layer.
+
+  Args:
+    scores: (N,) floating; ties go by index, NaN ranks last.
+    k: how many; static.
+    labelled: (N,) bool, examples that have a label and are left out.
+
+  Returns:
+    (k,) int32 indices, ascending by score. Under `jit`, where the number of
+    labelled examples is unknown, labelled ones come last, by index, if there
+    are fewer than k others.
+
+  Raises:
+    TypeError: `scores` is not floating or `labelled` not bool.
+    ValueError: a shape does not fit, or there are fewer than k examples.
+
+  Source: Weinstein et al. 2020 and the ICLR 2020 submission, which name active
+    learning as a use of MMS.
+  """
+  scores = jnp.asarray(scores)
+  margins.check_floating('scores', scores, 1)
+  if labelled is None:
+    return select_lowest(scores, k)
+  labelled = jnp.asarray(labelled)
+  if labelled.dtype != bool:
+    raise TypeError(f'labelled must be bool, got dtype {labelled.dtype}')
+  if labelled.shape != scores.shape:
+    raise ValueError(
+      f'labelled must have shape {scores.shape}, one a score, got '
+      f'{labelled.shape}'
+    )
+  if not isinstance(labelled, jax.core.Tracer):
+    left = int(jnp.sum(~labelled))
+    if k > left:
+      raise ValueError(
+        f'k must be at most {left}, the number of examples without a label, '
+        f'got {k}'
+      )
+  # Two passes, because NaN scores must rank before labelled examples.
+  order = select_lowest(scores, scores.shape[0])
+  first = select_lowest(labelled[order].astype(scores.dtype), k)
+  return order[first]
+
+
 def take_lowest(
   scores: Array, examples: PyTree, k: int, axis_name: str | None = None
 ) -> PyTree:

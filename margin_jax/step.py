@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import margins, penalties, pool, selection
+from margin_jax import gradients, margins, pool
+from margin_jax import layers as layers_lib
 from margin_jax.method import PLAIN, Method
 
 PyTree = Any
 Metrics = dict[str, Array]
-
-# Mean MMS is over the ten smallest (ICLR 4.1, Figure 3).
-MEAN_MMS_EXAMPLES = 10
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -95,113 +93,6 @@ def init_state(
   )
 
 
-def _mean_mms(logits: Array, kernel: Array, axis: str) -> Array:
-  """The mean of the ten smallest MMS over the devices' batch (ICLR 4.1)."""
-  scores = margins.mms_scores(logits, kernel)
-  scores = jax.lax.all_gather(scores, axis, tiled=True)
-  count = min(MEAN_MMS_EXAMPLES, scores.shape[0])
-  return jnp.mean(scores[selection.select_lowest(scores, count)])
-
-
-def _batch_loss(method: Method, losses: Array, keep: Array | None) -> Array:
-  """The mean loss, or that of the `keep` hardest over all devices."""
-  if keep is None:
-    return jnp.mean(losses)
-  everywhere = jax.lax.all_gather(losses, method.axis, tiled=True)
-  return selection.trimmed_mean(everywhere, keep)
-
-
-def _gradient(
-  method: Method, state: TrainState, batch: PyTree, key: Array, keep
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-  """Mean gradient over devices, batch_stats, and what the metrics need."""
-
-  def loss_function(params: PyTree):
-    (logits, features), updates = method.model.apply(
-      {'params': params, 'batch_stats': state.batch_stats},
-      method.prepare(batch['inputs']),
-      train=True,
-      mutable=['batch_stats'],
-      rngs={'dropout': key},
-    )
-    logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch['label']
-    )
-    penalty = penalties.mmr_penalty(
-      features,
-      logits,
-      pool.head_kernel(params),
-      batch['label'],
-      axis_name=method.axis,
-      **method.mmr,
-    )
-    total = _batch_loss(method, losses, keep)
-    if method.alpha is not None:
-      total = total + method.alpha(state.step) * penalty
-    return total, (updates.get('batch_stats', {}), logits, losses, penalty)
-
-  gradient, (batch_stats, logits, losses, penalty) = jax.grad(
-    loss_function, has_aux=True
-  )(state.params)
-  gradient = jax.lax.pmean(gradient, method.axis)
-  if method.average_batch_stats:
-    batch_stats = jax.lax.pmean(batch_stats, method.axis)
-  correct = jnp.argmax(logits, axis=1) == batch['label']
-  mean = {
-    'loss': jnp.mean(losses),
-    'penalty': penalty,
-    'accuracy': jnp.mean(correct, dtype=jnp.float32),
-  }
-  metrics = jax.lax.pmean(mean, method.axis)
-  if keep is not None:
-    metrics['trimmed_loss'] = _batch_loss(method, losses, keep)
-  kernel = pool.head_kernel(state.params)
-  metrics['mean_mms'] = _mean_mms(logits, kernel, method.axis)
-  return gradient, batch_stats, metrics
-
-
-def _kept_part(
-  method: Method, state: TrainState, batch: PyTree, size: int
-) -> PyTree:
-  """The `size` hardest of the batch, by an eval-mode forward."""
-  if size == method.batch_size:
-    return batch
-  logits, _ = method.model.apply(
-    {'params': state.params, 'batch_stats': state.batch_stats},
-    method.prepare(batch['inputs']),
-    train=False,
-  )
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), batch['label']
-  )
-  # NaN counts as hardest: it must reach the loss, and stop the run.
-  losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
-  return selection.take_lowest(-losses, batch, size, method.axis)
-
-
-def _trimmed_gradient(
-  method: Method, state: TrainState, batch: PyTree, key: Array
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-  """`_gradient` of the batch, trimmed where the method says so."""
-  trimming = method.trimming
-  if trimming is None:
-    return _gradient(method, state, batch, key, None)
-  table = jnp.array(trimming.keep, jnp.int32)
-  keep = table[trimming.epoch(state.step)]
-  if not trimming.kept_only:
-    return _gradient(method, state, batch, key, keep)
-
-  def branch(size: int) -> Callable:
-    return lambda: _gradient(
-      method, state, _kept_part(method, state, batch, size), key, keep
-    )
-
-  sizes = dict(enumerate(trimming.sizes))
-  branches = {index: branch(size) for index, size in sizes.items()}
-  return pool.switch(method, state.step, branches)
-
-
 def _train_proxy(
   method: Method, state: TrainState, batch: PyTree
 ) -> tuple[PyTree, Metrics]:
@@ -243,7 +134,7 @@ def _update(
   method: Method, state: TrainState, batch: PyTree, key: Array
 ) -> tuple[TrainState, Metrics]:
   """One gradient step on the batch, averaged over devices."""
-  gradient, batch_stats, metrics = _trimmed_gradient(method, state, batch, key)
+  gradient, batch_stats, metrics = gradients.of_batch(method, state, batch, key)
   if method.selection is not None and method.selection.pool_statistics:
     # Where a pool was scored, or its examples are used again, the running
     # statistics are the pool's already.
@@ -286,7 +177,8 @@ def train_step(
   Returns:
     The new state and float32 metrics, both equal on all devices. Of every
     step: 'loss' (mean cross-entropy of the batch, train-mode), 'penalty'
-    (MMR, never part of 'loss'), 'accuracy', 'mean_mms' (the ten smallest MMS
+    (MMR, never part of 'loss'), with a large-margin loss 'large_margin' (nor is
+    that), 'accuracy', 'mean_mms' (the ten smallest MMS
     of the batch, from the train-mode forward, so that every rule and plain
     training have the same quantity), 'gradient_norm', 'learning_rate',
     'alpha', with trimming 'trimmed_loss', with a proxy 'proxy_loss'. With a
@@ -333,12 +225,24 @@ def repeat(step: Callable, times: int) -> Callable:
   return one if times == 1 else many
 
 
+def _rows(
+  method: Method, size: int, split: PyTree, chunk: Array, lane: Array
+) -> tuple[Array, Array]:
+  """This device's rows of a chunk, and which of them are not padding."""
+  share = size // method.lanes
+  index = chunk * size + lane * share + jnp.arange(share)
+  real = index < split['count']
+  return jnp.where(real, index, 0), real
+
+
 def eval_step(
   method: Method,
   size: int,
+  attack: Callable | None,
   variables: PyTree,
   split: PyTree,
   chunk: Array,
+  epsilon: Array,
   lane: Array,
 ) -> Metrics:
   """Sums over examples [chunk * size, (chunk + 1) * size) of a split.
@@ -346,25 +250,34 @@ def eval_step(
   Args:
     method: holds the model; static.
     size: examples a call over all devices; static, divisible by the lanes.
+    attack: (logits_fn, inputs, labels, epsilon, bounds=) -> inputs, applied to
+      the images first, or None; static.
     variables: 'params' and 'batch_stats'.
     split: 'inputs', 'label' and 'count', how many of their rows are real:
       the others are padding, so that splits of any size share one program.
     chunk: () int32.
+    epsilon: () float32, the radius of the attack; images are in [0, 1].
     lane: () int32, this device's index.
 
   Returns:
     'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
     over all chunks every real example counts exactly once.
   """
-  share = size // method.lanes
-  index = chunk * size + lane * share + jnp.arange(share)
-  real = index < split['count']
-  index = jnp.where(real, index, 0)
+  index, real = _rows(method, size, split, chunk, lane)
   label = split['label'][index]
-  logits, _ = method.model.apply(
-    variables, method.prepare(split['inputs'][index]), train=False
-  )
-  logits = logits.astype(jnp.float32)
+  inputs = split['inputs'][index]
+
+  def logits_fn(inputs: PyTree) -> Array:
+    logits, _ = method.model.apply(
+      variables, method.prepare(inputs), train=False
+    )
+    return logits.astype(jnp.float32)
+
+  if attack is not None:
+    # Pixels are stored as 0, ..., 255.
+    pixels = inputs.astype(jnp.float32)
+    inputs = attack(logits_fn, pixels, label, 255 * epsilon, bounds=(0, 255))
+  logits = logits_fn(inputs)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   sums = {
     'loss': jnp.sum(jnp.where(real, losses, 0)),
@@ -372,3 +285,54 @@ def eval_step(
     'count': jnp.sum(real),
   }
   return jax.lax.psum(sums, method.axis)
+
+
+def measure_step(
+  method: Method,
+  size: int,
+  layers: tuple[str, ...],
+  variables: PyTree,
+  split: PyTree,
+  chunk: Array,
+  lane: Array,
+) -> PyTree:
+  """Margins of examples [chunk * size, (chunk + 1) * size) of a split.
+
+  Args:
+    method, size, variables, split, chunk, lane: as `eval_step` takes them.
+    layers: at which to measure; static.
+
+  Returns:
+    'examples': arrays of `size` rows, padding included, over all devices, see
+    `evaluation.Measurer`, and 'square/LAYER', the squared norms of the
+    activations; and 'sums': the activations summed over the real examples.
+  """
+  index, real = _rows(method, size, split, chunk, lane)
+  inputs = method.prepare(split['inputs'][index])
+  label = split['label'][index]
+  logits, features = method.model.apply(variables, inputs, train=False)
+  logits = logits.astype(jnp.float32)
+  kernel = pool.head_kernel(variables['params'])
+  examples = {
+    'prediction': jnp.argmax(logits, axis=1),
+    'margin': margins.signed_margins(logits, kernel, label),
+    'mms': margins.mms_scores(logits, kernel),
+    'radius': margins.row_norms(features.astype(jnp.float32)),
+  }
+  found = layers_lib.activations_at(method.model, variables, inputs, layers)
+  logits_fn, offsets = layers_lib.at_layers(
+    method.model, variables, inputs, layers
+  )
+  signed = layers_lib.layer_margins(logits_fn, offsets, label)
+  free = layers_lib.layer_margins(logits_fn, offsets)
+  sums = {}
+  for name in layers:
+    flat = found[name].astype(jnp.float32).reshape(index.shape[0], -1)
+    sums[name] = jnp.sum(jnp.where(real[:, None], flat, 0), axis=0)
+    examples[f'margin/{name}'] = signed[name]
+    examples[f'mms/{name}'] = free[name]
+    examples[f'square/{name}'] = jnp.sum(jnp.square(flat), axis=1)
+  return {
+    'examples': jax.lax.all_gather(examples, method.axis, tiled=True),
+    'sums': jax.lax.psum(sums, method.axis),
+  }

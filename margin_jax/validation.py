@@ -9,7 +9,15 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import data, models, optimizers, penalties, selection
+from margin_jax import (
+  attacks,
+  data,
+  layers,
+  models,
+  optimizers,
+  penalties,
+  selection,
+)
 from margin_jax.config import UNIFORM, ConfigError, default, flatten
 from margin_jax.data import NORMALIZATIONS
 from margin_jax.data.augment import AUGMENTATIONS
@@ -29,11 +37,18 @@ CHOICES = {
   'selection.proxy': (None, *models.NAMES),
   'trimming.backward': ('all', 'kept'),
   'mmr.reduction': penalties.REDUCTIONS,
+  'optimizer.decayed': optimizers.DECAYED,
+  'large_margin.norm': layers.NORMS,
+  'large_margin.difference': penalties.DIFFERENCES,
+  'attack.name': (None, *attacks.NAMES),
 }
 FLAGS = (
   'optimizer.nesterov',
   'mmr.stop_feature_gradient',
   'selection.log_counts',
+  'large_margin.worst_case',
+  'large_margin.by_size',
+  'large_margin.second_order',
 )
 # Integers and the least they may be; those in OPTIONAL may be None.
 LEAST = {
@@ -54,10 +69,14 @@ LEAST = {
   'selection.start': 0,
   'selection.stop': 1,
   'selection.score_resolution': 4,
+  'keep_every': 1,
+  'large_margin.top_k': 1,
+  'attack.steps': 1,
 }
 OPTIONAL = (
   'devices',
   'steps_per_call',
+  'keep_every',
   'selection.stop',
   'selection.score_resolution',
 )
@@ -68,6 +87,17 @@ REALS = (
   'mmr.alpha',
   'selection.ramp',
   'selection.beta',
+  'data.label_noise',
+  'large_margin.weight',
+  'large_margin.cross_entropy',
+)
+# Finite numbers above 0; the first two may be None.
+POSITIVE = (
+  'optimizer.epsilon',
+  'optimizer.clip_norm',
+  'large_margin.gamma',
+  'large_margin.alpha',
+  'large_margin.epsilon',
 )
 
 
@@ -111,7 +141,14 @@ def _check_values(flat: dict[str, Any]) -> None:
   for name in REALS:
     holds = _is_real(flat[name]) and flat[name] >= 0
     _require(holds, name, flat[name], 'a finite number, at least 0')
-  for name in ('trimming.first', 'trimming.last'):
+  for name in POSITIVE:
+    if flat[name] is None and name.startswith('optimizer.'):
+      continue
+    holds = _is_real(flat[name]) and flat[name] > 0
+    _require(holds, name, flat[name], 'a finite number above 0')
+  noise = flat['data.label_noise']
+  _require(noise <= 1, 'data.label_noise', noise, 'at most 1')
+  for name in ('data.fraction', 'trimming.first', 'trimming.last'):
     holds = _is_real(flat[name]) and 0 < flat[name] <= 1
     _require(holds, name, flat[name], 'a number above 0, at most 1')
   momentum = flat['optimizer.momentum']
@@ -129,11 +166,21 @@ def _check_sequences(flat: dict[str, Any]) -> None:
     'data.augmentations',
     'optimizer.learning_rates',
     'optimizer.boundaries',
+    'large_margin.layers',
+    'attack.epsilons',
   ):
     _require(isinstance(flat[name], tuple), name, flat[name], 'a tuple')
   names = flat['data.augmentations']
   holds = all(name in AUGMENTATIONS for name in names)
   _require(holds, 'data.augmentations', names, f'of {AUGMENTATIONS}')
+  names = flat['large_margin.layers']
+  holds = bool(names) and all(isinstance(name, str) for name in names)
+  holds = holds and len({*names}) == len(names)
+  _require(holds, 'large_margin.layers', names, 'different names of layers')
+  radii = flat['attack.epsilons']
+  holds = all(_is_real(x) and 0 < x <= 1 for x in radii)
+  holds = holds and len({*radii}) == len(radii)
+  _require(holds, 'attack.epsilons', radii, 'different numbers in (0, 1]')
   boundaries = flat['optimizer.boundaries']
   holds = all(_is_int(x) and x > 0 for x in boundaries)
   holds = holds and list(boundaries) == sorted(set(boundaries))
@@ -272,6 +319,32 @@ def _check_trimming(flat: dict[str, Any]) -> None:
     _forbid(flat, ('mmr.alpha', 'mmr.alpha_end'), because)
 
 
+def _check_losses(flat: dict[str, Any]) -> None:
+  """The large-margin loss, the attack and the optimizer's options."""
+  if not flat['large_margin.weight']:
+    because = 'with large_margin.weight=0.0: there is no large-margin loss'
+    names = [n for n in flat if n.startswith('large_margin.')]
+    _forbid(flat, tuple(names), because)
+  if (flat['trimming.first'], flat['trimming.last']) != (1, 1):
+    because = 'with trimming, which is of cross-entropy'
+    _forbid(flat, ('large_margin.weight',), because)
+  if flat['optimizer.name'] == 'sgd':
+    because = "with optimizer.name='sgd', which has none"
+    _forbid(flat, ('optimizer.epsilon',), because)
+  if not flat['optimizer.weight_decay']:
+    because = 'with optimizer.weight_decay=0.0'
+    _forbid(flat, ('optimizer.decayed',), because)
+  attack, radii = flat['attack.name'], flat['attack.epsilons']
+  if attack is None:
+    because = 'with attack.name=None'
+    _forbid(flat, ('attack.epsilons', 'attack.steps'), because)
+    return
+  _require(bool(radii), 'attack.epsilons', radii, 'given with attack.name')
+  if attack == 'fgsm':
+    because = "with attack.name='fgsm', which is one step"
+    _forbid(flat, ('attack.steps',), because)
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks everything that can be checked without devices or data.
 
@@ -285,6 +358,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_combinations(flat)
   _check_selection(flat)
   _check_trimming(flat)
+  _check_losses(flat)
 
 
 def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
@@ -319,7 +393,7 @@ def validate_data(
       config.steps > epoch, 'steps', config.steps,
       f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
     )  # fmt: skip
-  if config.model.name != 'cnn':
+  if models.has_batch_norm(config.model.name):
     _require(
       min(image_shape[:2]) >= 4, 'model.name', config.model.name,
       f'a model for images of {image_shape}',

@@ -182,3 +182,98 @@ def percentiles(losses) -> list[float]:
   """The share of the pool with a loss at most this one; NaN is not at most."""
   losses = float64(losses)
   return [sum(x <= loss for x in losses) / len(losses) for loss in losses]
+
+
+def random_network(seed=0, batch=4, inputs=3, hidden=5, classes=4):
+  """float32 weights of one hidden layer with BatchNorm; inputs and labels."""
+  rng = np.random.default_rng(seed)
+  weights = {
+    'w1': rng.normal(size=(inputs, hidden)),
+    'b1': rng.normal(size=hidden),
+    'mean': rng.normal(size=hidden),
+    'var': rng.uniform(0.5, 2, size=hidden),
+    'scale': rng.uniform(0.5, 2, size=hidden),
+    'w2': rng.normal(size=(hidden, classes)),
+    'b2': rng.normal(size=classes),
+  }
+  weights = {k: v.astype(np.float32) for k, v in weights.items()}
+  x = rng.normal(size=(batch, inputs)).astype(np.float32)
+  return weights, x, rng.integers(0, classes, size=batch).astype(np.int32)
+
+
+def network_logits(weights, x, offset=0.0) -> np.ndarray:
+  """One example through it: BatchNorm with given statistics, then tanh."""
+  w = {k: float64(v) for k, v in weights.items()}
+  hidden = (x @ w['w1'] + w['b1'] - w['mean']) / np.sqrt(w['var'])
+  return (np.tanh(hidden * w['scale']) + offset) @ w['w2'] + w['b2']
+
+
+def _slope(function, size, norm, step=1e-6) -> float:
+  """The dual norm of a gradient at zero, by central differences."""
+  steps = step * np.eye(size)
+  gradient = [(function(e) - function(-e)) / (2 * step) for e in steps]
+  order = {'l1': np.inf, 'l2': 2, 'l_inf': 1}[norm]
+  return float(np.linalg.norm(gradient, order))
+
+
+def _difference(logits, p, q, values=lambda x: x):
+  """What is added at a layer -> value of class p minus that of class q."""
+
+  def difference(offset):
+    found = values(logits(offset))
+    return found[p] - found[q]
+
+  return difference
+
+
+def _at(weights, x, layer):
+  """The logits as a function of what is added at a layer, and its size."""
+  if layer == 'input':
+    return lambda e: network_logits(weights, x + e), len(x)
+  return lambda e: network_logits(weights, x, e), len(weights['b1'])
+
+
+def layer_margins(weights, inputs, labels, layer, norm) -> np.ndarray:
+  """Difference of logits over the dual norm of its gradient at the layer."""
+  found = []
+  rivals = competitors([network_logits(weights, x) for x in inputs], labels)
+  for x, y, m in zip(float64(inputs), labels, rivals, strict=True):
+    logits, size = _at(weights, x, layer)
+    gap = logits(np.zeros(size))
+    slope = _slope(_difference(logits, y, m), size, norm)
+    found.append((gap[y] - gap[m]) / slope)
+  return np.array(found)
+
+
+def large_margin_losses(
+  weights, inputs, labels, layers, *, gamma, alpha, norm, top_k, worst_case,
+  difference, epsilon, by_size, frozen=None,
+):  # fmt: skip
+  """Elsayed 2018: mean over layers of -sum_k clip(d_k), for each example.
+
+  `frozen` are weights whose gradient norms are used, and are those that a
+  first-order gradient holds constant.
+  """
+
+  def values(logits):
+    return np.exp(_log_softmax(logits)) if difference == 'softmax' else logits
+
+  losses = []
+  for x, y in zip(float64(inputs), labels, strict=True):
+    own = values(network_logits(weights, x))
+    rivals = sorted({*range(len(own))} - {y}, key=lambda k, own=own: -own[k])
+    per_layer = []
+    for layer in layers:
+      logits, size = _at(weights if frozen is None else frozen, x, layer)
+      distances = []
+      for k in rivals[:top_k]:
+        slope = _slope(_difference(logits, y, k, values), size, norm)
+        if by_size:
+          slope /= size
+        distances.append((own[y] - own[k]) / (slope + epsilon))
+      if worst_case:
+        distances = [min(distances)]
+      low = gamma * (1 - alpha)
+      per_layer.append(-sum(min(max(d, low), gamma) for d in distances))
+    losses.append(sum(per_layer) / len(per_layer))
+  return np.array(losses)

@@ -1,5 +1,7 @@
 """Datasets by name."""
 
+import numpy as np
+
 from margin_jax.data import augment, digits, images, tfds_images
 from margin_jax.data.images import Source, Stream, draw
 from margin_jax.data.tfds_images import DatasetError
@@ -18,6 +20,9 @@ def load(
   augmentations: tuple[str, ...] = (),
   crop_padding: int = 4,
   normalization: str = 'dataset',
+  fraction: float = 1.0,
+  label_noise: float = 0.0,
+  seed: int = 0,
 ) -> Source:
   """Loads a dataset into host memory.
 
@@ -29,6 +34,10 @@ def load(
     augmentations: names from `augment.AUGMENTATIONS`, applied in order.
     crop_padding: pixels of zeros around the image before a random crop.
     normalization: 'dataset' (statistics of the training split) or 'imagenet'.
+    fraction: share of the training examples that are used, without those held
+      out.
+    label_noise: share of those whose labels are replaced by wrong ones.
+    seed: decides which.
 
   Returns:
     The source, with splits 'train', 'test' and, if asked for, 'validation'.
@@ -54,17 +63,32 @@ def load(
       f'leave something to train on: {name!r} has {examples} training examples'
     )
   cut = examples - validation_examples
+  kept = images.subset(np.arange(cut), fraction, seed)
+  if not kept.size:
+    raise ValueError(
+      f'data.fraction={fraction} must leave something to train on: it is of '
+      f'{cut} training examples'
+    )
+  rows = {
+    'train': kept,
+    'validation': np.arange(cut, examples),
+    'test': np.arange(len(test['label'])),
+  }
   splits = {
-    'train': {key: value[:cut] for key, value in train.items()},
+    'train': {key: value[kept] for key, value in train.items()},
     'validation': {key: value[cut:] for key, value in train.items()},
     'test': test,
   }
+  splits['train']['label'] = images.corrupt(
+    splits['train']['label'], label_noise, num_classes, seed
+  )
   if not validation_examples:
-    del splits['validation']
+    del splits['validation'], rows['validation']
   return Source(
     name=name,
     num_classes=num_classes,
     splits=splits,
+    rows=rows,
     augment=augment.compose(tuple(augmentations), crop_padding),
     prepare=images.normalizer(splits['train']['inputs'], normalization),
   )

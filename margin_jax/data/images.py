@@ -119,6 +119,31 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return np.array(mean), np.array(std)
 
 
+def subset(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+  """round(fraction * N) of the rows, drawn by the seed, in their order."""
+  count = round(fraction * len(rows))
+  drawn = np.random.default_rng((seed, 0)).choice(
+    len(rows), count, replace=False
+  )
+  return rows[np.sort(drawn)]
+
+
+def corrupt(
+  labels: np.ndarray, share: float, num_classes: int, seed: int
+) -> np.ndarray:
+  """Labels of which round(share * N), drawn by the seed, are wrong.
+
+  Each wrong one is uniform over the other classes.
+  """
+  rng = np.random.default_rng((seed, 1))
+  count = round(share * len(labels))
+  chosen = rng.choice(len(labels), count, replace=False)
+  labels = labels.copy()
+  shift = rng.integers(1, num_classes, count).astype(labels.dtype)
+  labels[chosen] = (labels[chosen] + shift) % num_classes
+  return labels
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """A dataset and the two functions the compiled step applies to its inputs.
@@ -127,6 +152,8 @@ class Source:
     name: of the dataset.
     num_classes: C.
     splits: 'train', 'test' and, unless it is empty, 'validation'.
+    rows: for each split, which rows of the dataset's own training or test
+      split, in its original order, these are.
     augment: (key, image) -> image, for one training example.
     prepare: batch of inputs as stored -> what the model reads.
   """
@@ -134,6 +161,7 @@ class Source:
   name: str
   num_classes: int
   splits: dict[str, Split]
+  rows: dict[str, np.ndarray]
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
 

@@ -47,8 +47,8 @@ def _builder(name: str, data_dir: str | None):
   return builder, command
 
 
-def _decode(builder, split: str) -> tuple[Split, list[int]]:
-  """All images and labels of a split, and the numbers in their ids."""
+def _decode(builder, split: str) -> Split:
+  """All images and labels of a split, in the order of their ids."""
   source = builder.as_data_source(split=split)
   classes = builder.info.features['label'].num_classes
   shape = builder.info.features['image'].shape
@@ -66,14 +66,18 @@ def _decode(builder, split: str) -> tuple[Split, list[int]]:
       f'dataset {builder.name!r}, split {split!r}: labels run from '
       f'{label.min()} to {label.max()}, outside [0, {classes})'
     )
-  return {'inputs': inputs, 'label': label}, numbers
+  split = {'inputs': inputs, 'label': label}
+  if numbers:
+    order = np.argsort(numbers, kind='stable')
+    split = {key: value[order] for key, value in split.items()}
+  return split
 
 
 def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
   """Decodes the training and the test split.
 
-  TFDS stores CIFAR shuffled; the training images come back in the order of
-  their ids, which is the original one, so that "the last 5,000 images" means
+  TFDS stores CIFAR shuffled; the images come back in the order of their ids,
+  which is the original one, so that "the last 5,000 training images" means
   what the papers mean by it.
 
   Args:
@@ -89,8 +93,7 @@ def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
   """
   builder, command = _builder(name, data_dir)
   try:
-    train, numbers = _decode(builder, 'train')
-    test, _ = _decode(builder, 'test')
+    train, test = (_decode(builder, split) for split in ('train', 'test'))
   except DatasetError:
     raise
   except Exception as error:  # array_record and Pillow raise many kinds
@@ -98,7 +101,4 @@ def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
       f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '
       f'and prepare it again with: {command}'
     ) from error
-  if numbers:
-    order = np.argsort(numbers, kind='stable')
-    train = {key: value[order] for key, value in train.items()}
   return train, test, builder.info.features['label'].num_classes

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from margin_jax.models.cnn import CNN
+from margin_jax.models.cnn import CNN, MnistCNN
 from margin_jax.models.resnet import DEPTHS, ResNet
 
-NAMES = ('cnn', *(f'resnet{depth}' for depth in DEPTHS))
+NAMES = ('cnn', 'mnist_cnn', *(f'resnet{depth}' for depth in DEPTHS))
 VARIANTS = ('he', 'authors')
 DTYPES = ('float32', 'bfloat16')
 
@@ -22,7 +22,8 @@ def build(
   """The Flax module called `name`.
 
   Args:
-    name: one of `NAMES`: 'cnn', or 'resnetN' with depth N = 8, 14, ..., 110.
+    name: one of `NAMES`: 'cnn', 'mnist_cnn', or 'resnetN' with depth N = 8,
+      14, ..., 110.
     num_classes: C.
     variant: of the ResNets: 'he' or 'authors'.
     dtype: of the computation: 'float32' or 'bfloat16'.
@@ -43,6 +44,8 @@ def build(
   dtype = jnp.dtype(dtype)
   if name == 'cnn':
     return CNN(num_classes, dtype=dtype)
+  if name == 'mnist_cnn':
+    return MnistCNN(num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis)
   return ResNet(
     depth=int(name.removeprefix('resnet')),
     num_classes=num_classes,
@@ -59,7 +62,7 @@ def has_variants(name: str) -> bool:
 
 def has_batch_norm(name: str) -> bool:
   """Whether the model's examples meet in BatchNorm."""
-  return name.startswith('resnet')
+  return name != 'cnn'
 
 
 def takes_any_resolution(name: str) -> bool:

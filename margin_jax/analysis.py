@@ -1,0 +1,195 @@
+"""Margin distributions, their signatures, and the generalization gap.
+
+NumPy on the host: what comes in are margins that the devices have measured.
+"""
+
+import dataclasses
+
+import numpy as np
+
+# Of the examples' margins, in distributions.csv and the picture.
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+MOMENTS = 5
+SIGNATURES = ('quartiles', 'moments')
+
+
+def normalize(margins: np.ndarray, total_variation: float) -> np.ndarray:
+  """Margins at a layer, free of the scale of its activations.
+
+      d / sqrt(nu),   nu = trace of the covariance of the layer's activations
+
+  Args:
+    margins: (N,), in the units of the activations.
+    total_variation: nu, over the same examples.
+
+  Returns:
+    (N,); NaN where the activations do not vary.
+
+  Source: Jiang et al. 2019, section 3.2.
+  """
+  if not total_variation > 0:
+    return np.full(np.shape(margins), np.nan)
+  return np.asarray(margins, np.float64) / np.sqrt(total_variation)
+
+
+def signature(margins: np.ndarray, kind: str = 'quartiles') -> np.ndarray:
+  """Five numbers that stand for a distribution of margins.
+
+  Of the positive and finite margins, that is of the examples classified right:
+  'quartiles' are the lower fence (the least margin not below
+  Q1 - 1.5 (Q3 - Q1)), Q1, the median, Q3 and the upper fence (the largest not
+  above Q3 + 1.5 (Q3 - Q1)); 'moments' are (mean d^n)^(1/n) for n = 1, ..., 5.
+  All are positive, so that their logarithm can be taken.
+
+  Args:
+    margins: (N,) signed, normalised.
+    kind: 'quartiles' or 'moments'.
+
+  Returns:
+    (5,) float64; NaN if no margin is positive.
+
+  Raises:
+    ValueError: `kind` is unknown, or `margins` not a vector.
+
+  Source: Jiang et al. 2019, section 3.3.
+  """
+  if kind not in SIGNATURES:
+    raise ValueError(f'kind must be one of {SIGNATURES}, got {kind!r}')
+  margins = np.asarray(margins, np.float64)
+  if margins.ndim != 1:
+    raise ValueError(f'margins must be a vector, got shape {margins.shape}')
+  positive = margins[(margins > 0) & np.isfinite(margins)]
+  if not positive.size:
+    return np.full(5, np.nan)
+  if kind == 'moments':
+    # Of a share of the largest: powers of the margins themselves overflow.
+    top = positive.max()
+    powers = [
+      np.mean((positive / top) ** n) ** (1 / n) for n in range(1, MOMENTS + 1)
+    ]
+    return top * np.array(powers)
+  low, middle, high = np.quantile(positive, (0.25, 0.5, 0.75))
+  reach = 1.5 * (high - low)
+  # Rounding must not leave a fence without an example to stand on.
+  lower = positive[positive >= min(low - reach, low)].min()
+  upper = positive[positive <= max(high + reach, high)].max()
+  return np.array([lower, low, middle, high, upper])
+
+
+@dataclasses.dataclass(frozen=True)
+class GapFit:
+  """A linear model of the generalization gap.
+
+  Attributes:
+    coefficients: (F,) of the logarithms of the signatures' numbers.
+    intercept: of the model.
+    r2: the share of the gaps' variance that it explains.
+    adjusted_r2: 1 - (1 - r2) (n - 1) / (n - F - 1), for n networks; NaN for
+      n <= F + 1, where any numbers fit.
+    cross_validated_r2: the same share where each gap is predicted by a model
+      fitted without it.
+  """
+
+  coefficients: np.ndarray
+  intercept: float
+  r2: float
+  adjusted_r2: float
+  cross_validated_r2: float
+
+  def predict(self, signatures: np.ndarray) -> np.ndarray:
+    """(n, F) positive signatures -> (n,) gaps."""
+    return np.log(signatures) @ self.coefficients + self.intercept
+
+
+def fit_generalization_gap(
+  signatures: np.ndarray, gaps: np.ndarray, *, folds: int = 10, seed: int = 0
+) -> GapFit:
+  """Predicts generalization gaps from signatures of margin distributions.
+
+      gap ~ a . log(signature) + b
+
+  by least squares.
+
+  Args:
+    signatures: (n, F) positive: a row for each trained network, of the
+      signatures of its layers, concatenated.
+    gaps: (n,) training accuracy minus test accuracy.
+    folds: of the cross-validation; n of them, if n is smaller, which leaves
+      one network out at a time.
+    seed: of the shuffle before the folds are cut.
+
+  Returns:
+    The model and how well it fits.
+
+  Raises:
+    ValueError: a shape does not fit, there are fewer than three networks, or
+      a number is not finite, or a signature not positive.
+
+  Source: Jiang et al. 2019, section 3.4, Eq. 7.
+  """
+  from sklearn import linear_model, metrics, model_selection
+
+  signatures = np.asarray(signatures, np.float64)
+  gaps = np.asarray(gaps, np.float64)
+  if signatures.ndim != 2 or not signatures.shape[1]:
+    raise ValueError(
+      f'signatures must have shape (n, F), got {signatures.shape}'
+    )
+  networks, numbers = signatures.shape
+  if gaps.shape != (networks,):
+    raise ValueError(f'gaps must have shape ({networks},), got {gaps.shape}')
+  if networks < 3:
+    raise ValueError(
+      f'signatures must be of at least 3 networks, got {networks}'
+    )
+  if not (np.isfinite(signatures).all() and (signatures > 0).all()):
+    raise ValueError('signatures must be positive and finite')
+  if not np.isfinite(gaps).all():
+    raise ValueError('gaps must be finite')
+  logs = np.log(signatures)
+  model = linear_model.LinearRegression().fit(logs, gaps)
+  r2 = metrics.r2_score(gaps, model.predict(logs))
+  spare = networks - numbers - 1
+  split = model_selection.KFold(
+    min(folds, networks), shuffle=True, random_state=seed
+  )
+  predicted = model_selection.cross_val_predict(
+    linear_model.LinearRegression(), logs, gaps, cv=split
+  )
+  return GapFit(
+    coefficients=model.coef_,
+    intercept=float(model.intercept_),
+    r2=float(r2),
+    adjusted_r2=(
+      float(1 - (1 - r2) * (networks - 1) / spare) if spare > 0 else np.nan
+    ),
+    cross_validated_r2=float(metrics.r2_score(gaps, predicted)),
+  )
+
+
+def summary(margins: np.ndarray) -> dict[str, float]:
+  """Mean, quantiles and the share of negative ones, NaN left out.
+
+  Args:
+    margins: (N,); infinite ones count in the quantiles and not in the mean.
+  """
+  margins = np.asarray(margins, np.float64)
+  margins = margins[~np.isnan(margins)]
+  finite = margins[np.isfinite(margins)]
+  row = {
+    'examples': margins.size,
+    'negative': float(np.mean(margins < 0)) if margins.size else np.nan,
+    'mean': float(finite.mean()) if finite.size else np.nan,
+  }
+  for q in QUANTILES:
+    # Of the values themselves: between two infinities there is no mean.
+    value = np.nan
+    if margins.size:
+      value = float(np.quantile(margins, q, method='inverted_cdf'))
+    row[f'q{100 * q:g}'] = value
+  return row
+
+
+def ranking(margins: np.ndarray) -> np.ndarray:
+  """Rows by signed margin, the most negative first, NaN last."""
+  return np.argsort(np.asarray(margins), kind='stable')

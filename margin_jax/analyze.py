@@ -1,0 +1,275 @@
+"""Margin distributions of a trained run, and its examples ranked by margin.
+
+    python -m margin_jax.analyze --workdir=/tmp/digits
+
+Writes to WORKDIR/analysis: distributions.csv (signed margins, MMS, and
+normalised margins at the layers, for every checkpoint that is kept),
+signatures.csv (of the normalised margins), margins.png, and for the last
+checkpoint train.csv and test.csv: every example, the most negative margin
+first. Those are candidates for label errors; the smallest MMS are what an
+annotator should see next.
+"""
+
+import argparse
+import csv
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from margin_jax import (
+  analysis,
+  build,
+  data,
+  evaluation,
+  layers,
+  loop,
+  plots,
+  selection,
+)
+from margin_jax import config as config_lib
+from margin_jax.checkpoints import FOLDER, Checkpoints
+
+PyTree = Any
+
+# Where a run is analyzed unless it is said where, and the model has them.
+LAYERS = (layers.INPUT, layers.FEATURES)
+SPLITS = ('train', 'test')
+
+
+def _saved_config(
+  info: dict[str, Any], data_dir: str | None
+) -> config_lib.ml_collections.ConfigDict:
+  """The run's config; a rule that only the run knew does not matter here."""
+  saved = dict(info['config'])
+  if str(saved.get('selection.rule')).startswith('custom: '):
+    saved['selection.rule'] = next(iter(selection.RULES))
+  if data_dir is not None:
+    saved['data.data_dir'] = data_dir
+  saved['devices'] = None  # those of this machine
+  return config_lib.from_json(saved)
+
+
+def _quantities(
+  found: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+  """What distributions are drawn of, by name."""
+  radius = found['radius'].max()
+  quantities = {
+    'margin': found['margin'],
+    'mms': found['mms'],
+    # What MMR widens: the margin relative to the radius of the features.
+    'margin/radius': found['margin'] / (radius if radius > 0 else np.nan),
+  }
+  for name in names:
+    quantities[f'normalized margin at {name}'] = analysis.normalize(
+      found[f'margin/{name}'], found[f'total_variation/{name}']
+    )
+  return quantities
+
+
+def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+  """Writes a CSV file at once, or not at all."""
+  aside = path.with_suffix('.tmp')
+  with aside.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  os.replace(aside, path)
+
+
+def _ranked(
+  found: dict[str, Any], label: np.ndarray, rows: np.ndarray, names
+) -> list[dict[str, Any]]:
+  """Every example of a split, the most negative signed margin first."""
+  table = []
+  for i in analysis.ranking(found['margin']):
+    row = {
+      'index': int(rows[i]),
+      'label': int(label[i]),
+      'prediction': int(found['prediction'][i]),
+      'margin': float(found['margin'][i]),
+      'mms': float(found['mms'][i]),
+    }
+    for name in names:
+      row[f'margin at {name}'] = float(found[f'margin/{name}'][i])
+      row[f'mms at {name}'] = float(found[f'mms/{name}'][i])
+    table.append(row)
+  return table
+
+
+class _Report:
+  """Collects what every checkpoint measured."""
+
+  def __init__(self, source: data.Source, names: tuple[str, ...]):
+    self.names = names
+    self.source = source
+    self.distributions: list[dict[str, Any]] = []
+    self.signatures: list[dict[str, Any]] = []
+    self.last: dict[str, dict[str, np.ndarray]] = {}
+    self.ranked: dict[str, list[dict[str, Any]]] = {}
+
+  def add(self, step: int, split: str, found: dict[str, Any]) -> float:
+    """Adds a split at a checkpoint; returns its accuracy."""
+    label = self.source.splits[split]['label'][: len(found['margin'])]
+    accuracy = float(np.mean(found['prediction'] == label))
+    quantities = _quantities(found, self.names)
+    for name, values in quantities.items():
+      place = {'step': step, 'split': split, 'quantity': name}
+      self.distributions.append(
+        {**place, 'accuracy': accuracy, **analysis.summary(values)}
+      )
+    for layer in self.names:
+      for kind in analysis.SIGNATURES:
+        values = analysis.signature(
+          quantities[f'normalized margin at {layer}'], kind
+        )
+        place = {'step': step, 'split': split, 'layer': layer, 'kind': kind}
+        numbers = {f's{i + 1}': float(v) for i, v in enumerate(values)}
+        self.signatures.append({**place, **numbers})
+    self.last[split] = quantities
+    rows = self.source.rows[split]
+    self.ranked[split] = _ranked(found, label, rows, self.names)
+    return accuracy
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Writes the tables and the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / 'distributions.csv', self.distributions)
+    _write(folder / 'signatures.csv', self.signatures)
+    for split, table in self.ranked.items():
+      _write(folder / f'{split}.csv', table)
+    plots.margins(folder / 'margins.png', self.distributions, self.last)
+
+
+def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
+  """Opens the run's checkpoints; looking must not create a folder."""
+  if not os.path.isdir(os.path.join(workdir, FOLDER)):
+    raise config_lib.ConfigError(
+      f'workdir={workdir!r} holds no checkpoints: train it first with '
+      'python -m margin_jax.train'
+    )
+  checkpoints = Checkpoints(workdir)
+  kept = checkpoints.steps()
+  missing = sorted({*(steps or kept)} - {*kept})
+  if missing or not kept:
+    checkpoints.close()
+    raise config_lib.ConfigError(
+      f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
+      f'{kept}'
+    )
+  return checkpoints
+
+
+def analyze(
+  workdir: str,
+  *,
+  layer_names: tuple[str, ...] | None = None,
+  steps: list[int] | None = None,
+  examples: int | None = None,
+  data_dir: str | None = None,
+  out: str | None = None,
+  log: Callable[[str], None] = print,
+) -> pathlib.Path:
+  """Measures the margins of a run and writes tables and a picture.
+
+  Args:
+    workdir: of the run.
+    layer_names: where margins are linearised and normalised; None is 'input'
+      (if it is not of integers) and 'features'.
+    steps: which checkpoints; None is all that are kept.
+    examples: measure so many of each split, its first; None is all.
+    data_dir: where the dataset lies now, if not where the run found it.
+    out: the folder to write to; None is WORKDIR/analysis.
+    log: takes the progress lines.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ConfigError: there is no such checkpoint, or no such layer.
+    DatasetError: the dataset is missing or broken.
+  """
+  workdir = os.path.abspath(os.path.expanduser(workdir))
+  checkpoints = _checkpoints(workdir, steps)
+  try:
+    config = _saved_config(checkpoints.info(), data_dir)
+    devices, source = loop.prepare(config, None)
+    method = build.make_method(config, source, devices.total)
+    known = build.layer_shapes(method.model, source)
+    if layer_names is None:
+      layer_names = tuple(name for name in LAYERS if name in known)
+    build.check_layers('layers', layer_names, known)
+    measurer = evaluation.Measurer(
+      method,
+      devices,
+      {
+        name: {k: v[:examples] for k, v in source.splits[name].items()}
+        for name in SPLITS
+      },
+      config.eval_batch_size,
+      layer_names,
+    )
+    state = build.init_state(config, source, method)
+    report = _Report(source, layer_names)
+    for step in sorted(steps or checkpoints.steps()):
+      restored, _ = checkpoints.restore(state, step)
+      variables = devices.replicate(
+        {'params': restored.params, 'batch_stats': restored.batch_stats}
+      )
+      accuracy = {
+        split: report.add(step, split, measurer(split, variables))
+        for split in SPLITS
+      }
+      log(
+        f'step {step:,}: accuracy {accuracy["train"]:.2%} of the training and '
+        f'{accuracy["test"]:.2%} of the test examples'
+      )
+  finally:
+    checkpoints.close()
+  folder = pathlib.Path(out or os.path.join(workdir, 'analysis'))
+  report.write(folder)
+  log(f'written to {folder}')
+  return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m margin_jax.analyze',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--workdir', required=True, help='of the run')
+  parser.add_argument(
+    '--layers', help='comma-separated; default: input,features'
+  )
+  parser.add_argument(
+    '--steps', help='comma-separated checkpoints; default: all that are kept'
+  )
+  parser.add_argument(
+    '--examples', type=int, help='the first of each split; default: all'
+  )
+  parser.add_argument('--data_dir', help='default: where the run found it')
+  parser.add_argument('--out', help='default: WORKDIR/analysis')
+  args = parser.parse_args(argv)
+  try:
+    analyze(
+      args.workdir,
+      layer_names=None
+      if args.layers is None
+      else tuple(args.layers.split(',')),
+      steps=None if args.steps is None else [*map(int, args.steps.split(','))],
+      examples=args.examples,
+      data_dir=args.data_dir,
+      out=args.out,
+    )
+  except (config_lib.ConfigError, data.DatasetError, ValueError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  main()

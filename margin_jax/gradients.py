@@ -1,0 +1,171 @@
+"""The loss of a batch, and its mean gradient over devices.
+
+Per-device functions, mapped over devices like the step that calls them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from margin_jax import layers, margins, penalties, pool, selection
+from margin_jax.method import Method
+
+PyTree = Any
+
+# Mean MMS is over the ten smallest (ICLR 4.1, Figure 3).
+MEAN_MMS_EXAMPLES = 10
+
+
+def _mean_mms(logits: Array, kernel: Array, axis: str) -> Array:
+  """The mean of the ten smallest MMS over the devices' batch (ICLR 4.1)."""
+  scores = margins.mms_scores(logits, kernel)
+  scores = jax.lax.all_gather(scores, axis, tiled=True)
+  count = min(MEAN_MMS_EXAMPLES, scores.shape[0])
+  return jnp.mean(scores[selection.select_lowest(scores, count)])
+
+
+def _batch_loss(method: Method, losses: Array, keep: Array | None) -> Array:
+  """The mean loss, or that of the `keep` hardest over all devices."""
+  if keep is None:
+    return jnp.mean(losses)
+  everywhere = jax.lax.all_gather(losses, method.axis, tiled=True)
+  return selection.trimmed_mean(everywhere, keep)
+
+
+def _large_margin(
+  method: Method, variables: PyTree, updated: PyTree, batch: PyTree
+) -> Array:
+  """The mean large-margin loss of this device's share of the batch.
+
+  In evaluation mode, because in training mode the examples leak into each
+  other's gradients through BatchNorm, but with the statistics of the batch
+  itself: with the running ones, which lag, the released learning rate of 0.1
+  diverges.
+
+  Args:
+    method: names the layers and options.
+    variables: of the training-mode forward.
+    updated: its new batch_stats.
+    batch: 'inputs' and 'label'.
+  """
+  inputs = method.prepare(batch['inputs'])
+  statistics = layers.batch_statistics(method.model, variables, inputs, updated)
+  logits_fn, offsets = layers.at_layers(
+    method.model,
+    {**variables, 'batch_stats': statistics},
+    inputs,
+    method.large_margin.layers,
+  )
+  losses = penalties.large_margin_loss(
+    logits_fn, offsets, batch['label'], **method.large_margin.options
+  )
+  return jnp.mean(losses)
+
+
+def _gradient(
+  method: Method, state: PyTree, batch: PyTree, key: Array, keep
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+  """Mean gradient over devices, batch_stats, and what the metrics need."""
+
+  def loss_function(params: PyTree):
+    variables = {'params': params, 'batch_stats': state.batch_stats}
+    (logits, features), updates = method.model.apply(
+      variables,
+      method.prepare(batch['inputs']),
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': key},
+    )
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    )
+    penalty = penalties.mmr_penalty(
+      features,
+      logits,
+      pool.head_kernel(params),
+      batch['label'],
+      axis_name=method.axis,
+      **method.mmr,
+    )
+    total = _batch_loss(method, losses, keep)
+    batch_stats = updates.get('batch_stats', {})
+    means = {'loss': jnp.mean(losses), 'penalty': penalty}
+    if method.large_margin is not None:
+      large_margin = _large_margin(method, variables, batch_stats, batch)
+      means['large_margin'] = large_margin
+      total = method.large_margin.cross_entropy * total
+      total = total + method.large_margin.weight * large_margin
+    if method.alpha is not None:
+      total = total + method.alpha(state.step) * penalty
+    return total, (batch_stats, logits, losses, means)
+
+  gradient, (batch_stats, logits, losses, means) = jax.grad(
+    loss_function, has_aux=True
+  )(state.params)
+  gradient = jax.lax.pmean(gradient, method.axis)
+  if method.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, method.axis)
+  correct = jnp.argmax(logits, axis=1) == batch['label']
+  means['accuracy'] = jnp.mean(correct, dtype=jnp.float32)
+  metrics = jax.lax.pmean(means, method.axis)
+  if keep is not None:
+    metrics['trimmed_loss'] = _batch_loss(method, losses, keep)
+  kernel = pool.head_kernel(state.params)
+  metrics['mean_mms'] = _mean_mms(logits, kernel, method.axis)
+  return gradient, batch_stats, metrics
+
+
+def _kept_part(
+  method: Method, state: PyTree, batch: PyTree, size: int
+) -> PyTree:
+  """The `size` hardest of the batch, by an eval-mode forward."""
+  if size == method.batch_size:
+    return batch
+  logits, _ = method.model.apply(
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    method.prepare(batch['inputs']),
+    train=False,
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), batch['label']
+  )
+  # NaN counts as hardest: it must reach the loss, and stop the run.
+  losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+  return selection.take_lowest(-losses, batch, size, method.axis)
+
+
+def of_batch(
+  method: Method, state: PyTree, batch: PyTree, key: Array
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+  """The gradient of a batch, trimmed where the method says so.
+
+  Args:
+    method: what the loss is; static.
+    state: `params`, `batch_stats` and `step` are read.
+    batch: this device's share: 'inputs' and 'label'.
+    key: for dropout.
+
+  Returns:
+    The mean gradient over devices, the new batch_stats, and metrics.
+  """
+  trimming = method.trimming
+  if trimming is None:
+    return _gradient(method, state, batch, key, None)
+  table = jnp.array(trimming.keep, jnp.int32)
+  keep = table[trimming.epoch(state.step)]
+  if not trimming.kept_only:
+    return _gradient(method, state, batch, key, keep)
+
+  def branch(size: int) -> Callable:
+    return lambda: _gradient(
+      method, state, _kept_part(method, state, batch, size), key, keep
+    )
+
+  sizes = dict(enumerate(trimming.sizes))
+  branches = {index: branch(size) for index, size in sizes.items()}
+  return pool.switch(method, state.step, branches)

@@ -1,0 +1,319 @@
+"""Margins at any layer of a network, linearised, and the layers by name.
+
+At the last layer the distance to a boundary is exact, and `margins.py` has it.
+At any other layer h a network is not linear, and the distance is that of its
+first-order expansion: a difference of logits over the norm of its gradient by
+the activations of h. Where the distance is measured in the norm `norm`, the
+gradient is in the dual one: l_inf -> l1, l2 -> l2, l1 -> l_inf.
+
+Everything here takes `logits_fn(activations) -> (B, C) logits`. The
+activations are any pytree of arrays (B, ...), one a layer; row i of the logits
+may depend on row i of the activations only, or one example leaks into the
+gradient of another: BatchNorm must be in evaluation mode. `at_layers` makes
+such a function of a Flax model.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import Array
+
+from margin_jax import margins
+
+PyTree = Any
+LogitsFunction = Callable[[PyTree], Array]
+
+# The norm of a distance, and the one of the gradient it is divided by.
+DUAL = {'l1': 'l_inf', 'l2': 'l2', 'l_inf': 'l1'}
+NORMS = tuple(DUAL)
+
+# The two layers that are not modules: what the model reads, and what its head
+# reads.
+INPUT, FEATURES = 'input', 'features'
+HEAD = 'head'
+
+
+def check_norm(norm: str) -> None:
+  """Raises unless `norm` is one of `NORMS`."""
+  if norm not in NORMS:
+    raise ValueError(f'norm must be one of {NORMS}, got {norm!r}')
+
+
+def _dual_norms(gradient: Array, norm: str) -> Array:
+  """(k, B, ...) -> (B, k): the norm dual to `norm`, with derivatives."""
+  k, rows = gradient.shape[:2]
+  flat = gradient.reshape(k * rows, -1)
+  if norm == 'l_inf':
+    norms = jnp.sum(jnp.abs(flat), axis=1)
+  elif norm == 'l1':
+    norms = jnp.max(jnp.abs(flat), axis=1)
+  else:
+    norms = margins.row_norms(flat)
+  return norms.reshape(k, rows).T
+
+
+def slopes(
+  values_fn: LogitsFunction,
+  activations: PyTree,
+  choose: Callable[[Array], tuple[Array, Array]],
+  norm: str,
+) -> tuple[Array, PyTree]:
+  """Differences of class values, and the norms of their gradients.
+
+  Args:
+    values_fn: activations -> (B, C), one value a class; float32 or wider.
+    activations: pytree of arrays (B, ...): where to linearise.
+    choose: values -> (B,) own classes and (B, k) others.
+    norm: of the distance; the gradient's is its dual.
+
+  Returns:
+    (B, k) own value minus other value, and for each leaf of `activations`
+    (B, k) dual norms of the gradients of that.
+  """
+  values, pull = jax.vjp(values_fn, activations)
+  own, others = choose(values)
+  gaps = jnp.take_along_axis(values, own[:, None], axis=1)
+  gaps = gaps - jnp.take_along_axis(values, others, axis=1)
+  classes = values.shape[1]
+  towards = jax.nn.one_hot(own, classes, dtype=values.dtype)
+  away = jax.nn.one_hot(others.T, classes, dtype=values.dtype)
+  (gradients,) = jax.vmap(pull)(towards[None] - away)
+  return gaps, jax.tree.map(lambda x: _dual_norms(x, norm), gradients)
+
+
+def layer_margins(
+  logits_fn: LogitsFunction,
+  activations: PyTree,
+  labels: Array | None = None,
+  *,
+  norm: str = 'l2',
+) -> PyTree:
+  """Margins linearised at one layer or several.
+
+      d_i = (s_iy - s_im) / || grad_h (s_iy - s_im) ||_q
+
+  q is dual to `norm`. With labels y they are signed margins, negative where
+  misclassified, and m is the competitor. Without, y and m are the two
+  highest-scoring classes, and d is the label-free minimal margin score of the
+  layer. At a layer after which the network is linear both are exact: at the
+  features they equal `signed_margins` and `mms_scores`.
+
+  Where the gradient is zero there is no boundary: +inf or -inf by the sign of
+  the difference, and 0 for a tie. A NaN logit, or a label outside [0, C),
+  gives NaN.
+
+  Args:
+    logits_fn: activations -> (B, C) logits; see the module's docstring, and
+      `at_layers`.
+    activations: pytree of arrays (B, ...), one a layer: where to linearise.
+    labels: (B,) integers in [0, C), or None.
+    norm: 'l1', 'l2' or 'l_inf': how the distance is measured.
+
+  Returns:
+    The pytree with (B,) float32 margins for each leaf.
+
+  Raises:
+    TypeError: the logits are not floating, or `labels` not integer.
+    ValueError: a shape does not fit, or `norm` is unknown.
+
+  Source: Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
+  (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
+  """
+  check_norm(norm)
+  valid = None
+
+  def values_fn(activations: PyTree) -> Array:
+    logits = logits_fn(activations)
+    margins.check_logits(logits)
+    return logits.astype(margins.compute_dtype(logits)[1])
+
+  def choose(logits: Array) -> tuple[Array, Array]:
+    nonlocal valid
+    own = jnp.argmax(logits, axis=1) if labels is None else jnp.asarray(labels)
+    rivals = margins.competitors(logits, own)
+    valid = rivals >= 0
+    own = jnp.where(valid, own, 0).astype(jnp.int32)
+    return own, jnp.where(valid, rivals, 1)[:, None]
+
+  gaps, norms = slopes(values_fn, activations, choose, norm)
+  gap = gaps[:, 0]
+
+  def distance(slope: Array) -> Array:
+    slope = slope[:, 0]
+    flat = slope == 0
+    far = jnp.where(gap > 0, jnp.inf, jnp.where(gap < 0, -jnp.inf, gap))
+    result = jnp.where(flat, far, gap / jnp.where(flat, 1, slope))
+    return jnp.where(valid, result, jnp.nan)
+
+  return jax.tree.map(distance, norms)
+
+
+def _outputs(
+  model: nn.Module, variables: PyTree, inputs: PyTree
+) -> dict[str, PyTree]:
+  """What every submodule returns, by path, if it is called exactly once."""
+  (_, features), state = model.apply(
+    variables,
+    inputs,
+    train=False,
+    capture_intermediates=True,
+    mutable=['intermediates'],
+  )
+  found = {INPUT: inputs}
+  calls = jax.tree_util.tree_leaves_with_path(
+    state['intermediates'], is_leaf=lambda x: isinstance(x, tuple)
+  )
+  for path, outputs in calls:
+    *names, method = (key.key for key in path)
+    if names and method == '__call__' and len(outputs) == 1:
+      found['/'.join(names)] = outputs[0]
+  found[FEATURES] = features
+  rows = features.shape[0]
+  return {
+    name: x
+    for name, x in found.items()
+    if hasattr(x, 'dtype')
+    and jnp.issubdtype(x.dtype, jnp.floating)
+    and x.shape[:1] == (rows,)
+  }
+
+
+def layer_shapes(
+  model: nn.Module, variables: PyTree, inputs: PyTree
+) -> dict[str, tuple[int, ...]]:
+  """The layers that a model has, by name, and the shapes of their outputs.
+
+  A layer is 'input', 'features', or the path of a submodule that is called
+  once and returns one floating array, such as 'conv1' or
+  'stage1_block2/norm1'; its activations are what it returns. Nothing is
+  computed: arrays may be `jax.ShapeDtypeStruct`s.
+
+  Args:
+    model: `(inputs, train=) -> (logits, features)`, its last layer `head`.
+    variables: the model's.
+    inputs: a batch, as the model reads it.
+  """
+  found = jax.eval_shape(
+    lambda *args: _outputs(model, *args), variables, inputs
+  )
+  return {name: x.shape for name, x in found.items()}
+
+
+def check_layers(layers: tuple[str, ...], known: dict[str, Any]) -> None:
+  """Raises unless all of `layers` are among the names `known`.
+
+  Raises:
+    ValueError: listing the names that there are.
+  """
+  for name in layers:
+    if name not in known:
+      raise ValueError(
+        f'no layer is called {name!r}; the model has {tuple(known)}'
+      )
+
+
+def activations_at(
+  model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
+) -> dict[str, Array]:
+  """The activations of the named layers, in evaluation mode.
+
+  Raises:
+    ValueError: there is no such layer; lists those there are.
+  """
+  found = _outputs(model, variables, inputs)
+  check_layers(layers, found)
+  return {name: found[name] for name in layers}
+
+
+def batch_statistics(
+  model: nn.Module, variables: PyTree, inputs: PyTree, updated: PyTree
+) -> PyTree:
+  """The statistics of one batch, from what they did to the running ones.
+
+      running' = m * running + (1 - m) * batch
+
+  With these in place of the running ones, evaluation mode computes what
+  training mode does on that batch, but examples do not meet: the statistics
+  no longer depend on activations, while they still depend on parameters.
+
+  Args:
+    model: with any number of `flax.linen.BatchNorm`.
+    variables: those before the batch, 'batch_stats' among them.
+    inputs: a batch; only shapes count.
+    updated: 'batch_stats' after a training-mode forward on the batch.
+
+  Returns:
+    A tree like `updated`.
+  """
+  momenta = {}
+
+  def record(next_function, args, kwargs, context):
+    if isinstance(context.module, nn.BatchNorm):
+      momenta[context.module.path] = context.module.momentum
+    return next_function(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    forward = functools.partial(model.apply, train=False)
+    jax.eval_shape(forward, variables, inputs)
+  running = traverse_util.flatten_dict(variables['batch_stats'])
+
+  def solve(path: tuple[str, ...], new: Array) -> Array:
+    momentum = momenta.get(path[:-1])
+    if momentum is None:
+      return new
+    return (new - momentum * running[path]) / (1 - momentum)
+
+  flat = traverse_util.flatten_dict(updated)
+  solved = {path: solve(path, new) for path, new in flat.items()}
+  return traverse_util.unflatten_dict(solved)
+
+
+def at_layers(
+  model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
+) -> tuple[LogitsFunction, dict[str, Array]]:
+  """A Flax model as a function of what is added to its activations.
+
+  `layer_margins` and `large_margin_loss` take the two results as their first
+  arguments: the gradient by an offset, at zero, is that by the activations.
+
+  Args:
+    model: `(inputs, train=) -> (logits, features)`, its last layer `head`.
+    variables: the model's; BatchNorm uses its running statistics, or what
+      stands in their place: see `batch_statistics`.
+    inputs: a batch, as the model reads it.
+    layers: names as `layer_shapes` returns them.
+
+  Returns:
+    `logits_fn(offsets) -> (B, C)`, and zero offsets, float32, by layer.
+
+  Raises:
+    ValueError: there is no such layer; lists those there are.
+  """
+  shapes = layer_shapes(model, variables, inputs)
+  check_layers(layers, shapes)
+  zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in layers}
+
+  def logits_fn(offsets: dict[str, Array]) -> Array:
+    def shifted(x: Array, name: str) -> Array:
+      if name not in offsets:
+        return x
+      return (x.astype(jnp.float32) + offsets[name]).astype(x.dtype)
+
+    def add(next_function, args, kwargs, context):
+      name = '/'.join(context.module.path)
+      if context.method_name != '__call__' or not name:
+        return next_function(*args, **kwargs)
+      if name == HEAD:
+        args = (shifted(args[0], FEATURES), *args[1:])
+      return shifted(next_function(*args, **kwargs), name)
+
+    with nn.intercept_methods(add):
+      logits, _ = model.apply(variables, shifted(inputs, INPUT), train=False)
+    return logits
+
+  return logits_fn, zeros

@@ -1,0 +1,184 @@
+"""Linearised margins: exact where the network is linear, by hand elsewhere."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from margin_jax import (
+  layer_margins,
+  layers,
+  mms_scores,
+  models,
+  signed_margins,
+)
+from tests import references
+
+NORMS = ('l1', 'l2', 'l_inf')
+
+
+@functools.cache
+def network(name='resnet8'):
+  """A model, its variables with lived-in BatchNorm statistics, inputs."""
+  model = models.build(name, 5)
+  inputs = jax.random.normal(jax.random.key(0), (6, 8, 8, 3))
+  variables = model.init(jax.random.key(1), inputs, train=False)
+  for _ in range(3):
+    _, updates = model.apply(
+      variables, inputs, train=True, mutable=['batch_stats']
+    )
+    variables = {**variables, **updates}
+  return model, variables, inputs
+
+
+LABELS = jnp.array([0, 1, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'cnn', 'mnist_cnn'])
+def test_at_the_features_the_linear_margins_come_out(name):
+  model, variables, inputs = network(name)
+  logits, _ = model.apply(variables, inputs, train=False)
+  kernel = variables['params']['head']['kernel']
+  logits_fn, offsets = layers.at_layers(model, variables, inputs, ('features',))
+  for labels, expected in (
+    (None, mms_scores(logits, kernel)),
+    (LABELS, signed_margins(logits, kernel, LABELS)),
+  ):
+    found = layer_margins(logits_fn, offsets, labels)['features']
+    np.testing.assert_allclose(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_hidden_layers_agree_with_finite_differences(norm):
+  weights, inputs, labels = references.random_network(seed=3)
+  arrays = jax.tree.map(jnp.asarray, weights)
+
+  def logits_fn(activations):
+    return small_network(arrays, activations['input'], activations['hidden'])
+
+  activations = {'input': inputs, 'hidden': jnp.zeros((len(inputs), 5))}
+  found = layer_margins(logits_fn, activations, labels, norm=norm)
+  for layer in ('input', 'hidden'):
+    expected = references.layer_margins(weights, inputs, labels, layer, norm)
+    np.testing.assert_allclose(found[layer], expected, 1e-3)
+
+
+def small_network(weights, inputs, offset=0.0):
+  """The network of `references.network_logits`, in JAX."""
+  hidden = inputs @ weights['w1'] + weights['b1'][None]
+  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
+  hidden = jnp.tanh(hidden * weights['scale'][None]) + offset
+  return hidden @ weights['w2'] + weights['b2'][None]
+
+
+def test_the_norm_of_a_linear_network_is_the_dual():
+  kernel = jnp.array([[3.0, 0.0], [-4.0, 0.0]])
+  inputs = jnp.array([[1.0, -1.0]])
+  for norm, expected in (('l1', 7 / 4), ('l2', 7 / 5), ('l_inf', 7 / 7)):
+    found = layer_margins(lambda x: x @ kernel, inputs, norm=norm)
+    np.testing.assert_allclose(found, [expected], 1e-6)
+
+
+def test_edges_of_layer_margins():
+  inputs = jnp.ones((4, 2))
+  constant = jnp.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0], [jnp.nan, 1.0]])
+
+  def logits_fn(x):
+    return constant + 0 * jnp.sum(x, axis=1, keepdims=True)
+
+  labels = jnp.zeros(4, jnp.int32)
+  found = layer_margins(logits_fn, inputs, labels)
+  np.testing.assert_array_equal(found, [0, np.inf, -np.inf, np.nan])
+  found = layer_margins(lambda x: x, inputs, labels - 1)
+  assert np.isnan(found).all()
+  with pytest.raises(ValueError, match=r"norm must be .*, got 'l3'"):
+    layer_margins(logits_fn, inputs, labels, norm='l3')
+  with pytest.raises(ValueError, match='labels must have shape'):
+    layer_margins(logits_fn, inputs, labels[:2])
+
+
+def test_bfloat16_models_give_float32_margins():
+  _, variables, inputs = network()
+  model = models.build('resnet8', 5, dtype='bfloat16')
+  names = ('input', 'stage2_block1', 'features')
+  logits_fn, offsets = layers.at_layers(model, variables, inputs, names)
+  for found in layer_margins(logits_fn, offsets).values():
+    assert found.dtype == jnp.float32
+    assert np.isfinite(found).all()
+
+
+def test_layers_are_found_and_named():
+  model, variables, inputs = network()
+  shapes = layers.layer_shapes(model, variables, inputs)
+  assert shapes['input'] == (6, 8, 8, 3)
+  assert shapes['stage1_block1/conv1'] == (6, 8, 8, 16)
+  assert shapes['stage3_block1'] == (6, 2, 2, 64)
+  assert shapes['features'] == (6, 64)
+  for function in (layers.at_layers, layers.activations_at):
+    with pytest.raises(ValueError, match=r"called 'conv9'; .*'stage3_block1'"):
+      function(model, variables, inputs, ('conv9',))
+
+
+def test_activations_and_offsets_are_of_the_same_layer():
+  """An offset that undoes the activations makes them zero for what follows."""
+  model, variables, inputs = network()
+  # Inside a block a shortcut carries the examples past the layer.
+  whole = ('input', 'norm_stem', 'stage2_block1')
+  for name in (*whole, 'stage2_block1/conv1', 'features', 'head'):
+    found = layers.activations_at(model, variables, inputs, (name,))
+    logits_fn, offsets = layers.at_layers(model, variables, inputs, (name,))
+    assert found[name].shape == offsets[name].shape
+    logits = logits_fn({name: -found[name].astype(jnp.float32)})
+    if name == 'features':
+      bias = variables['params']['head']['bias']
+      np.testing.assert_allclose(logits, np.tile(bias, (6, 1)), atol=1e-6)
+    elif name == 'head':
+      np.testing.assert_array_equal(logits, np.zeros((6, 5)))
+    else:
+      # With nothing left of them, all examples look alike.
+      alike = np.allclose(logits, logits[:1], atol=1e-5)
+      assert alike == (name in whole), name
+
+
+class Twice(nn.Module):
+  """Calls one layer twice, and one that returns a pair."""
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    del train
+    shared = nn.Dense(3, name='shared')
+    x = shared(shared(inputs))
+    return nn.Dense(2, name='head')(x), x
+
+
+def test_layers_called_twice_and_integer_inputs_are_not_offered():
+  inputs = jnp.ones((4, 3))
+  variables = Twice().init(jax.random.key(0), inputs, train=False)
+  assert {*layers.layer_shapes(Twice(), variables, inputs)} == {
+    'input', 'features', 'head',
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'mnist_cnn'])
+def test_batch_statistics_make_evaluation_compute_what_training_does(name):
+  model, variables, inputs = network(name)
+  other = 3 * inputs + 1
+  (expected, _), updates = model.apply(
+    variables, other, train=True, mutable=['batch_stats']
+  )
+  statistics = layers.batch_statistics(
+    model, variables, other, updates['batch_stats']
+  )
+  found, _ = model.apply(
+    {**variables, 'batch_stats': statistics}, other, train=False
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_batch_norm_has_no_statistics():
+  model, variables, inputs = network('cnn')
+  variables = {**variables, 'batch_stats': {}}
+  assert layers.batch_statistics(model, variables, inputs, {}) == {}
