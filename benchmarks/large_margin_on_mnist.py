@@ -18,7 +18,7 @@ import tempfile
 from margin_jax import data, loop
 
 LOSSES = ('cross_entropy', 'large_margin')
-RATES = (0.1, 0.03, 0.01, 0.003)
+RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 EPSILONS = (0.05, 0.1, 0.2)
 TUNING_SEED = 1000
 

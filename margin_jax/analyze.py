@@ -193,6 +193,10 @@ def analyze(
     ConfigError: there is no such checkpoint, or no such layer.
     DatasetError: the dataset is missing or broken.
   """
+  if examples is not None and examples < 1:
+    raise config_lib.ConfigError(
+      f'examples={examples} is not allowed: it must be at least 1'
+    )
   workdir = os.path.abspath(os.path.expanduser(workdir))
   checkpoints = _checkpoints(workdir, steps)
   try:

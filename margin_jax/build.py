@@ -149,30 +149,29 @@ def _large_margin(
   config: ml_collections.ConfigDict, model: nn.Module, source: data.Source
 ) -> LargeMargin | None:
   """Raises a ConfigError where the model or the data do not fit."""
-  chosen = config.large_margin
-  if not chosen.weight:
+  if not config.large_margin.weight:
     return None
   known = layer_shapes(model, source)
-  check_layers('large_margin.layers', chosen.layers, known)
-  if chosen.top_k >= source.num_classes:
+  check_layers('large_margin.layers', config.large_margin.layers, known)
+  if config.large_margin.top_k >= source.num_classes:
     raise ConfigError(
-      f'large_margin.top_k={chosen.top_k} is not allowed: it must be at most '
-      f'{source.num_classes - 1}, the number of wrong classes'
+      f'large_margin.top_k={config.large_margin.top_k} is not allowed: it '
+      f'must be at most {source.num_classes - 1}, the number of wrong classes'
     )
   return LargeMargin(
-    weight=chosen.weight,
-    cross_entropy=chosen.cross_entropy,
-    layers=tuple(chosen.layers),
+    weight=config.large_margin.weight,
+    cross_entropy=config.large_margin.cross_entropy,
+    layers=tuple(config.large_margin.layers),
     options={
-      'gamma': chosen.gamma,
-      'alpha': chosen.alpha,
-      'norm': chosen.norm,
-      'top_k': chosen.top_k,
-      'worst_case': chosen.worst_case,
-      'difference': chosen.difference,
-      'epsilon': chosen.epsilon,
-      'by_size': chosen.by_size,
-      'second_order': chosen.second_order,
+      'gamma': config.large_margin.gamma,
+      'alpha': config.large_margin.alpha,
+      'norm': config.large_margin.norm,
+      'top_k': config.large_margin.top_k,
+      'worst_case': config.large_margin.worst_case,
+      'difference': config.large_margin.difference,
+      'epsilon': config.large_margin.epsilon,
+      'by_size': config.large_margin.by_size,
+      'second_order': config.large_margin.second_order,
     },
   )
 

@@ -54,6 +54,25 @@ def _data() -> dict[str, Any]:
   }
 
 
+def _optimizer() -> dict[str, Any]:
+  optional = config_dict.placeholder
+  return {
+    'name': 'sgd',
+    # learning_rates[i] from step boundaries[i-1] on.
+    'learning_rates': (0.1,),
+    'boundaries': (),
+    'momentum': 0.9,
+    'nesterov': False,
+    # On kernels only, or on all parameters.
+    'weight_decay': 0.0,
+    'decayed': 'kernels',
+    # Of Adam and RMSProp; None is optax's own.
+    'epsilon': optional(float),
+    # Largest L2 norm of the gradient; None does not clip.
+    'clip_norm': optional(float),
+  }
+
+
 def _selection() -> dict[str, Any]:
   optional = config_dict.placeholder
   return {
@@ -145,21 +164,7 @@ def default() -> ml_collections.ConfigDict:
         # which does not depend on their number) or each device's own.
         'batch_norm': 'global',
       },
-      'optimizer': {
-        'name': 'sgd',
-        # learning_rates[i] from step boundaries[i-1] on.
-        'learning_rates': (0.1,),
-        'boundaries': (),
-        'momentum': 0.9,
-        'nesterov': False,
-        # On kernels only, or on all parameters.
-        'weight_decay': 0.0,
-        'decayed': 'kernels',
-        # Of Adam and RMSProp; None is optax's own.
-        'epsilon': optional(float),
-        # Largest L2 norm of the gradient; None does not clip.
-        'clip_norm': optional(float),
-      },
+      'optimizer': _optimizer(),
       'selection': _selection(),
       'trimming': {
         # The share of the batch with the largest losses that counts, linear
@@ -271,12 +276,14 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
     ConfigError: it has a field that does not exist.
   """
   config = default()
+  known = flatten(config)
   for name, value in saved.items():
+    if name not in known:
+      raise ConfigError(
+        f'{name}={value!r} is unknown; the fields are {tuple(known)}'
+      )
     value = tuple(value) if isinstance(value, list) else value
-    try:
-      config.update_from_flattened_dict({name: value})
-    except (KeyError, TypeError) as error:
-      raise ConfigError(f'{name}={value!r} is no field: {error}') from error
+    config.update_from_flattened_dict({name: value})
   return config
 
 

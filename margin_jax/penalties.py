@@ -114,6 +114,18 @@ def mmr_penalty(
   return jnp.where(finite, safe, penalty).astype(dtype)
 
 
+def _check_options(norm: str, difference: str, **positive: float) -> None:
+  """Raises unless the options of `large_margin_loss` are good."""
+  layers.check_norm(norm)
+  if difference not in DIFFERENCES:
+    raise ValueError(
+      f'difference must be one of {DIFFERENCES}, got {difference!r}'
+    )
+  for name, value in positive.items():
+    if not 0 < value < math.inf:
+      raise ValueError(f'{name} must be positive and finite, got {value}')
+
+
 def large_margin_loss(
   logits_fn: layers.LogitsFunction,
   activations: PyTree,
@@ -172,14 +184,7 @@ def large_margin_loss(
 
   Source: Elsayed et al. 2018 and its released code.
   """
-  layers.check_norm(norm)
-  if difference not in DIFFERENCES:
-    raise ValueError(
-      f'difference must be one of {DIFFERENCES}, got {difference!r}'
-    )
-  for name, value in (('gamma', gamma), ('alpha', alpha), ('epsilon', epsilon)):
-    if not 0 < value < math.inf:
-      raise ValueError(f'{name} must be positive and finite, got {value}')
+  _check_options(norm, difference, gamma=gamma, alpha=alpha, epsilon=epsilon)
   labels = jnp.asarray(labels)
   valid = None
 

@@ -4,6 +4,7 @@ import math
 import pathlib
 
 NAN, INF = math.nan, math.inf
+ABOVE = 'a finite number above 0'
 POSITIVE, NATURAL = 'an integer, at least 1', 'an integer, at least 0'
 REAL = 'a finite number, at least 0'
 RATES = 'optimizer.learning_rates'
@@ -34,6 +35,7 @@ BAD = [
   ('eval_every', 0, POSITIVE),
   ('checkpoint_every', -1, POSITIVE),
   ('eval_batch_size', 0, POSITIVE),
+  ('keep_every', 0, POSITIVE),
   ('data.name', 'cifar', "'cifar10'"),
   ('data.name', None, "'digits'"),
   # as_json could not store it.
@@ -41,6 +43,10 @@ BAD = [
   ('data.data_dir', 3, 'None or a'),
   ('data.validation_examples', -1, NATURAL),
   ('data.validation_examples', 0.1, NATURAL),
+  ('data.fraction', 0.0, 'above 0, at most 1'),
+  ('data.fraction', 1.5, 'above 0, at most 1'),
+  ('data.label_noise', -0.1, REAL),
+  ('data.label_noise', 1.1, 'at most 1'),
   ('data.augmentations', ('crop', 'cutout'), "('crop', 'flip')"),
   ('data.augmentations', 'crop', 'a tuple'),
   ('data.crop_padding', -1, NATURAL),
@@ -50,7 +56,7 @@ BAD = [
   ('model.variant', 'He', "('he', 'authors')"),
   ('model.dtype', 'float16', "('float32', 'bfloat16')"),
   ('model.batch_norm', None, "('global', 'device')"),
-  ('optimizer.name', 'adamw', "('sgd', 'adam')"),
+  ('optimizer.name', 'adamw', "('sgd', 'adam', 'rmsprop')"),
   (RATES, 0.1, 'a tuple'),
   (RATES, (0.1, 0.01), 'one more than optimizer.boundaries has'),
   (RATES, (-0.1,), 'at least 0'),
@@ -71,6 +77,9 @@ BAD = [
   ('optimizer.weight_decay', -1e-4, REAL),
   ('optimizer.weight_decay', INF, REAL),
   ('optimizer.weight_decay', None, REAL),
+  ('optimizer.decayed', 'biases', "('kernels', 'all')"),
+  ('optimizer.epsilon', 0.0, ABOVE),
+  ('optimizer.clip_norm', INF, ABOVE),
   ('selection.rule', 'MMS', "'mms'"),
   ('selection.rule', None, "'uniform'"),
   ('selection.scope', 'host', "('global', 'device')"),
@@ -96,6 +105,27 @@ BAD = [
   ('mmr.alpha_end', INF, f'None or {REAL}'),
   ('mmr.reduction', 'mean', "'square_of_mean'"),
   ('mmr.stop_feature_gradient', 0, 'True or False'),
+  ('large_margin.weight', -1.0, REAL),
+  ('large_margin.cross_entropy', NAN, REAL),
+  ('large_margin.layers', 'input', 'a tuple'),
+  ('large_margin.layers', (), 'different names'),
+  ('large_margin.layers', ('conv1', 'conv1'), 'different names'),
+  ('large_margin.layers', (1,), 'different names'),
+  ('large_margin.norm', 2, "('l1', 'l2', 'l_inf')"),
+  ('large_margin.top_k', 0, POSITIVE),
+  ('large_margin.worst_case', 1, 'True or False'),
+  ('large_margin.difference', 'probability', "('softmax', 'logits')"),
+  ('large_margin.gamma', 0.0, ABOVE),
+  ('large_margin.alpha', -4.0, ABOVE),
+  ('large_margin.epsilon', None, ABOVE),
+  ('large_margin.by_size', None, 'True or False'),
+  ('large_margin.second_order', 'yes', 'True or False'),
+  ('attack.name', 'cw', "'fgsm'"),
+  ('attack.epsilons', 0.1, 'a tuple'),
+  ('attack.epsilons', (0.0,), 'in (0, 1]'),
+  ('attack.epsilons', (8,), 'in (0, 1]'),
+  ('attack.epsilons', (0.1, 0.1), 'different numbers'),
+  ('attack.steps', 0, POSITIVE),
   # Fields that do not exist.
   ('batchsize', 64, "'batch_size'"),
   ('data.augmentation', ('crop',), "'data.augmentations'"),
@@ -155,6 +185,18 @@ BAD_TOGETHER = [
     {'mmr.alpha': 1e-3, 'trimming.backward': 'kept', **TRIMMING},
     'over the whole batch',
   ),
+  ({'large_margin.norm': 'l1'}, 'there is no large-margin loss'),
+  ({'large_margin.cross_entropy': 0.0}, 'there is no large-margin loss'),
+  ({'large_margin.weight': 1.0, **TRIMMING}, 'is of cross-entropy'),
+  ({'optimizer.epsilon': 1e-3}, "with optimizer.name='sgd'"),
+  ({'optimizer.decayed': 'all'}, 'with optimizer.weight_decay=0.0'),
+  ({'attack.epsilons': (0.1,)}, 'with attack.name=None'),
+  ({'attack.steps': 20}, 'with attack.name=None'),
+  ({'attack.epsilons': (), 'attack.name': 'pgd'}, 'given with attack.name'),
+  (
+    {'attack.steps': 3, 'attack.name': 'fgsm', 'attack.epsilons': (0.1,)},
+    'which is one step',
+  ),
 ]
 
 # The edges of what is allowed.
@@ -180,4 +222,9 @@ GOOD = [
   {'trimming.backward': 'kept', **TRIMMING},
   {'mmr.alpha': 1e-3, **TRIMMING},
   {'selection.log_counts': True},
+  {'large_margin.weight': 1.0, 'large_margin.layers': ('input', 'conv1')},
+  {'large_margin.weight': 1.0, 'large_margin.cross_entropy': 0.0, **MMS},
+  {'attack.name': 'pgd', 'attack.epsilons': (1, 0.1), 'attack.steps': 3},
+  {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 1e-2},
+  {'data.fraction': 0.01, 'data.label_noise': 1.0, 'keep_every': 7},
 ]

@@ -22,7 +22,8 @@ FIELDS = tuple(config_lib.flatten(config_lib.default()))
 # What may differ between a checkpoint and the run that continues it.
 RESUMABLE = {
   'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
-  'checkpoint_every', 'eval_batch_size', 'data.data_dir',
+  'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
+  'attack.name', 'attack.epsilons', 'attack.steps',
 }  # fmt: skip
 
 

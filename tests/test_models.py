@@ -53,8 +53,8 @@ def test_sizes_are_the_published_ones(depth, millions):
 
 
 def test_names():
-  depths = [int(name.removeprefix('resnet')) for name in models.NAMES[1:]]
-  assert models.NAMES[0] == 'cnn'
+  depths = [int(name.removeprefix('resnet')) for name in models.NAMES[2:]]
+  assert models.NAMES[:2] == ('cnn', 'mnist_cnn')
   assert depths == [*range(8, 111, 6)]
   for name in ('resnet', 'resnet18', 'vgg', 'CNN'):
     words = re.escape(f'{name!r}; there are {models.NAMES}')
@@ -77,20 +77,20 @@ def test_unknown_variants_and_dtypes_are_refused(argument, value, allowed):
 def test_every_model_returns_logits_and_features(name, variant):
   model = models.build(name, 7, variant=variant)
   (logits, features), variables = shapes(model)
-  width = 128 if name == 'cnn' else 64
+  width = {'cnn': 128, 'mnist_cnn': 512}.get(name, 64)
   assert (logits.shape, logits.dtype) == ((BATCH, 7), jnp.float32)
   assert (features.shape, features.dtype) == ((BATCH, width), jnp.float32)
   head = variables['params']['head']
   assert {key: x.shape for key, x in head.items()} == {
     'kernel': (width, 7), 'bias': (7,),
   }  # fmt: skip
-  if name != 'cnn':
+  if name.startswith('resnet'):
     depth = int(name.removeprefix('resnet'))
     count = expected_size(depth, 7, variant == 'authors')
     assert size(variables['params']) == count
 
 
-@pytest.mark.parametrize('name', ['cnn', 'resnet8'])
+@pytest.mark.parametrize('name', ['cnn', 'mnist_cnn', 'resnet8'])
 def test_bfloat16_is_of_the_computation_only(name):
   model = models.build(name, 10, dtype='bfloat16')
   (logits, features), variables = shapes(model)

@@ -163,6 +163,57 @@ def test_adam_agrees_with_the_oracle(weight_decay):
   assert_runs_agree(run(optimizer), adam(weight_decay))
 
 
+def rmsprop(momentum, epsilon, weight_decay, clip_norm):
+  """TensorFlow 1: the average of squares starts at 1, epsilon in the root."""
+  params, gradients = random_trees()
+  squares = {name: np.ones_like(x) for name, x in params.items()}
+  trace = {name: np.zeros_like(x) for name, x in params.items()}
+  for step, gradient in enumerate(gradients):
+    # Weight decay is of all parameters here, and clipped with the rest.
+    gradient = {k: g + weight_decay * params[k] for k, g in gradient.items()}
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    for name, g in gradient.items():
+      g = g * min(1, clip_norm / norm)
+      squares[name] = 0.9 * squares[name] + 0.1 * g**2
+      change = rate(step) * g / np.sqrt(squares[name] + epsilon)
+      trace[name] = momentum * trace[name] + change
+      params[name] = params[name] - trace[name]
+    yield dict(params)
+
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.3])
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+@pytest.mark.parametrize('clip_norm', [1.0, 100.0])
+def test_rmsprop_agrees_with_the_oracle(momentum, weight_decay, clip_norm):
+  optimizer = optimizers.make(
+    'rmsprop',
+    optimizers.learning_rate((0.1, 0.01), (4,)),
+    momentum=momentum,
+    nesterov=False,
+    weight_decay=weight_decay,
+    decayed='all',
+    epsilon=1e-2,
+    clip_norm=clip_norm,
+  )
+  expected = rmsprop(momentum, 1e-2, weight_decay, clip_norm)
+  assert_runs_agree(run(optimizer), expected)
+
+
+def test_epsilon_reaches_adam():
+  runs = []
+  for epsilon in (None, 1.0):
+    optimizer = optimizers.make(
+      'adam',
+      optimizers.learning_rate((0.1,), ()),
+      momentum=0.0,
+      nesterov=False,
+      weight_decay=0.0,
+      epsilon=epsilon,
+    )
+    runs.append([*run(optimizer)][-1])
+  assert np.abs(runs[0]['kernel'] - runs[1]['kernel']).max() > 1e-2
+
+
 @pytest.mark.parametrize('name', optimizers.NAMES)
 def test_biases_and_scales_are_not_decayed(name):
   schedule = optimizers.learning_rate((0.1,), ())
@@ -179,9 +230,11 @@ def test_biases_and_scales_are_not_decayed(name):
 
 
 def test_an_unknown_optimizer_is_refused():
-  with pytest.raises(ValueError, match=r"'rmsprop'.*\('sgd', 'adam'\)"):
+  with pytest.raises(
+    ValueError, match=r"'adamw'.*\('sgd', 'adam', 'rmsprop'\)"
+  ):
     optimizers.make(
-      'rmsprop',
+      'adamw',
       optimizers.learning_rate((0.1,), ()),
       momentum=0.9,
       nesterov=False,

@@ -1,16 +1,17 @@
 """The fused step: against its parts, on several devices, as one program."""
 
+import dataclasses
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from margin_jax import build, evaluation, parallel
-from margin_jax import step as step_lib
+from margin_jax import build, evaluation, gradients, models, parallel
 from tests import helpers, references
 
 
@@ -214,7 +215,47 @@ def test_mean_mms_is_over_the_ten_smallest():
   kernel = rng.normal(size=(3, 5)).astype(np.float32)
   expected = np.sort(references.mms_scores(logits, kernel))[:10].mean()
   mean = jax.pmap(
-    lambda x: step_lib._mean_mms(x, jnp.asarray(kernel), 'device'),
+    lambda x: gradients._mean_mms(x, jnp.asarray(kernel), 'device'),
     axis_name='device',
   )(logits.reshape(4, 6, 5))
   np.testing.assert_allclose(mean, np.full(4, expected), rtol=1e-5)
+
+
+class Linear(nn.Module):
+  """No ReLU: XLA:CPU of jax 0.11 loses NaN where it fuses one with a sum."""
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    features = inputs.reshape(inputs.shape[0], -1)
+    return nn.Dense(10, name='head')(features), features
+
+
+@pytest.mark.parametrize('rule', ['random', 'mms', 'selective_backprop'])
+def test_examples_without_logits_are_not_selected(rule, monkeypatch):
+  """NaN pixels give NaN logits: counted, and left out by every rule."""
+  monkeypatch.setattr(models, 'build', lambda *args, **kwargs: Linear())
+  source = helpers.digits()
+
+  def prepare(inputs):
+    bad = inputs[:, :1, :1, :1] == 255
+    return jax.numpy.where(bad, jax.numpy.nan, source.prepare(inputs))
+
+  train = dict(source.splits['train'])
+  train['inputs'] = train['inputs'].copy()
+  train['inputs'][::5, 0, 0] = 255
+  broken = dataclasses.replace(
+    source,
+    splits={**source.splits, 'train': train},
+    augment=lambda key, image: image,
+    prepare=prepare,
+  )
+  this = helpers.Setup(
+    source=broken,
+    **{'selection.rule': rule, 'selection.log_counts': True},
+  )
+  state, metrics = this.run(5)
+  assert metrics['nan_scores'].min() > 0
+  assert np.isfinite(metrics['loss']).all()
+  assert np.isfinite(metrics['score_max']).all()
+  assert state.counts[::5].sum() == 0
+  assert state.counts.sum() == 5 * 8

@@ -1,0 +1,186 @@
+"""Does MMR widen the normalised margin at equal training accuracy?
+
+    python -m benchmarks.mmr_margins_on_cifar10 --data_dir=../shared/tfds
+
+Trains a small ResNet on CIFAR-10 with and without MMR, analyzes every run, and
+writes benchmarks/mmr_margins_on_cifar10.md and the picture of one run with MMR,
+benchmarks/mmr_margins_on_cifar10.png.
+"""
+
+import argparse
+import csv
+import functools
+import importlib
+import pathlib
+import shutil
+import statistics
+
+import numpy as np
+
+from margin_jax import analyze, data, loop
+
+METHODS = ('baseline', 'mmr')
+QUANTITIES = (
+  'margin',
+  'margin/radius',
+  'normalized margin at features',
+  'normalized margin at input',
+)
+
+
+def train(method: str, seed: int, args: argparse.Namespace) -> tuple:
+  """The result of a run, and the rows of its distributions.csv."""
+  config = importlib.import_module('configs.cifar10_resnet44').get_config(
+    method
+  )
+  config.seed = seed
+  config.model.name = args.model
+  config.data.data_dir = args.data_dir
+  config.steps = args.steps
+  config.optimizer.learning_rates = (0.1, 0.01)
+  config.optimizer.boundaries = (args.steps * 2 // 3,)
+  every = args.steps // args.checkpoints
+  config.eval_every = config.checkpoint_every = config.keep_every = every
+  if method == 'mmr' and args.alpha is not None:
+    config.mmr.alpha, config.mmr.alpha_end = args.alpha, None
+  workdir = pathlib.Path(args.workdir) / f'{method}_{seed}'
+  result = loop.train(config, str(workdir), log=lambda line: None)
+  folder = analyze.analyze(
+    str(workdir), examples=args.examples, log=lambda line: None
+  )
+  with (folder / 'distributions.csv').open(newline='') as file:
+    return result, list(csv.DictReader(file))
+
+
+def curve(rows: list[dict], quantity: str) -> tuple[np.ndarray, np.ndarray]:
+  """Training accuracy and median of a quantity, over the checkpoints."""
+  chosen = [
+    (float(row['accuracy']), float(row['q50']))
+    for row in rows
+    if row['split'] == 'train' and row['quantity'] == quantity
+  ]
+  accuracy, median = np.array(chosen).T
+  return accuracy, median
+
+
+def at_accuracy(rows: list[dict], quantity: str, accuracy: float) -> float:
+  """The median where training accuracy first was `accuracy`, interpolated."""
+  x, y = curve(rows, quantity)
+  x = np.maximum.accumulate(x)
+  return float(np.interp(accuracy, x, y))
+
+
+def cell(values: list[float]) -> str:
+  """Mean and standard deviation over the seeds."""
+  spread = statistics.stdev(values) if len(values) > 1 else 0.0
+  return f'{statistics.mean(values):.4f} ± {spread:.4f}'
+
+
+def table(head: str, runs: dict[str, list], value) -> list[str]:
+  """A line a method, a column a quantity."""
+  lines = [
+    f'| {head} | ' + ' | '.join(QUANTITIES) + ' |',
+    '|---|' + '---|' * len(QUANTITIES),
+  ]
+  for method, found in runs.items():
+    cells = (
+      cell(
+        [value(rows, quantity, seed) for seed, (_, rows) in enumerate(found)]
+      )
+      for quantity in QUANTITIES
+    )
+    lines.append(f'| {method} | ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
+  """The tables."""
+  # For each seed the highest training accuracy that both methods reached.
+  equal = [
+    min(curve(runs[m][seed][1], 'margin')[0].max() for m in METHODS)
+    for seed in range(args.seeds)
+  ]
+  first = runs['mmr'][0][0]
+  alpha = first['config']['mmr.alpha'], first['config']['mmr.alpha_end']
+  lines = [
+    '# MMR and the normalised margin on CIFAR-10',
+    '',
+    f'`python -m benchmarks.mmr_margins_on_cifar10 --model={args.model} '
+    f'--steps={args.steps} --seeds={args.seeds} --examples={args.examples}`'
+    ': configs/cifar10_resnet44.py (b=64, crop and flip), learning rate 0.1, '
+    'from two thirds on 0.01; MMR with alpha '
+    f'{alpha[0]:g} to {alpha[1] or alpha[0]:g}. Medians over '
+    f'{args.examples:,} training images of the signed margin in feature space; '
+    'that over the radius of the features, which is what MMR asks to be wide; '
+    'and the margins normalised by total variation (Jiang et al. 2019) at '
+    f'features and input. Mean ± standard deviation over {args.seeds} seeds.',
+    '',
+    'At the end of training:',
+    '',
+    '| method | training accuracy | test accuracy | steps | TFLOP | seconds |',
+    '|---|---|---|---|---|---|',
+  ]
+  for method, found in runs.items():
+    train_accuracy = cell([curve(rows, 'margin')[0][-1] for _, rows in found])
+    test = cell([result['test']['accuracy'] for result, _ in found])
+    seconds = statistics.median(result['seconds'] for result, _ in found)
+    lines.append(
+      f'| {method} | {train_accuracy} | {test} | {args.steps:,} | '
+      f'{found[0][0]["flops"] / 1e12:.1f} | {seconds:.0f} |'
+    )
+  lines += ['', *table('last checkpoint', runs, at_end)]
+  lines += [
+    '',
+    'At equal training accuracy, for each seed the highest that both reached '
+    f'({", ".join(f"{value:.2%}" for value in equal)}; linear between '
+    'checkpoints):',
+    '',
+    *table(
+      'equal accuracy',
+      runs,
+      lambda rows, q, seed: at_accuracy(rows, q, equal[seed]),
+    ),
+    '',
+    f'{first["devices"]} x {first["device"]}, jax {first["versions"]["jax"]}.',
+    '',
+    '![Margin distributions of a run with MMR](mmr_margins_on_cifar10.png)',
+  ]
+  path = pathlib.Path(__file__)
+  path.with_suffix('.md').write_text('\n'.join(lines) + '\n')
+  picture = pathlib.Path(args.workdir) / 'mmr_0' / 'analysis' / 'margins.png'
+  shutil.copy(picture, path.with_suffix('.png'))
+
+
+def at_end(rows: list[dict], quantity: str, seed: int) -> float:
+  """The median at the last checkpoint."""
+  del seed
+  return curve(rows, quantity)[1][-1]
+
+
+def main() -> None:
+  """Trains and analyzes; finished runs in the workdir are not trained again."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data_dir')
+  parser.add_argument('--workdir', default='/tmp/mmr_margins')
+  parser.add_argument('--model', default='resnet8')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=2000)
+  parser.add_argument('--checkpoints', type=int, default=5)
+  parser.add_argument('--examples', type=int, default=10_000)
+  parser.add_argument('--alpha', type=float, help="default: the config's ramp")
+  args = parser.parse_args()
+  data.tfds_images.load = functools.cache(data.tfds_images.load)
+  runs = {method: [] for method in METHODS}
+  for seed in range(args.seeds):
+    for method in METHODS:
+      runs[method].append(train(method, seed, args))
+      result, rows = runs[method][-1]
+      print(
+        method, seed, result['test']['accuracy'],
+        *(round(curve(rows, q)[1][-1], 4) for q in QUANTITIES), flush=True,
+      )  # fmt: skip
+  write(args, runs)
+
+
+if __name__ == '__main__':
+  main()

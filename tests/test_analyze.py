@@ -1,0 +1,213 @@
+"""python -m margin_jax.analyze on runs of the digits."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from margin_jax import analyze, build, data, loop, mms_scores, signed_margins
+from margin_jax import config as config_lib
+from margin_jax.checkpoints import Checkpoints
+from tests import helpers
+
+NOISY = {
+  'selection.rule': 'uniform', 'mmr.alpha': 0.0, 'data.label_noise': 0.1,
+  'batch_size': 64, 'steps': 200, 'log_every': 200, 'eval_every': 200,
+  'checkpoint_every': 40, 'keep_every': 40,
+}  # fmt: skip
+
+
+def read(path):
+  with path.open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run on digits of which a tenth has wrong labels, analyzed."""
+  workdir = tmp_path_factory.mktemp('noisy')
+  config = helpers.small_config(**NOISY)
+  loop.train(config, str(workdir), log=lambda line: None)
+  lines = []
+  folder = analyze.analyze(
+    str(workdir), layer_names=('input', 'conv2', 'features'), log=lines.append
+  )
+  return workdir, folder, lines
+
+
+def column(rows, name):
+  return np.array([float(row[name]) for row in rows])
+
+
+def restored(workdir, step):
+  config = helpers.small_config(**NOISY)
+  source = loop.prepare(config, None)[1]
+  method = build.make_method(config, source, 1)
+  checkpoints = Checkpoints(str(workdir))
+  state, _ = checkpoints.restore(build.init_state(config, source, method), step)
+  checkpoints.close()
+  return source, method, state
+
+
+def test_flipped_labels_have_the_most_negative_margins(run):
+  """Precision at least 0.9 at recall 0.8."""
+  rows = read(run[1] / 'train.csv')
+  truth = data.load('digits', validation_examples=180).splits['train']['label']
+  flipped = column(rows, 'label') != truth[column(rows, 'index').astype(int)]
+  assert flipped.sum() == round(0.1 * 1257)
+  found = np.flatnonzero(flipped)
+  wanted = int(np.ceil(0.8 * len(found)))
+  assert wanted / (found[wanted - 1] + 1) >= 0.9
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_every_example_is_ranked_with_its_own_margin(run, split):
+  workdir, folder, _ = run
+  rows = read(folder / f'{split}.csv')
+  source, method, state = restored(workdir, 200)
+  examples = source.splits[split]
+  logits, _ = method.model.apply(
+    {'params': state.params}, source.prepare(examples['inputs']), train=False
+  )
+  kernel = state.params['head']['kernel']
+  index = column(rows, 'index').astype(int)
+  assert sorted(index) == [*range(len(examples['label']))]
+  margin = column(rows, 'margin')
+  assert (np.diff(margin) >= 0).all()
+  np.testing.assert_array_equal(column(rows, 'label'), examples['label'][index])
+  np.testing.assert_array_equal(
+    column(rows, 'prediction'), np.argmax(logits, 1)[index]
+  )
+  signed = signed_margins(logits, kernel, examples['label'])
+  np.testing.assert_allclose(margin, signed[index], 1e-4, 1e-5)
+  mms = mms_scores(logits, kernel)[index]
+  np.testing.assert_allclose(column(rows, 'mms'), mms, 1e-4, 1e-5)
+  # At the features the linearisation is exact.
+  at_features = column(rows, 'margin at features')
+  np.testing.assert_allclose(at_features, margin, 1e-3, 1e-5)
+  assert (column(rows, 'mms at input') >= 0).all()
+
+
+def test_distributions_are_of_every_checkpoint_that_is_kept(run):
+  workdir, folder, lines = run
+  rows = read(folder / 'distributions.csv')
+  assert {row['step'] for row in rows} == {'40', '80', '120', '160', '200'}
+  assert {row['quantity'] for row in rows} == {
+    'margin', 'mms', 'margin/radius', 'normalized margin at input',
+    'normalized margin at conv2', 'normalized margin at features',
+  }  # fmt: skip
+  last = [row for row in rows if row['step'] == '200']
+  source, method, state = restored(workdir, 200)
+  train = source.splits['train']
+  _, features = method.model.apply(
+    {'params': state.params}, source.prepare(train['inputs']), train=False
+  )
+  ranked = column(read(folder / 'train.csv'), 'margin')
+  variation = np.trace(np.cov(np.asarray(features, np.float64).T, bias=True))
+  radius = np.linalg.norm(features, axis=1).max()
+  middle = np.quantile(ranked, 0.5, method='inverted_cdf')
+  for quantity, expected in (
+    ('margin', middle),
+    ('margin/radius', middle / radius),
+    ('normalized margin at features', middle / np.sqrt(variation)),
+  ):
+    (row,) = (
+      row
+      for row in last
+      if row['quantity'] == quantity and row['split'] == 'train'
+    )
+    assert float(row['q50']) == pytest.approx(expected, rel=1e-3)
+    assert float(row['examples']) == 1257
+    assert float(row['negative']) == pytest.approx(np.mean(ranked < 0))
+  assert any('step 200' in line for line in lines)
+
+
+def test_signatures_and_the_picture_are_written(run):
+  rows = read(run[1] / 'signatures.csv')
+  assert len(rows) == 5 * 2 * 3 * 2  # steps, splits, layers, kinds
+  for row in rows:
+    numbers = column([row], 's1'), column([row], 's5')
+    assert 0 < numbers[0] < numbers[1]
+  picture = (run[1] / 'margins.png').read_bytes()
+  assert picture.startswith(b'\x89PNG')
+  assert len(picture) > 20_000
+
+
+def test_the_number_of_devices_does_not_matter(run, tmp_path):
+  """The run was analyzed on all eight; devices=1 is the saved config's."""
+  assert jax.device_count() == 8
+  source, method, state = restored(run[0], 200)
+  label = source.splits['train']['label']
+  logits, _ = method.model.apply(
+    {'params': state.params},
+    source.prepare(source.splits['train']['inputs']),
+    train=False,
+  )
+  expected = float(np.mean(np.argmax(logits, 1) == label))
+  rows = read(run[1] / 'distributions.csv')
+  found = {row['accuracy'] for row in rows[-6 * 2 : -6]}
+  assert [float(x) for x in found] == [pytest.approx(expected, abs=1e-3)]
+
+
+def test_part_of_a_run_elsewhere(run, tmp_path):
+  folder = analyze.analyze(
+    str(run[0]), steps=[80], examples=50, out=str(tmp_path / 'out'),
+    log=lambda line: None,
+  )  # fmt: skip
+  assert len(read(folder / 'test.csv')) == 50
+  rows = read(folder / 'distributions.csv')
+  assert {row['step'] for row in rows} == {'80'}
+  assert {row['quantity'] for row in rows} >= {'normalized margin at input'}
+
+
+def test_index_is_the_row_of_the_original_training_split(tmp_path):
+  """With a fraction of it, the CSV still says which images they were."""
+  fields = {**NOISY, 'data.fraction': 0.1, 'steps': 40, 'eval_every': 40}
+  fields |= {'log_every': 40}
+  config = helpers.small_config(**fields)
+  loop.train(config, str(tmp_path), log=lambda line: None)
+  folder = analyze.analyze(str(tmp_path), log=lambda line: None)
+  rows = read(folder / 'train.csv')
+  whole = data.load('digits', validation_examples=180).splits['train']['label']
+  label = column(rows, 'label')
+  wrong = label != whole[column(rows, 'index').astype(int)]
+  assert len(rows) == round(0.1 * 1257)
+  assert wrong.sum() == round(0.1 * len(rows))
+
+
+def test_a_rule_of_ones_own_is_no_obstacle(tmp_path):
+  config = helpers.small_config(steps=10)
+  loop.train(
+    config,
+    str(tmp_path),
+    rule=lambda logits, kernel, labels, keys: logits[:, 0],
+    log=lambda line: None,
+  )
+  folder = analyze.analyze(str(tmp_path), examples=20, log=lambda line: None)
+  assert (folder / 'margins.png').exists()
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+  for argv, words in (
+    (['--workdir', str(tmp_path)], 'holds no checkpoints: train it first'),
+    (['--workdir', str(run[0]), '--steps=33'], r'of step\(s\) \[33\]; it has'),
+    (
+      ['--workdir', str(run[0]), '--layers=conv9'],
+      "layers: no layer is called 'conv9'; .*'conv2'",
+    ),
+    (['--workdir', str(run[0]), '--examples=0'], 'examples=0 is not allowed'),
+  ):
+    with pytest.raises(SystemExit, match=words):
+      analyze.main(argv)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_a_config_comes_back_from_json():
+  config = helpers.small_config(**NOISY)
+  saved = json.loads(json.dumps(config_lib.as_json(config)))
+  again = config_lib.from_json(saved)
+  assert config_lib.flatten(again) == config_lib.flatten(config)
+  with pytest.raises(config_lib.ConfigError, match='bogus=1 is unknown'):
+    config_lib.from_json({'bogus': 1})
