@@ -132,6 +132,17 @@ def _large_margin() -> dict[str, Any]:
   }
 
 
+def _attack() -> dict[str, Any]:
+  return {
+    # At the end the test split is evaluated under an l_inf attack too, of
+    # each of these radii; images are in [0, 1]. None is no attack.
+    'name': config_dict.placeholder(str),
+    'epsilons': (),
+    # Of PGD.
+    'steps': 10,
+  }
+
+
 def default() -> ml_collections.ConfigDict:
   """Every field with its default; config files change some of them."""
   optional = config_dict.placeholder
@@ -184,16 +195,15 @@ def default() -> ml_collections.ConfigDict:
         'stop_feature_gradient': False,
       },
       'large_margin': _large_margin(),
-      'attack': {
-        # At the end the test split is evaluated under an l_inf attack too, of
-        # each of these radii; images are in [0, 1]. None is no attack.
-        'name': optional(str),
-        'epsilons': (),
-        # Of PGD.
-        'steps': 10,
-      },
+      'attack': _attack(),
     }
   )
+
+
+def require(holds: bool, name: str, value: Any, allowed: str) -> None:
+  """Raises a `ConfigError` about a field unless `holds`."""
+  if not holds:
+    raise ConfigError(f'{name}={value!r} is not allowed: it must be {allowed}')
 
 
 def parse_arguments(

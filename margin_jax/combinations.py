@@ -1,0 +1,169 @@
+"""Fields that are good alone and bad together.
+
+Refused are combinations that would do nothing, or contradict each other.
+"""
+
+from typing import Any
+
+from margin_jax import models
+from margin_jax.config import UNIFORM, default, flatten, require
+
+SCORING = (
+  'selection.scope',
+  'selection.batch_stats',
+  'selection.reuse',
+  'selection.every',
+  'selection.start',
+  'selection.stop',
+  'selection.score_dtype',
+  'selection.score_resolution',
+  'selection.proxy',
+)
+
+
+def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
+  """Raises if one of the fields is not its default."""
+  defaults = flatten(default())
+  for name in names:
+    value = defaults[name]
+    require(flat[name] == value, name, flat[name], f'{value!r} {because}')
+
+
+def _check_basics(flat: dict[str, Any]) -> None:
+  if flat['mmr.alpha_end'] is not None and flat['steps'] < 2:
+    require(False, 'steps', flat['steps'], 'at least 2 with mmr.alpha_end')
+  if flat['optimizer.nesterov']:
+    momentum = flat['optimizer.momentum']
+    require(
+      momentum > 0,
+      'optimizer.momentum',
+      momentum,
+      'above 0 with optimizer.nesterov',
+    )
+  if not models.has_variants(flat['model.name']):
+    because = f'with model.name={flat["model.name"]!r}, which has one variant'
+    _forbid(flat, ('model.variant',), because)
+  call = flat['steps_per_call']
+  if call is not None:
+    for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
+      divisor = f'a divisor of {name}={flat[name]}'
+      require(flat[name] % call == 0, 'steps_per_call', call, divisor)
+
+
+def _check_selection(flat: dict[str, Any]) -> None:
+  """Refuses combinations that would do nothing, or contradict each other."""
+  rule = flat['selection.rule']
+  if rule != 'loss':
+    because = f'with selection.rule={rule!r}: only the rule loss ramps'
+    _forbid(flat, ('selection.ramp',), because)
+  if rule != 'selective_backprop':
+    because = f'with selection.rule={rule!r}: only selective_backprop has it'
+    _forbid(flat, ('selection.beta',), because)
+  if rule == UNIFORM:
+    _forbid(flat, SCORING, 'with selection.rule=uniform, which scores nothing')
+    return
+  pool, size = flat['pool_size'], flat['batch_size'] * flat['selection.reuse']
+  allowed = f'at least batch_size * selection.reuse = {size}'
+  require(pool >= size, 'pool_size', pool, allowed)
+  every, reuse = flat['selection.every'], flat['selection.reuse']
+  require(
+    every == 1 or reuse == 1,
+    'selection.every',
+    every,
+    f'1 with selection.reuse={reuse}: both say which steps score',
+  )
+  start, stop = flat['selection.start'], flat['selection.stop']
+  allowed = f'below steps={flat["steps"]}, or nothing is ever scored'
+  require(start < flat['steps'], 'selection.start', start, allowed)
+  if stop is not None:
+    allowed = f'above selection.start={start}, or nothing is ever scored'
+    require(stop > start, 'selection.stop', stop, allowed)
+  _check_scorer(flat)
+
+
+def _check_scorer(flat: dict[str, Any]) -> None:
+  proxy = flat['selection.proxy']
+  scorer = flat['model.name'] if proxy is None else proxy
+  if flat['selection.score_resolution'] is not None:
+    require(
+      models.takes_any_resolution(scorer),
+      'selection.score_resolution',
+      flat['selection.score_resolution'],
+      f'None where {scorer!r} scores: it reads images of one size only',
+    )
+  if flat['selection.batch_stats'] == 'pool':
+    because = (
+      "with selection.batch_stats='pool': the statistics would not be of what "
+      'the model sees'
+    )
+    names = ('selection.proxy', 'selection.score_resolution')
+    _forbid(flat, names, because)
+    require(
+      models.has_batch_norm(flat['model.name']),
+      'selection.batch_stats',
+      'pool',
+      f"'selected' for {flat['model.name']!r}, which has no BatchNorm",
+    )
+
+
+def _check_trimming(flat: dict[str, Any]) -> None:
+  first, last = flat['trimming.first'], flat['trimming.last']
+  backward = flat['trimming.backward']
+  if first == last == 1:
+    because = 'without trimming (trimming.first and trimming.last are 1)'
+    _forbid(flat, ('trimming.backward',), because)
+    return
+  because = 'with trimming: both choose what the gradient sees'
+  _forbid(flat, ('selection.rule',), because)
+  because = 'with trimming, which chooses inside the loss'
+  _forbid(flat, ('selection.log_counts',), because)
+  if backward == 'kept':
+    require(
+      not models.has_batch_norm(flat['model.name']),
+      'trimming.backward',
+      backward,
+      f"'all' for {flat['model.name']!r}: its BatchNorm needs the whole batch",
+    )
+    because = "with trimming.backward='kept': MMR is over the whole batch"
+    _forbid(flat, ('mmr.alpha', 'mmr.alpha_end'), because)
+
+
+def _check_losses(flat: dict[str, Any]) -> None:
+  """The large-margin loss, the attack and the optimizer's options."""
+  if not flat['large_margin.weight']:
+    because = 'with large_margin.weight=0.0: there is no large-margin loss'
+    names = [n for n in flat if n.startswith('large_margin.')]
+    _forbid(flat, tuple(names), because)
+  if (flat['trimming.first'], flat['trimming.last']) != (1, 1):
+    because = 'with trimming, which is of cross-entropy'
+    _forbid(flat, ('large_margin.weight',), because)
+  if flat['optimizer.name'] == 'sgd':
+    because = "with optimizer.name='sgd', which has none"
+    _forbid(flat, ('optimizer.epsilon',), because)
+  if not flat['optimizer.weight_decay']:
+    because = 'with optimizer.weight_decay=0.0'
+    _forbid(flat, ('optimizer.decayed',), because)
+  attack, radii = flat['attack.name'], flat['attack.epsilons']
+  if attack is None:
+    because = 'with attack.name=None'
+    _forbid(flat, ('attack.epsilons', 'attack.steps'), because)
+    return
+  require(bool(radii), 'attack.epsilons', radii, 'given with attack.name')
+  if attack == 'fgsm':
+    because = "with attack.name='fgsm', which is one step"
+    _forbid(flat, ('attack.steps',), because)
+
+
+def check(flat: dict[str, Any]) -> None:
+  """Checks fields against each other; each is good alone.
+
+  Args:
+    flat: every field by dotted name.
+
+  Raises:
+    ConfigError: naming the field to blame, its value and what is allowed.
+  """
+  _check_basics(flat)
+  _check_selection(flat)
+  _check_trimming(flat)
+  _check_losses(flat)
