@@ -35,10 +35,8 @@ def make_splits(
     examples: only so many of each split, its first; None is all.
   """
   longest = max(source.counts[name] for name in names)
-  size = math.ceil(
-    min(batch_size, examples or longest, longest) / devices.total
-  )
-  size *= devices.total
+  largest = min(batch_size, longest, examples or longest)
+  size = math.ceil(largest / devices.total) * devices.total
   if not source.resident:
     return StreamedSplits(devices, source, names, size, examples)
   splits = {
@@ -241,9 +239,9 @@ class Measurer:
     """Measures the split called `name`.
 
     Returns:
-      'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of the features),
-      each (N,), and at each layer 'margin/LAYER' (signed) and 'mms/LAYER'
-      (label-free), (N,), and 'total_variation/LAYER', a float.
+      'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of the
+      features), each (N,), and at each layer 'margin/LAYER' (signed) and
+      'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
     """
     if self._program is None:
       self._program = self._splits.compile(self._step, variables)

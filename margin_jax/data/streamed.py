@@ -8,6 +8,7 @@ workers nor the number of processes changes an image.
 
 import contextlib
 import dataclasses
+import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ EVALUATION_SCALE = 256 / 224
 
 def crop_box(
   rng: np.random.Generator, width: int, height: int
-) -> tuple[float, float, float, float]:
+) -> tuple[int, int, int, int]:
   """A random box of 8% to 100% of the area, ratio 3:4 to 4:3.
 
   Where ten attempts do not fit, the largest central box with a ratio allowed.
@@ -43,16 +44,16 @@ def crop_box(
       left = int(rng.integers(0, width - w + 1))
       top = int(rng.integers(0, height - h + 1))
       return left, top, left + w, top + h
-  w = min(width, height * CROP_RATIO[1])
-  h = min(height, width / CROP_RATIO[0])
-  left, top = (width - w) / 2, (height - h) / 2
+  w = min(width, round(height * CROP_RATIO[1]))
+  h = min(height, round(width / CROP_RATIO[0]))
+  left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
 
 
-def center_box(width: int, height: int) -> tuple[float, float, float, float]:
+def center_box(width: int, height: int) -> tuple[int, int, int, int]:
   """The central square that remains of 224 pixels when resized to 256."""
-  side = min(width, height) / EVALUATION_SCALE
-  left, top = (width - side) / 2, (height - side) / 2
+  side = max(round(min(width, height) / EVALUATION_SCALE), 1)
+  left, top = (width - side) // 2, (height - side) // 2
   return left, top, left + side, top + side
 
 
@@ -70,8 +71,11 @@ def decode(
 
   with Image.open(io.BytesIO(encoded)) as image:
     box = center_box(*image.size) if rng is None else crop_box(rng, *image.size)
-    resized = image.convert('RGB').resize(
-      (size, size), Image.Resampling.BILINEAR, box=box
+    # Not resize(box=...), whose filter reads pixels outside of the box.
+    resized = (
+      image.crop(box)
+      .convert('RGB')
+      .resize((size, size), Image.Resampling.BILINEAR)
     )
   return np.asarray(resized)
 
@@ -233,6 +237,8 @@ def _iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
       yield copied
   finally:
     iterator.close()
+    # Its cycles hold shared memory that Python would complain about at exit.
+    gc.collect()
 
 
 @dataclasses.dataclass(frozen=True)
