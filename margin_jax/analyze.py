@@ -82,14 +82,14 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _ranked(
-  found: dict[str, Any], label: np.ndarray, rows: np.ndarray, names
+  found: dict[str, Any], rows: np.ndarray, names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
   """Every example of a split, the most negative signed margin first."""
   table = []
   for i in analysis.ranking(found['margin']):
     row = {
       'index': int(rows[i]),
-      'label': int(label[i]),
+      'label': int(found['label'][i]),
       'prediction': int(found['prediction'][i]),
       'margin': float(found['margin'][i]),
       'mms': float(found['mms'][i]),
@@ -114,8 +114,7 @@ class _Report:
 
   def add(self, step: int, split: str, found: dict[str, Any]) -> float:
     """Adds a split at a checkpoint; returns its accuracy."""
-    label = self.source.splits[split]['label'][: len(found['margin'])]
-    accuracy = float(np.mean(found['prediction'] == label))
+    accuracy = float(np.mean(found['prediction'] == found['label']))
     quantities = _quantities(found, self.names)
     for name, values in quantities.items():
       place = {'step': step, 'split': split, 'quantity': name}
@@ -132,7 +131,7 @@ class _Report:
         self.signatures.append({**place, **numbers})
     self.last[split] = quantities
     rows = self.source.rows[split]
-    self.ranked[split] = _ranked(found, label, rows, self.names)
+    self.ranked[split] = _ranked(found, rows, self.names)
     return accuracy
 
   def write(self, folder: pathlib.Path) -> None:
@@ -209,12 +208,9 @@ def analyze(
     build.check_layers('layers', layer_names, known)
     measurer = evaluation.Measurer(
       method,
-      devices,
-      {
-        name: {k: v[:examples] for k, v in source.splits[name].items()}
-        for name in SPLITS
-      },
-      config.eval_batch_size,
+      evaluation.make_splits(
+        devices, source, SPLITS, config.eval_batch_size, examples
+      ),
       layer_names,
     )
     state = build.init_state(config, source, method)

@@ -13,6 +13,7 @@ import numpy as np
 from margin_jax import (
   attacks,
   data,
+  feeding,
   layers,
   models,
   optimizers,
@@ -29,7 +30,10 @@ TRIMMING_SIZES = 4
 
 
 def steps_per_call(
-  config: ml_collections.ConfigDict, platform: str, start: int = 0
+  config: ml_collections.ConfigDict,
+  platform: str,
+  start: int = 0,
+  resident: bool = True,
 ) -> int:
   """How many steps one call runs.
 
@@ -38,18 +42,24 @@ def steps_per_call(
   accelerators the largest divisor of the run's intervals up to 100, so that no
   call has another length and nothing is compiled twice. It also divides
   `start`, where a continued run begins, or the run would step over its end.
+  And one where the data is not `resident` on the device: each step is fed.
 
   Raises:
     ConfigError: an explicit `steps_per_call` does not divide `start`.
   """
   if config.steps_per_call is not None:
+    if not resident and config.steps_per_call != 1:
+      raise ConfigError(
+        f'steps_per_call={config.steps_per_call} is not allowed: it must be 1 '
+        f'or None with data.name={config.data.name!r}, fed step by step'
+      )
     if start % config.steps_per_call:
       raise ConfigError(
         f'steps_per_call={config.steps_per_call} is not allowed: it must be a '
         f'divisor of {start}, the step at which the workdir stopped'
       )
     return config.steps_per_call
-  if platform == 'cpu':
+  if platform == 'cpu' or not resident:
     return 1
   common = math.gcd(
     start,
@@ -247,12 +257,14 @@ def make_method(
       epsilon=config.optimizer.epsilon,
       clip_norm=config.optimizer.clip_norm,
     ),
-    draw=functools.partial(data.draw, augment=source.augment),
+    draw=functools.partial(
+      data.draw if source.resident else feeding.draw, augment=source.augment
+    ),
     prepare=source.prepare,
     num_classes=classes,
     batch_size=config.batch_size,
     selection=_selection(config, rule, model, proxy, classes, lanes),
-    trimming=_trimming(config, len(source.splits['train']['label']), lanes),
+    trimming=_trimming(config, source.counts['train'], lanes),
     proxy=proxy,
     alpha=(
       optimizers.linear(alpha, alpha_end, config.steps)
@@ -275,10 +287,10 @@ def init_state(
   config: ml_collections.ConfigDict, source: data.Source, method: Method
 ) -> step_lib.TrainState:
   """The state before the first step."""
-  examples = len(source.splits['train']['label'])
+  examples = source.counts['train']
   return step_lib.init_state(
     method,
-    data.Stream.create(examples),
+    data.Stream.create(examples) if source.resident else data.Epoch.create(),
     config.seed,
     np.zeros((1, *source.input_shape), np.uint8),
     examples if config.selection.log_counts else None,

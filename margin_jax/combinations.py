@@ -5,7 +5,7 @@ Refused are combinations that would do nothing, or contradict each other.
 
 from typing import Any
 
-from margin_jax import models
+from margin_jax import data, models
 from margin_jax.config import UNIFORM, default, flatten, require
 
 SCORING = (
@@ -43,6 +43,9 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if not models.has_variants(flat['model.name']):
     because = f'with model.name={flat["model.name"]!r}, which has one variant'
     _forbid(flat, ('model.variant',), because)
+  if flat['data.name'] not in data.STREAMED:
+    because = f'with data.name={flat["data.name"]!r}, which lies in memory'
+    _forbid(flat, ('data.image_size', 'data.workers'), because)
   call = flat['steps_per_call']
   if call is not None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):

@@ -26,6 +26,7 @@ RESUMABLE = (
   'keep_every',
   'eval_batch_size',
   'data.data_dir',
+  'data.workers',
   'attack.name',
   'attack.epsilons',
   'attack.steps',
@@ -51,6 +52,10 @@ def _data() -> dict[str, Any]:
     'crop_padding': 4,
     # Statistics of the training split ('dataset') or ImageNet's.
     'normalization': 'dataset',
+    # Of ImageNet, whose JPEGs are decoded while training: the side that images
+    # are cut to, and how many processes decode (0: the training process).
+    'image_size': 224,
+    'workers': 8,
   }
 
 

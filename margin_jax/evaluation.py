@@ -1,6 +1,8 @@
 """Exact evaluation of whole splits on the device."""
 
+import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +10,101 @@ from typing import Any
 import jax
 import numpy as np
 
-from margin_jax import parallel
+from margin_jax import data, parallel
 from margin_jax import step as step_lib
 from margin_jax.method import Method
 
 PyTree = Any
 Split = dict[str, np.ndarray]
+
+
+def make_splits(
+  devices: parallel.Devices,
+  source: data.Source | data.Streamed,
+  names: tuple[str, ...],
+  batch_size: int,
+  examples: int | None = None,
+) -> 'Splits | StreamedSplits':
+  """What goes through whole splits of a source.
+
+  Args:
+    devices: to evaluate on.
+    source: of the splits.
+    names: of the splits.
+    batch_size: examples a call over all devices, at most.
+    examples: only so many of each split, its first; None is all.
+  """
+  longest = max(source.counts[name] for name in names)
+  largest = min(batch_size, longest, examples or longest)
+  size = math.ceil(largest / devices.total) * devices.total
+  if not source.resident:
+    return StreamedSplits(devices, source, names, size, examples)
+  splits = {
+    name: {k: v[:examples] for k, v in source.splits[name].items()}
+    for name in names
+  }
+  return Splits(devices, splits, size)
+
+
+class StreamedSplits:
+  """Whole splits that are read chunk by chunk, with the interface of `Splits`.
+
+  Attributes:
+    size: examples a chunk, over all devices.
+    counts: examples of each split.
+  """
+
+  def __init__(
+    self,
+    devices: parallel.Devices,
+    source: data.Streamed,
+    names: tuple[str, ...],
+    size: int,
+    examples: int | None,
+  ):
+    """Reads nothing yet."""
+    self.size = size
+    self.counts = {
+      name: min(examples or source.counts[name], source.counts[name])
+      for name in names
+    }
+    self._source = source
+    self._devices = devices
+
+  def compile(
+    self, step: Callable, variables: PyTree, *rest: PyTree
+  ) -> parallel.Compiled:
+    """As `Splits.compile`; the split is a chunk, and the devices share it."""
+    rows = self.size // self._devices.share.count
+    chunk = {
+      'inputs': np.zeros((rows, *self._source.input_shape), np.uint8),
+      'label': np.zeros(rows, np.int32),
+      'real': np.zeros(rows, bool),
+    }
+    args = (variables, self._devices.shard(chunk), np.int32(0), *rest)
+    return self._devices.compile(step, *args, sharded=(1,))
+
+  def run(
+    self,
+    program: parallel.Compiled,
+    name: str,
+    variables: PyTree,
+    *rest: PyTree,
+  ) -> list[PyTree]:
+    """What `program` returns for every chunk of a split, on the host."""
+    results = []
+    chunks = self._source.evaluation(name, self.size, self._devices.share)
+    with contextlib.closing(chunks):
+      for chunk in itertools.islice(
+        chunks, math.ceil(self.counts[name] / self.size)
+      ):
+        fed = {k: chunk[k] for k in ('inputs', 'label', 'real')}
+        fed['real'] &= chunk['index'] < self.counts[name]
+        results.append(
+          program(variables, self._devices.shard(fed), np.int32(0), *rest)
+        )
+        parallel.wait_for_old(results)
+    return jax.device_get(results)
 
 
 class Splits:
@@ -25,12 +116,11 @@ class Splits:
   """
 
   def __init__(
-    self, devices: parallel.Devices, splits: dict[str, Split], batch_size: int
+    self, devices: parallel.Devices, splits: dict[str, Split], size: int
   ):
     """Pads the splits to one length and places them on the devices."""
     longest = max(len(split['label']) for split in splits.values())
-    self.size = math.ceil(min(batch_size, longest) / devices.total)
-    self.size *= devices.total
+    self.size = size
     self.counts = {name: len(s['label']) for name, s in splits.items()}
     self._splits = {
       name: devices.replicate(self._pad(split, longest))
@@ -80,21 +170,17 @@ class Evaluator:
   def __init__(
     self,
     method: Method,
-    devices: parallel.Devices,
-    splits: dict[str, Split],
-    batch_size: int,
+    splits: Splits | StreamedSplits,
     attack: Callable | None = None,
   ):
-    """Places the splits on the devices.
+    """Compiles nothing yet.
 
     Args:
       method: holds the model.
-      devices: to evaluate on.
-      splits: by name.
-      batch_size: examples a call over all devices.
+      splits: to evaluate.
       attack: as `eval_step` takes it, for calls with an `epsilon`.
     """
-    self._splits = Splits(devices, splits, batch_size)
+    self._splits = splits
     self._method = method
     self._attack = attack
     self._programs: dict[Callable | None, parallel.Compiled] = {}
@@ -132,23 +218,19 @@ class Measurer:
   def __init__(
     self,
     method: Method,
-    devices: parallel.Devices,
-    splits: dict[str, Split],
-    batch_size: int,
+    splits: Splits | StreamedSplits,
     layers: tuple[str, ...],
   ):
-    """Places the splits on the devices.
+    """Compiles nothing yet.
 
     Args:
       method: holds the model.
-      devices: to measure on.
-      splits: by name.
-      batch_size: examples a call over all devices.
+      splits: to measure.
       layers: names as `layers.layer_shapes` returns them.
     """
-    self._splits = Splits(devices, splits, batch_size)
+    self._splits = splits
     self._step = functools.partial(
-      step_lib.measure_step, method, self._splits.size, layers
+      step_lib.measure_step, method, splits.size, layers
     )
     self._layers = layers
     self._program: parallel.Compiled | None = None
@@ -157,9 +239,9 @@ class Measurer:
     """Measures the split called `name`.
 
     Returns:
-      'prediction', 'margin', 'mms' and 'radius' (the norm of the features),
-      each (N,), and at each layer 'margin/LAYER' (signed) and 'mms/LAYER'
-      (label-free), (N,), and 'total_variation/LAYER', a float.
+      'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of the
+      features), each (N,), and at each layer 'margin/LAYER' (signed) and
+      'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
     """
     if self._program is None:
       self._program = self._splits.compile(self._step, variables)

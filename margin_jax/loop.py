@@ -17,12 +17,14 @@ from margin_jax import (
   build,
   data,
   evaluation,
+  feeding,
   parallel,
   selection,
   validation,
 )
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
+from margin_jax.method import Method
 from margin_jax.metrics import summarize
 from margin_jax.program import Counters, Program
 from margin_jax.reporting import Reporter, Silent, versions, write_json
@@ -35,6 +37,20 @@ def _name(rule: selection.Rule) -> str:
   while isinstance(rule, functools.partial):
     rule = rule.func
   return getattr(rule, '__qualname__', type(rule).__qualname__)
+
+
+def _feed(
+  config: ml_collections.ConfigDict,
+  source: data.Source | data.Streamed,
+  devices: parallel.Devices,
+  method: Method,
+  start: int,
+) -> feeding.Resident | feeding.Streamed:
+  if source.resident:
+    return feeding.Resident(devices, source)
+  return feeding.Streamed(
+    devices, source, method, start, config.steps, config.seed
+  )
 
 
 class Trainer:
@@ -71,20 +87,25 @@ class Trainer:
       self.best = info['best']
     self.start = int(state.step)
     self.state = devices.replicate(state)
-    self.data = devices.replicate(source.splits['train'])
+    self.feed = _feed(config, source, devices, method, self.start)
     self.evaluator = evaluation.Evaluator(
       method,
-      devices,
-      {k: v for k, v in source.splits.items() if k != 'train'},
-      config.eval_batch_size,
+      evaluation.make_splits(
+        devices,
+        source,
+        tuple(name for name in source.counts if name != 'train'),
+        config.eval_batch_size,
+      ),
       build.make_attack(config),
     )
     self.program = Program(
       method,
       devices,
-      build.steps_per_call(config, devices.platform, self.start),
+      build.steps_per_call(
+        config, devices.platform, self.start, source.resident
+      ),
       self.state,
-      self.data,
+      self.feed,
     )
 
   def _check_same_run(self, info: dict[str, Any]) -> None:
@@ -102,7 +123,8 @@ class Trainer:
 
   def call(self, step: int) -> PyTree:
     """Dispatches the call at `step`; its metrics are still on the device."""
-    self.state, metrics = self.program(step, self.state, self.data)
+    batch = self.feed(step)
+    self.state, metrics = self.program(step, self.state, batch)
     return metrics
 
   def save(self, step: int, accuracy: float | None) -> None:
@@ -128,7 +150,10 @@ def _run(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
     nonlocal reported, windows, total
     metrics, class_rates = summarize(reported, windows)
     total = total.plus(trainer.program.cost(reported, step))
-    elapsed = Counters(seconds=time.perf_counter() - started)
+    elapsed = Counters(
+      seconds=time.perf_counter() - started,
+      data_wait=trainer.feed.seconds_waited,
+    )
     trainer.counters = total.plus(elapsed)
     counters = dataclasses.asdict(trainer.counters)
     reporter.train(step, counters, metrics, class_rates)
@@ -226,10 +251,12 @@ def prepare(
       fraction=config.data.fraction,
       label_noise=config.data.label_noise,
       seed=config.seed,
+      image_size=config.data.image_size,
+      workers=config.data.workers,
     )
   except ValueError as error:  # what only the machine or the data can tell
     raise config_lib.ConfigError(str(error)) from error
-  examples = len(source.splits['train']['label'])
+  examples = source.counts['train']
   validation.validate_data(config, examples, source.input_shape)
   return devices, source
 
@@ -281,7 +308,7 @@ def train(
     compiled = trainer.program.compile_seconds
     say = log if devices.primary else (lambda line: None)
     say(
-      f'{source.name}: {len(source.splits["train"]["label"]):,} training '
+      f'{source.name}: {source.counts["train"]:,} training '
       f'examples on {devices.total} x {devices.kind}; compiled in '
       f'{compiled:.1f} s; starting at step {trainer.start:,}'
     )
@@ -296,7 +323,7 @@ def train(
       )
     with contextlib.closing(reporter):
       if result is None:
-        result = _finish(trainer, reporter, list(source.splits))
+        result = _finish(trainer, reporter, list(source.counts))
       result['attack'] = _evaluate_attacked(trainer, reporter)
       result['config'] = trainer.saved_config
   if devices.primary:

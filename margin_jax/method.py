@@ -169,6 +169,12 @@ class Method:
     again = active & (since % chosen.reuse != 0)
     return fresh * FRESH + again * AGAIN
 
+  def examples_drawn(self, branch: int) -> int:
+    """How many examples a step of this branch draws."""
+    if self.selection is None or branch == PLAIN:
+      return self.batch_size
+    return self.selection.pool_size if branch == FRESH else 0
+
   def examples_scored(self, branch: int) -> int:
     """How many examples a step of this branch scores."""
     if self.trimming is not None and self.trimming.kept_only:

@@ -7,6 +7,7 @@ checkpoint does not know how many devices wrote it. The one mapped argument is
 needs at least one, and it is what tells the devices apart.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,14 @@ PyTree = Any
 # How many calls Python may run ahead of the devices. XLA:CPU's collectives
 # deadlock with a hundred calls waiting; a few keep any device busy.
 MAX_CALLS_AHEAD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A process's part of every pool: the index-th of `count` equal ones."""
+
+  index: int
+  count: int
 
 
 def join(
@@ -106,35 +115,71 @@ class Devices:
     host = jax.tree.map(np.array, jax.device_get(tree))
     return jax.device_put(host, NamedSharding(self._mesh, PartitionSpec()))
 
+  @property
+  def share(self) -> Share:
+    """Which part of the examples this process feeds to its devices."""
+    return Share(jax.process_index(), jax.process_count())
+
+  def shard(self, tree: PyTree) -> PyTree:
+    """This process's rows, spread over its devices in order.
+
+    Args:
+      tree: arrays whose rows the local devices divide evenly.
+
+    Returns:
+      Arrays (local devices, rows / local devices, ...), an argument that
+      `compile` calls sharded.
+    """
+    count = len(self._local)
+    spread = jax.tree.map(
+      lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree
+    )
+    return jax.device_put(
+      spread, NamedSharding(self._mesh, PartitionSpec(AXIS))
+    )
+
   def compile(
-    self, function: Callable, *args: PyTree, donate_first: bool = False
+    self,
+    function: Callable,
+    *args: PyTree,
+    donate_first: bool = False,
+    sharded: tuple[int, ...] = (),
   ) -> 'Compiled':
     """Compiles `function(*args, lane)` for all devices, under one pmap.
 
     Args:
       function: the per-device function; its collectives use `AXIS`, and what
         it returns is the same on all devices.
-      *args: replicated arguments to compile for; shapes and dtypes count.
+      *args: arguments to compile for; shapes and dtypes count.
       donate_first: whether the first argument's memory is reused.
+      sharded: positions of the arguments that `shard` has made; each device
+        sees its own rows. The others are replicated.
 
     Returns:
       A callable of `*args`.
     """
-    mapped = self._map(function, len(args), donate_first)
+    mapped = self._map(function, len(args), donate_first, sharded)
     return Compiled(mapped, args, self._lanes, self.total)
 
-  def flops(self, function: Callable, *args: PyTree) -> float:
+  def flops(
+    self, function: Callable, *args: PyTree, sharded: tuple[int, ...] = ()
+  ) -> float:
     """What `Compiled.flops` would be, without compiling."""
-    mapped = self._map(function, len(args), False)
+    mapped = self._map(function, len(args), False, sharded)
     return _flops(mapped.lower(*args, self._lanes), self.total)
 
   def _map(
-    self, function: Callable, arguments: int, donate_first: bool
+    self,
+    function: Callable,
+    arguments: int,
+    donate_first: bool,
+    sharded: tuple[int, ...],
   ) -> Callable:
+    axes = [0 if i in sharded else None for i in range(arguments)]
     return jax.pmap(
       function,
       axis_name=AXIS,
-      in_axes=(None,) * arguments + (0,),
+      in_axes=(*axes, 0),
       out_axes=None,
       donate_argnums=(0,) if donate_first else (),
       devices=self._local if jax.process_count() == 1 else None,

@@ -4,19 +4,23 @@ import dataclasses
 import functools
 import time
 
-from margin_jax import parallel
+from margin_jax import feeding, parallel
 from margin_jax import step as step_lib
 from margin_jax.method import Method
 
 
 @dataclasses.dataclass
 class Counters:
-  """What a run has cost so far; cumulative, kept in checkpoints."""
+  """What a run has cost so far; cumulative, kept in checkpoints.
+
+  `data_wait` is the part of `seconds` that Python waited for data.
+  """
 
   examples_scored: int = 0
   examples_trained: int = 0
   flops: float = 0.0
   seconds: float = 0.0
+  data_wait: float = 0.0
 
   def plus(self, other: 'Counters') -> 'Counters':
     """The sum, field by field."""
@@ -45,13 +49,14 @@ class Program:
     devices: parallel.Devices,
     steps_per_call: int,
     state: step_lib.TrainState,
-    data: dict,
+    feed: feeding.Resident | feeding.Streamed,
   ):
     """Compiles the branches that `method` has for arguments like these."""
     started = time.perf_counter()
     self.steps_per_call = steps_per_call
     self._method = method
-    args = (state, data)
+    streamed = isinstance(feed, feeding.Streamed)
+    sharded = (1,) if streamed else ()
 
     def per_device(branch: int | None, times: int):
       chosen = dataclasses.replace(method, branch=branch)
@@ -59,20 +64,29 @@ class Program:
       return step_lib.repeat(step, times)
 
     branches = method.branches()
-    self._switching = len(branches) > 1 and (
-      steps_per_call > 1 or devices.platform != 'cpu'
+    # A branch of streamed data reads arrays of its own shape.
+    self._switching = (
+      len(branches) > 1
+      and not streamed
+      and (steps_per_call > 1 or devices.platform != 'cpu')
     )
     kinds = (None,) if self._switching else branches
     self._programs = {
       kind: devices.compile(
-        per_device(kind, steps_per_call), *args, donate_first=True
+        per_device(kind, steps_per_call),
+        state,
+        feed.example(kind),
+        donate_first=True,
+        sharded=sharded,
       )
       for kind in kinds
     }
     # XLA's analysis counts the body of a loop once, so a program of many steps
     # gives the cost of one; of a switch it cannot tell which branch runs.
     self._flops = {
-      branch: devices.flops(per_device(branch, 1), *args)
+      branch: devices.flops(
+        per_device(branch, 1), state, feed.example(branch), sharded=sharded
+      )
       if self._switching
       else self._programs[branch].flops
       for branch in branches

@@ -225,14 +225,17 @@ def repeat(step: Callable, times: int) -> Callable:
   return one if times == 1 else many
 
 
-def _rows(
+def _examples(
   method: Method, size: int, split: PyTree, chunk: Array, lane: Array
-) -> tuple[Array, Array]:
-  """This device's rows of a chunk, and which of them are not padding."""
+) -> tuple[PyTree, Array, Array]:
+  """This device's inputs and labels of a chunk, and which are not padding."""
+  if 'real' in split:  # the chunk itself, already shared out
+    return split['inputs'], split['label'], split['real']
   share = size // method.lanes
   index = chunk * size + lane * share + jnp.arange(share)
   real = index < split['count']
-  return jnp.where(real, index, 0), real
+  index = jnp.where(real, index, 0)
+  return split['inputs'][index], split['label'][index], real
 
 
 def eval_step(
@@ -254,7 +257,8 @@ def eval_step(
       the images first, or None; static.
     variables: 'params' and 'batch_stats'.
     split: 'inputs', 'label' and 'count', how many of their rows are real:
-      the others are padding, so that splits of any size share one program.
+      the others are padding, so that splits of any size share one program. Or
+      this device's share of the chunk alone: 'inputs', 'label' and 'real'.
     chunk: () int32.
     epsilon: () float32, the radius of the attack; images are in [0, 1].
     lane: () int32, this device's index.
@@ -263,9 +267,7 @@ def eval_step(
     'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
     over all chunks every real example counts exactly once.
   """
-  index, real = _rows(method, size, split, chunk, lane)
-  label = split['label'][index]
-  inputs = split['inputs'][index]
+  inputs, label, real = _examples(method, size, split, chunk, lane)
 
   def logits_fn(inputs: PyTree) -> Array:
     logits, _ = method.model.apply(
@@ -307,13 +309,13 @@ def measure_step(
     `evaluation.Measurer`, and 'square/LAYER', the squared norms of the
     activations; and 'sums': the activations summed over the real examples.
   """
-  index, real = _rows(method, size, split, chunk, lane)
-  inputs = method.prepare(split['inputs'][index])
-  label = split['label'][index]
+  inputs, label, real = _examples(method, size, split, chunk, lane)
+  inputs = method.prepare(inputs)
   logits, features = method.model.apply(variables, inputs, train=False)
   logits = logits.astype(jnp.float32)
   kernel = pool.head_kernel(variables['params'])
   examples = {
+    'label': label,
     'prediction': jnp.argmax(logits, axis=1),
     'margin': margins.signed_margins(logits, kernel, label),
     'mms': margins.mms_scores(logits, kernel),
@@ -327,7 +329,7 @@ def measure_step(
   free = layers_lib.layer_margins(logits_fn, offsets)
   sums = {}
   for name in layers:
-    flat = found[name].astype(jnp.float32).reshape(index.shape[0], -1)
+    flat = found[name].astype(jnp.float32).reshape(label.shape[0], -1)
     sums[name] = jnp.sum(jnp.where(real[:, None], flat, 0), axis=0)
     examples[f'margin/{name}'] = signed[name]
     examples[f'mms/{name}'] = free[name]

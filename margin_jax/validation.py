@@ -65,6 +65,8 @@ LEAST = {
   'seed': 0,
   'data.validation_examples': 0,
   'data.crop_padding': 0,
+  'data.image_size': 1,
+  'data.workers': 0,
   'selection.reuse': 1,
   'selection.every': 1,
   'selection.start': 0,

@@ -1,14 +1,28 @@
 """Datasets by name."""
 
+import functools
+
 import numpy as np
 
-from margin_jax.data import augment, digits, images, tfds_images
-from margin_jax.data.images import Source, Stream, draw
+from margin_jax.data import augment, digits, imagenet, images, tfds_images
+from margin_jax.data.images import Epoch, Source, Stream, draw
+from margin_jax.data.streamed import Streamed
 from margin_jax.data.tfds_images import DatasetError
 
-__all__ = ['NAMES', 'DatasetError', 'Source', 'Stream', 'draw', 'load']
+__all__ = [
+  'NAMES',
+  'DatasetError',
+  'Epoch',
+  'Source',
+  'Stream',
+  'Streamed',
+  'draw',
+  'load',
+]
 
-NAMES = ('digits', *tfds_images.NAMES)
+NAMES = ('digits', *tfds_images.NAMES, *imagenet.NAMES)
+# Their images are read while training, and cut to one size.
+STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
 
 
@@ -23,8 +37,10 @@ def load(
   fraction: float = 1.0,
   label_noise: float = 0.0,
   seed: int = 0,
-) -> Source:
-  """Loads a dataset into host memory.
+  image_size: int = 224,
+  workers: int = 8,
+) -> Source | Streamed:
+  """Loads a dataset into host memory, or opens one that is too large for it.
 
   Args:
     name: one of `NAMES`.
@@ -38,6 +54,8 @@ def load(
       out.
     label_noise: share of those whose labels are replaced by wrong ones.
     seed: decides which.
+    image_size: side of the images that those of `STREAMED` are cut to.
+    workers: processes that decode those.
 
   Returns:
     The source, with splits 'train', 'test' and, if asked for, 'validation'.
@@ -52,11 +70,63 @@ def load(
     raise ValueError(
       f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
     )
+  chosen = functools.partial(
+    _rows, name, validation_examples=validation_examples, fraction=fraction,
+    seed=seed,
+  )  # fmt: skip
+  augmentation = augment.compose(tuple(augmentations), crop_padding)
+  if name in STREAMED:
+    records, num_classes = imagenet.load(name, data_dir)
+    rows = chosen(len(records['train']), len(records['test']))
+    shift = {split: np.zeros(len(x), np.int32) for split, x in rows.items()}
+    shift['train'] = images.label_shift(
+      len(rows['train']), label_noise, num_classes, seed
+    )
+    return Streamed(
+      name=name,
+      num_classes=num_classes,
+      records={**records, 'validation': records['train']},
+      rows=rows,
+      shift=shift,
+      image_size=image_size,
+      workers=workers,
+      augment=augmentation,
+      # These are the statistics of this dataset.
+      prepare=images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
+    )
   if name == 'digits':
     train, test, num_classes = digits.load()
   else:
     train, test, num_classes = tfds_images.load(name, data_dir)
-  examples = len(train['label'])
+  rows = chosen(len(train['label']), len(test['label']))
+  whole = {'train': train, 'validation': train, 'test': test}
+  splits = {
+    split: {key: value[where] for key, value in whole[split].items()}
+    for split, where in rows.items()
+  }
+  label = splits['train']['label']
+  shift = images.label_shift(len(label), label_noise, num_classes, seed)
+  splits['train']['label'] = (label + shift) % num_classes
+  return Source(
+    name=name,
+    num_classes=num_classes,
+    splits=splits,
+    rows=rows,
+    augment=augmentation,
+    prepare=images.normalizer(splits['train']['inputs'], normalization),
+  )
+
+
+def _rows(
+  name: str,
+  examples: int,
+  tests: int,
+  *,
+  validation_examples: int,
+  fraction: float,
+  seed: int,
+) -> dict[str, np.ndarray]:
+  """Which rows of the dataset's training and test split each split has."""
   if not 0 <= validation_examples < examples:
     raise ValueError(
       f'data.validation_examples={validation_examples} must be at least 0 and '
@@ -69,26 +139,7 @@ def load(
       f'data.fraction={fraction} must leave something to train on: it is of '
       f'{cut} training examples'
     )
-  rows = {
-    'train': kept,
-    'validation': np.arange(cut, examples),
-    'test': np.arange(len(test['label'])),
-  }
-  splits = {
-    'train': {key: value[kept] for key, value in train.items()},
-    'validation': {key: value[cut:] for key, value in train.items()},
-    'test': test,
-  }
-  splits['train']['label'] = images.corrupt(
-    splits['train']['label'], label_noise, num_classes, seed
-  )
-  if not validation_examples:
-    del splits['validation'], rows['validation']
-  return Source(
-    name=name,
-    num_classes=num_classes,
-    splits=splits,
-    rows=rows,
-    augment=augment.compose(tuple(augmentations), crop_padding),
-    prepare=images.normalizer(splits['train']['inputs'], normalization),
-  )
+  rows = {'train': kept, 'test': np.arange(tests)}
+  if validation_examples:
+    rows['validation'] = np.arange(cut, examples)
+  return rows

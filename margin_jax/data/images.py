@@ -48,6 +48,36 @@ class Stream(flax.struct.PyTreeNode):
     )
 
 
+class Epoch(flax.struct.PyTreeNode):
+  """The stream of a dataset that does not lie on the device.
+
+  Attributes:
+    epoch: () int32, of the last draw; -1 before the first.
+  """
+
+  epoch: Array
+
+  @classmethod
+  def create(cls) -> 'Epoch':
+    """The stream before its first draw."""
+    return cls(epoch=jnp.int32(-1))
+
+
+def pixel_keys(
+  key: Array, step: Array, size: int, lane: Array, lanes: int
+) -> Array:
+  """A key for each example of this device's share of a draw.
+
+  It depends on the example's place among all `size`, and so not on the number
+  of devices.
+  """
+  share = size // lanes
+  place = lane * share + jnp.arange(share)
+  return jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.fold_in(key, step), place
+  )
+
+
 def draw(
   stream: Stream,
   split: dict[str, Array],
@@ -92,10 +122,7 @@ def draw(
   )
   share = size // lanes
   index = jax.lax.dynamic_slice_in_dim(order, cursor + lane * share, share)
-  place = lane * share + jnp.arange(share)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.fold_in(pixel_key, step), place
-  )
+  keys = pixel_keys(pixel_key, step, size, lane, lanes)
   pool = {
     'inputs': jax.vmap(augment)(keys, split['inputs'][index]),
     'label': split['label'][index],
@@ -128,20 +155,20 @@ def subset(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   return rows[np.sort(drawn)]
 
 
-def corrupt(
-  labels: np.ndarray, share: float, num_classes: int, seed: int
+def label_shift(
+  examples: int, share: float, num_classes: int, seed: int
 ) -> np.ndarray:
-  """Labels of which round(share * N), drawn by the seed, are wrong.
+  """What to add to labels, modulo C, to make some of them wrong.
 
-  Each wrong one is uniform over the other classes.
+  Not 0 for round(share * N) of them, drawn by the seed; each wrong one is then
+  uniform over the other classes.
   """
   rng = np.random.default_rng((seed, 1))
-  count = round(share * len(labels))
-  chosen = rng.choice(len(labels), count, replace=False)
-  labels = labels.copy()
-  shift = rng.integers(1, num_classes, count).astype(labels.dtype)
-  labels[chosen] = (labels[chosen] + shift) % num_classes
-  return labels
+  count = round(share * examples)
+  chosen = rng.choice(examples, count, replace=False)
+  shift = np.zeros(examples, np.int32)
+  shift[chosen] = rng.integers(1, num_classes, count)
+  return shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +191,13 @@ class Source:
   rows: dict[str, np.ndarray]
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
+
+  resident = True
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """The number of examples of each split."""
+    return {name: len(x['label']) for name, x in self.splits.items()}
 
   @property
   def input_shape(self) -> tuple[int, ...]:

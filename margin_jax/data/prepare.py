@@ -11,7 +11,9 @@ import argparse
 import importlib.util
 import sys
 
-from margin_jax.data.tfds_images import NAMES
+from margin_jax.data import imagenet, tfds_images
+
+NAMES = (*tfds_images.NAMES, *imagenet.NAMES)
 
 
 def prepare(name: str, data_dir: str | None) -> str:

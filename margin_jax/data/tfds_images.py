@@ -15,7 +15,8 @@ class DatasetError(Exception):
   """A dataset is missing or is not what it should be."""
 
 
-def _builder(name: str, data_dir: str | None):
+def open_builder(name: str, data_dir: str | None):
+  """The builder of a dataset that is prepared, and what prepares it."""
   # Imported here: it takes a second, and the default dataset needs none of it.
   import tensorflow_datasets as tfds
 
@@ -91,7 +92,7 @@ def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     DatasetError: the dataset is not there (the message holds the command that
       prepares it), is in another format, or has labels out of range.
   """
-  builder, command = _builder(name, data_dir)
+  builder, command = open_builder(name, data_dir)
   try:
     train, test = (_decode(builder, split) for split in ('train', 'test'))
   except DatasetError:

@@ -1,0 +1,337 @@
+"""Datasets too large for memory: JPEGs, read and decoded by Grain workers.
+
+What a step draws is a pure function of (seed, step), as it is for arrays on
+the device: every process computes the same plan, and decodes its own share of
+each draw. So resuming needs no state of the workers, and neither the number of
+workers nor the number of processes changes an image.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from absl import flags
+
+from margin_jax.data import augment as augment_lib
+
+PyTree = Any
+
+# Random-resized-crop (Szegedy et al. 2015), as everybody trains on ImageNet.
+CROP_AREA = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+# In evaluation the shorter side is this many times the image that is read.
+EVALUATION_SCALE = 256 / 224
+
+
+def crop_box(
+  rng: np.random.Generator, width: int, height: int
+) -> tuple[int, int, int, int]:
+  """A random box of 8% to 100% of the area, ratio 3:4 to 4:3.
+
+  Where ten attempts do not fit, the largest central box with a ratio allowed.
+  """
+  for _ in range(CROP_ATTEMPTS):
+    area = width * height * rng.uniform(*CROP_AREA)
+    ratio = np.exp(rng.uniform(*np.log(CROP_RATIO)))
+    w = round(float(np.sqrt(area * ratio)))
+    h = round(float(np.sqrt(area / ratio)))
+    if 0 < w <= width and 0 < h <= height:
+      left = int(rng.integers(0, width - w + 1))
+      top = int(rng.integers(0, height - h + 1))
+      return left, top, left + w, top + h
+  w = min(width, round(height * CROP_RATIO[1]))
+  h = min(height, round(width / CROP_RATIO[0]))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def center_box(width: int, height: int) -> tuple[int, int, int, int]:
+  """The central square that remains of 224 pixels when resized to 256."""
+  side = max(round(min(width, height) / EVALUATION_SCALE), 1)
+  left, top = (width - side) // 2, (height - side) // 2
+  return left, top, left + side, top + side
+
+
+def decode(
+  encoded: bytes, size: int, rng: np.random.Generator | None
+) -> np.ndarray:
+  """(size, size, 3) uint8 of a JPEG: a random crop, or the central one.
+
+  Args:
+    encoded: the file's bytes.
+    size: the side of the result.
+    rng: decides the crop; None is the central one of evaluation.
+  """
+  from PIL import Image
+
+  with Image.open(io.BytesIO(encoded)) as image:
+    box = center_box(*image.size) if rng is None else crop_box(rng, *image.size)
+    # Not resize(box=...), whose filter reads pixels outside of the box.
+    resized = (
+      image.crop(box)
+      .convert('RGB')
+      .resize((size, size), Image.Resampling.BILINEAR)
+    )
+  return np.asarray(resized)
+
+
+def places(sizes: Sequence[int], examples: int) -> np.ndarray:
+  """Where in the stream of epochs each step draws.
+
+  Like `images.draw`: an epoch's last examples that do not fill a draw are left
+  for another epoch.
+
+  Args:
+    sizes: how many examples each step draws, from step 0; 0 is none.
+    examples: in an epoch.
+
+  Returns:
+    (steps, 2) int64: epoch, and cursor in its order.
+  """
+  found = np.zeros((len(sizes), 2), np.int64)
+  epoch, cursor = -1, examples
+  for step, size in enumerate(sizes):
+    if size and cursor + size > examples:
+      epoch, cursor = epoch + 1, 0
+    found[step] = epoch, cursor
+    cursor += size
+  return found
+
+
+class Share(Protocol):
+  """Which part of every draw a process decodes: the index-th of `count`."""
+
+  index: int
+  count: int
+
+
+class _Reader:
+  """Records -> arrays; one in every worker."""
+
+  def __init__(
+    self,
+    records: Any,
+    rows: np.ndarray,
+    shift: np.ndarray,
+    num_classes: int,
+    image_size: int,
+  ):
+    self._records = records
+    self._rows = rows
+    self._shift = shift
+    self._num_classes = num_classes
+    self._image_size = image_size
+
+  def read(
+    self, positions: np.ndarray, rngs: list[np.random.Generator | None]
+  ) -> dict[str, np.ndarray]:
+    """The examples at positions of `rows`."""
+    found = self._records.__getitems__([int(r) for r in self._rows[positions]])
+    inputs = [
+      decode(record['image'], self._image_size, rng)
+      for record, rng in zip(found, rngs, strict=True)
+    ]
+    label = np.array([record['label'] for record in found], np.int32)
+    label = (label + self._shift[positions]) % self._num_classes
+    return {
+      'inputs': np.stack(inputs),
+      'label': label.astype(np.int32),
+      'index': positions.astype(np.int32),
+    }
+
+
+class _TrainingUnits:
+  """What Grain reads: unit i of this process's share of all draws."""
+
+  def __init__(
+    self,
+    reader: _Reader,
+    examples: int,
+    sizes: Sequence[int],
+    start: int,
+    share: Share,
+    unit: int,
+    seed: int,
+  ):
+    self._reader = reader
+    self._examples = examples
+    self._share = share
+    self._unit = unit
+    self._seed = seed
+    self._sizes = np.asarray(sizes)
+    self._places = places(sizes, examples)
+    units = self._sizes // share.count // unit
+    units[:start] = 0
+    self._ends = np.cumsum(units)
+    self._order: tuple[int, np.ndarray | None] = (-1, None)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def _epoch(self, epoch: int) -> np.ndarray:
+    if self._order[0] != epoch:
+      rng = np.random.default_rng((self._seed, 2, epoch))
+      self._order = epoch, rng.permutation(self._examples)
+    return self._order[1]
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    step = int(np.searchsorted(self._ends, i, 'right'))
+    before = self._ends[step - 1] if step else 0
+    local = self._sizes[step] // self._share.count
+    first = self._share.index * local + (i - before) * self._unit
+    # An example's place among all that the step draws decides its pixels.
+    place = first + np.arange(self._unit)
+    epoch, cursor = (int(x) for x in self._places[step])
+    rngs = [np.random.default_rng((self._seed, 3, step, int(p))) for p in place]
+    batch = self._reader.read(self._epoch(epoch)[cursor + place], rngs)
+    return {**batch, 'epoch': np.full(self._unit, epoch, np.int32)}
+
+
+class _EvaluationChunks:
+  """What Grain reads: this process's share of chunk i of a split."""
+
+  def __init__(self, reader: _Reader, examples: int, size: int, share: Share):
+    self._reader = reader
+    self._examples = examples
+    self._size = size
+    self._share = share
+
+  def __len__(self) -> int:
+    return -(-self._examples // self._size)
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    local = self._size // self._share.count
+    positions = i * self._size + self._share.index * local + np.arange(local)
+    real = positions < self._examples
+    batch = self._reader.read(np.where(real, positions, 0), [None] * local)
+    return {**batch, 'real': real}
+
+
+def _iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
+  """All units in order, read by so many processes; 0 is this one."""
+  import grain
+
+  if workers and not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers
+  dataset = grain.MapDataset.source(units).to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  )
+  if workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=2
+      )
+    )
+  iterator = iter(dataset)
+  try:
+    for batch in iterator:
+      # Copied out of the memory that is shared with the workers, which lives
+      # until the last view of it is gone.
+      copied = {name: np.array(value) for name, value in batch.items()}
+      del batch
+      yield copied
+  finally:
+    iterator.close()
+    # Its cycles hold shared memory that Python would complain about at exit.
+    gc.collect()
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """A dataset whose examples are read while training.
+
+  Attributes:
+    name: of the dataset.
+    num_classes: C.
+    records: for each split, a random-access source of
+      `{'image': JPEG bytes, 'label': int}`.
+    rows: for each split, which of the records it has.
+    shift: for each split and row, what is added to its label, modulo C: 0 but
+      for labels made wrong on purpose.
+    image_size: side of the images that the model reads.
+    workers: processes that decode; 0 decodes in the training process.
+    augment: (key, image) -> image, for one training example, in the step.
+    prepare: batch of inputs as stored -> what the model reads.
+  """
+
+  name: str
+  num_classes: int
+  records: dict[str, Any]
+  rows: dict[str, np.ndarray]
+  shift: dict[str, np.ndarray]
+  image_size: int
+  workers: int
+  augment: augment_lib.Augmentation
+  prepare: Callable[[Any], Any]
+
+  resident = False
+
+  @property
+  def input_shape(self) -> tuple[int, ...]:
+    """The shape of one example's inputs."""
+    return self.image_size, self.image_size, 3
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """The number of examples of each split."""
+    return {name: len(rows) for name, rows in self.rows.items()}
+
+  def _reader(self, split: str) -> _Reader:
+    return _Reader(
+      self.records[split],
+      self.rows[split],
+      self.shift[split],
+      self.num_classes,
+      self.image_size,
+    )
+
+  def training(
+    self, sizes: Sequence[int], start: int, seed: int, share: Share
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """This process's share of what each step from `start` on draws.
+
+    Args:
+      sizes: how many examples every step of the run draws, over all
+        processes; steps that draw none are skipped.
+      start: the first step that is needed.
+      seed: of the order of epochs and of the crops.
+      share: which part of each draw.
+
+    Yields:
+      {'inputs', 'label', 'index', 'epoch'}, arrays of as many rows.
+    """
+    local = [size // share.count for size in sizes]
+    unit = int(np.gcd.reduce([size for size in local if size]))
+    units = _iterate(
+      _TrainingUnits(
+        self._reader('train'), self.counts['train'], sizes, start, share,
+        unit, seed,
+      ),
+      self.workers,
+    )  # fmt: skip
+    with contextlib.closing(units):
+      for size in local[start:]:
+        parts = [next(units) for _ in range(size // unit)]
+        if parts:
+          names = parts[0]
+          yield {k: np.concatenate([part[k] for part in parts]) for k in names}
+
+  def evaluation(
+    self, split: str, size: int, share: Share
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """This process's share of each chunk of `size` examples of a split.
+
+    Yields:
+      {'inputs', 'label', 'index', 'real'}; over all chunks every example of
+      the split is 'real' exactly once.
+    """
+    chunks = _EvaluationChunks(
+      self._reader(split), self.counts[split], size, share
+    )
+    with contextlib.closing(_iterate(chunks, self.workers)) as batches:
+      yield from batches

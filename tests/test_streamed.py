@@ -1,0 +1,300 @@
+"""Datasets that are read while training: exact for any workers and shares."""
+
+import collections
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from margin_jax import build, data, feeding, loop, parallel
+from margin_jax.data import images, streamed
+from tests import helpers
+
+SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples drawn
+
+
+def jpeg(rng, label):
+  """A photo-like JPEG of a random shape, its brightness near the label's."""
+  height, width = rng.integers(20, 60, 2)
+  pixels = rng.integers(0, 100, (height // 4 + 1, width // 4 + 1, 3))
+  image = Image.fromarray((pixels + 30 * label).astype(np.uint8))
+  file = io.BytesIO()
+  image.resize((int(width), int(height))).save(file, 'JPEG')
+  return file.getvalue()
+
+
+class Records(list):
+  """As TFDS has it."""
+
+  def __getitems__(self, rows):
+    return [self[row] for row in rows]
+
+
+def source(workers=0, examples=30):
+  """30 training and 11 test images of four classes, made here."""
+  rng = np.random.default_rng(0)
+
+  def records(count):
+    labels = rng.integers(0, 4, count)
+    return Records({'image': jpeg(rng, y), 'label': int(y)} for y in labels)
+
+  rows = {'train': np.arange(examples), 'test': np.arange(11)}
+  return streamed.Streamed(
+    name='made',
+    num_classes=4,
+    records={'train': records(examples), 'test': records(11)},
+    rows=rows,
+    shift={name: np.zeros(len(x), np.int32) for name, x in rows.items()},
+    image_size=16,
+    workers=workers,
+    augment=lambda key, image: image,
+    prepare=images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
+  )
+
+
+ONE = parallel.Share(0, 1)
+
+
+def assert_batches_equal(first, second):
+  for x, y in zip(first, second, strict=True):
+    helpers.assert_trees_equal(x, y)
+
+
+@pytest.fixture(scope='module')
+def batches():
+  return [*source().training(SIZES, 0, 7, ONE)]
+
+
+def test_draws_have_the_sizes_asked_for(batches):
+  assert [len(b['label']) for b in batches] == [s for s in SIZES if s]
+  for batch in batches:
+    assert batch['inputs'].shape == (len(batch['label']), 16, 16, 3)
+    assert batch['inputs'].dtype == np.uint8
+
+
+def test_an_epoch_visits_no_example_twice(batches):
+  by_epoch = collections.defaultdict(list)
+  for batch in batches:
+    by_epoch[int(batch['epoch'][0])] += batch['index'].tolist()
+  # 8 + 8 + 4 + 8 of 30, then 8 more do not fit.
+  assert {k: len(v) for k, v in by_epoch.items()} == {0: 28, 1: 20}
+  for rows in by_epoch.values():
+    assert len({*rows}) == len(rows)
+  assert by_epoch[0][:20] != by_epoch[1]
+
+
+def test_labels_are_those_of_the_index(batches):
+  records = source().records['train']
+  for batch in batches:
+    expected = [records[i]['label'] for i in batch['index']]
+    np.testing.assert_array_equal(batch['label'], expected)
+
+
+@pytest.mark.parametrize('start', [1, 3, 7])
+def test_resuming_needs_the_step_only(batches, start):
+  before = sum(size > 0 for size in SIZES[:start])
+  resumed = [*source().training(SIZES, start, 7, ONE)]
+  assert_batches_equal(resumed, batches[before:])
+
+
+def test_processes_share_every_draw(batches):
+  parts = [
+    [*source().training(SIZES, 0, 7, parallel.Share(i, 2))] for i in (0, 1)
+  ]
+  joined = [
+    {k: np.concatenate([x[k], y[k]]) for k in x}
+    for x, y in zip(*parts, strict=True)
+  ]
+  assert_batches_equal(joined, batches)
+
+
+def test_another_seed_draws_otherwise(batches):
+  other = [*source().training(SIZES, 0, 8, ONE)]
+  assert not np.array_equal(other[0]['index'], batches[0]['index'])
+
+
+def test_an_image_is_cut_anew_every_time():
+  """One image, drawn over and over."""
+  lonely = dataclasses.replace(
+    source(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
+  )
+  (batch,) = lonely.training([4], 0, 0, ONE)
+  assert len({x.tobytes() for x in batch['inputs']}) == 4
+
+
+@pytest.mark.parametrize('size', [4, 11, 20])
+@pytest.mark.parametrize('count', [1, 2])
+def test_evaluation_sees_every_example_once(size, count):
+  size += size % count
+  seen = []
+  for index in range(count):
+    for chunk in source().evaluation(
+      'test', size, parallel.Share(index, count)
+    ):
+      assert len(chunk['label']) == size // count
+      seen += chunk['index'][chunk['real']].tolist()
+  assert sorted(seen) == [*range(11)]
+
+
+def test_crops_have_the_published_distribution():
+  rng = np.random.default_rng(0)
+  boxes = np.array([streamed.crop_box(rng, 400, 300) for _ in range(4000)])
+  left, top, right, bottom = boxes.T
+  width, height = right - left, bottom - top
+  share, ratio = width * height / 120_000, width / height
+  assert (left >= 0).all()
+  assert (top >= 0).all()
+  assert (right <= 400).all()
+  assert (bottom <= 300).all()
+  assert share.min() < 0.1
+  assert 0.9 < share.max() <= 1.01
+  assert 0.74 < ratio.min() < 0.77
+  assert 1.3 < ratio.max() < 1.36
+  # Uniform in the logarithm, but for crops that do not fit and are redrawn.
+  small = share < 0.3
+  assert abs(np.log(ratio[small]).mean()) < 0.02
+
+
+def test_images_that_no_crop_fits_are_cut_in_the_middle():
+  rng = np.random.default_rng(0)
+  box = streamed.crop_box(rng, 10, 1000)
+  assert box == (0, 493, 10, 506)
+  assert streamed.center_box(256, 512) == (16, 144, 240, 368)
+
+
+def test_decoding_is_pillows():
+  rng = np.random.default_rng(0)
+  encoded = jpeg(rng, 3)
+  with Image.open(io.BytesIO(encoded)) as image:
+    box = streamed.crop_box(np.random.default_rng(5), *image.size)
+    expected = image.crop(tuple(map(int, box))).resize(
+      (16, 16), Image.Resampling.BILINEAR
+    )
+    grey = io.BytesIO()
+    image.convert('L').save(grey, 'JPEG')
+  found = streamed.decode(encoded, 16, np.random.default_rng(5))
+  np.testing.assert_array_equal(found, expected)
+  assert streamed.decode(grey.getvalue(), 16, None).shape == (16, 16, 3)
+
+
+def config(**fields):
+  return helpers.small_config(
+    **{
+      'data.validation_examples': 0,
+      'data.augmentations': ('flip',),
+      'model.name': 'resnet8',
+      'eval_batch_size': 7,
+      'steps': 6,
+      'log_every': 3,
+      'eval_every': 6,
+      'checkpoint_every': 3,
+      'pool_size': 16,
+      'selection.every': 2,
+      **fields,
+    }
+  )
+
+
+def train(workdir, monkeypatch, steps_until=None, **fields):
+  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: source())
+
+  def log(line):
+    if steps_until is not None and f'step {steps_until}/' in line:
+      raise KeyboardInterrupt
+
+  return loop.train(config(**fields), str(workdir), log=log)
+
+
+def test_training_selects_resumes_and_reports(tmp_path, monkeypatch):
+  """Stopped after the checkpoint of step 3, it ends with the same numbers."""
+  whole = train(tmp_path / 'a', monkeypatch)
+  assert whole['examples_scored'] == 3 * 16
+  assert whole['examples_trained'] == 6 * 8
+  assert whole['test']['count'] == 11
+  assert 0 < whole['data_wait'] <= whole['seconds']
+  with pytest.raises(KeyboardInterrupt):
+    train(tmp_path / 'b', monkeypatch, steps_until=6)
+  resumed = train(tmp_path / 'b', monkeypatch)
+  assert resumed['test'] == whole['test']
+
+
+def test_four_devices_agree_with_one(tmp_path, monkeypatch):
+  one = train(tmp_path / 'one', monkeypatch)
+  four = train(tmp_path / 'four', monkeypatch, devices=4)
+  assert four['test']['loss'] == pytest.approx(one['test']['loss'], rel=1e-3)
+
+
+def test_a_streamed_draw_has_the_pixels_of_its_place():
+  """Augmentation keys do not depend on the number of lanes."""
+  key = jax.random.key(0)
+  whole = images.pixel_keys(key, 3, 8, 0, 1)
+  parts = [images.pixel_keys(key, 3, 8, lane, 4) for lane in range(4)]
+  np.testing.assert_array_equal(
+    jax.random.key_data(whole),
+    np.concatenate([jax.random.key_data(part) for part in parts]),
+  )
+
+
+def test_steps_of_streamed_data_are_called_one_by_one():
+  assert build.steps_per_call(config(), 'gpu', resident=False) == 1
+  with pytest.raises(ValueError, match='steps_per_call=3 is not allowed'):
+    build.steps_per_call(config(steps_per_call=3), 'gpu', resident=False)
+
+
+def test_imagenet_goes_through_workers(data_dir):
+  """100 real JPEGs, two workers, stopped in mid-epoch and restored."""
+  load = lambda workers: data.load(  # noqa: E731
+    'imagenet2012',
+    data_dir=str(data_dir / 'tfds_sample'),
+    image_size=64,
+    workers=workers,
+    validation_examples=16,
+  )
+  two, none = load(2), load(0)
+  assert two.counts == {'train': 64, 'validation': 16, 'test': 20}
+  sizes = [24, 8, 24, 24]
+  expected = [*none.training(sizes, 0, 0, ONE)]
+  stopped = two.training(sizes, 0, 0, ONE)
+  first = [next(stopped), next(stopped)]
+  stopped.close()
+  resumed = [*two.training(sizes, 2, 0, ONE)]
+  assert_batches_equal(first + resumed, expected)
+  epoch = np.concatenate([b['index'] for b in expected[:3]])
+  assert len({*epoch.tolist()}) == 56
+  seen = [
+    i
+    for chunk in two.evaluation('test', 8, ONE)
+    for i in chunk['index'][chunk['real']]
+  ]
+  assert sorted(seen) == [*range(20)]
+
+
+def test_imagenet_that_is_not_there_is_an_answer(tmp_path):
+  with pytest.raises(data.DatasetError, match='prepare imagenet2012'):
+    data.load('imagenet2012', data_dir=str(tmp_path))
+
+
+def test_wrong_labels_of_streamed_data(data_dir):
+  load = lambda noise: data.load(  # noqa: E731
+    'imagenet2012', data_dir=str(data_dir / 'tfds_sample'), image_size=8,
+    workers=0, label_noise=noise,
+  )  # fmt: skip
+  clean, noisy = (
+    next(load(noise).training([80], 0, 0, ONE)) for noise in (0.0, 0.25)
+  )
+  np.testing.assert_array_equal(clean['index'], noisy['index'])
+  assert (clean['label'] != noisy['label']).sum() == 20
+
+
+def test_the_feed_gives_what_a_branch_is_compiled_for():
+  devices = parallel.Devices(2)
+  method = build.make_method(config(), source(), 2)
+  feed = feeding.Streamed(devices, source(), method, 0, 4, 0)
+  for step in range(4):
+    example = feed.example(method.branch_of(step))
+    batch = feed(step)
+    assert jax.tree.map(jax.typeof, example) == jax.tree.map(jax.typeof, batch)
+  feed.close()
