@@ -67,7 +67,7 @@ def _large_margin(
   return jnp.mean(losses)
 
 
-def _dropout_by_place(first: Array) -> Callable:
+def dropout_by_place(first: Array) -> Callable:
   """Gives each example a dropout mask of its own, by its place in the batch.
 
   So that the masks, like the batch, do not depend on the number of devices. A
@@ -100,7 +100,7 @@ def _drop(
   deterministic: bool | None = None,
   rng: Array | None = None,
 ) -> Array:
-  """What `nn.Dropout` returns, but for the mask; see `_dropout_by_place`."""
+  """What `nn.Dropout` returns, but for the mask; see `dropout_by_place`."""
   off = nn.merge_param('deterministic', module.deterministic, deterministic)
   shared = {axis % inputs.ndim for axis in module.broadcast_dims}
   if off or 0 in shared or not 0 < module.rate < 1:
@@ -124,7 +124,7 @@ def _gradient(
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': state.batch_stats}
     first = lane * batch['label'].shape[0]
-    with nn.intercept_methods(_dropout_by_place(first)):
+    with nn.intercept_methods(dropout_by_place(first)):
       (logits, features), updates = method.model.apply(
         variables,
         method.prepare(batch['inputs']),
