@@ -213,6 +213,14 @@ def _as_flax(place: Path, x: np.ndarray) -> np.ndarray:
   return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
+def _torch_shape(place: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """HWIO -> OIHW and (in, out) -> (out, in) for kernels."""
+  if place[-1] != 'kernel':
+    return shape
+  *window, inputs, outputs = shape
+  return (outputs, inputs, *window)
+
+
 def _other_classes(
   state: State, names: dict[Path, str], shapes: dict[Path, Any]
 ) -> int | None:
@@ -238,13 +246,13 @@ def _check(
   wrong = []
   for place, name in names.items():
     if name in state:
-      shape = _as_flax(place, state[name]).shape
-      if shape != shapes[place].shape:
-        wrong.append(f'{name} {shape}, not {shapes[place].shape}')
+      shape = _torch_shape(place, shapes[place].shape)
+      if state[name].shape != shape:
+        wrong.append(f'{name} {state[name].shape}, not {shape}')
   problems = {
     'missing': [name for name in names.values() if name not in state],
     'unexpected': [name for name in state if name not in expected],
-    'of another shape (as the model has it)': wrong,
+    'of the wrong shape': wrong,
   }
   found = [f'{k}: {", ".join(v)}' for k, v in problems.items() if v]
   if found:
