@@ -213,7 +213,7 @@ def analyze(
       ),
       layer_names,
     )
-    state = build.init_state(config, source, method)
+    state = build.init_state(config, source, method, restoring=True)
     report = _Report(source, layer_names)
     for step in sorted(steps or checkpoints.steps()):
       restored, _ = checkpoints.restore(state, step)

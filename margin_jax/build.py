@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from margin_jax import (
 from margin_jax import step as step_lib
 from margin_jax.config import UNIFORM, ConfigError
 from margin_jax.method import LargeMargin, Method, Selection, Trimming
+from margin_jax.models import pretrained
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
@@ -72,17 +74,30 @@ def steps_per_call(
   return max(k for k in range(1, top + 1) if common % k == 0)
 
 
-def _model(
-  config: ml_collections.ConfigDict, name: str, num_classes: int
-) -> nn.Module:
-  synchronized = config.model.batch_norm == 'global'
-  return models.build(
-    name,
-    num_classes,
-    variant=config.model.variant if models.has_variants(name) else 'he',
-    dtype=config.model.dtype,
-    batch_norm_axis=parallel.AXIS if synchronized else None,
+def _models(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> tuple[nn.Module, nn.Module | None]:
+  """The model, and the proxy, whose own options are the defaults."""
+
+  def build(name: str, **options: Any) -> nn.Module:
+    synchronized = config.model.batch_norm == 'global'
+    return models.build(
+      name,
+      num_classes,
+      variant=config.model.variant if models.has_variants(name) else 'he',
+      dtype=config.model.dtype,
+      batch_norm_axis=parallel.AXIS if synchronized else None,
+      **options,
+    )
+
+  model = build(
+    config.model.name,
+    dropout=config.model.dropout,
+    stem=config.model.stem,
+    width=config.model.width,
   )
+  proxy = config.selection.proxy
+  return model, None if proxy is None else build(proxy)
 
 
 def _arrange(
@@ -190,12 +205,17 @@ def layer_shapes(
   model: nn.Module, source: data.Source
 ) -> dict[str, tuple[int, ...]]:
   """The layers of a model that reads this data, for a batch of one."""
+  variables, inputs = _shapes(model, source)
+  return layers.layer_shapes(model, variables, inputs)
+
+
+def _shapes(model: nn.Module, source: data.Source) -> tuple[Any, Any]:
+  """Those of the model's variables and of a batch of one; nothing computed."""
   stored = jax.ShapeDtypeStruct((1, *source.input_shape), np.uint8)
   inputs = jax.eval_shape(source.prepare, stored)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
-  variables = jax.eval_shape(init, key, inputs)
-  return layers.layer_shapes(model, variables, inputs)
+  return jax.eval_shape(init, key, inputs), inputs
 
 
 def check_layers(
@@ -237,10 +257,7 @@ def make_method(
     rule: a rule of the caller's own, in place of `config.selection.rule`.
   """
   classes = source.num_classes
-  model = _model(config, config.model.name, classes)
-  proxy = None
-  if config.selection.proxy is not None:
-    proxy = _model(config, config.selection.proxy, classes)
+  model, proxy = _models(config, classes)
   learning_rate = optimizers.learning_rate(
     config.optimizer.learning_rates, config.optimizer.boundaries
   )
@@ -283,15 +300,51 @@ def make_method(
   )
 
 
+def _pretrained(
+  config: ml_collections.ConfigDict, source: data.Source, model: nn.Module
+) -> dict[tuple[str, ...], np.ndarray]:
+  """What `config.model.pretrained` has for the model, by path."""
+  path = config.model.pretrained
+  if path is None:
+    return {}
+  shapes, _ = _shapes(model, source)
+  try:
+    return pretrained.read(path, config.model.name, shapes)
+  except pretrained.PretrainedError as error:
+    raise ConfigError(f'model.pretrained: {error}') from error
+
+
 def init_state(
-  config: ml_collections.ConfigDict, source: data.Source, method: Method
+  config: ml_collections.ConfigDict,
+  source: data.Source,
+  method: Method,
+  *,
+  restoring: bool = False,
 ) -> step_lib.TrainState:
-  """The state before the first step."""
+  """The state before the first step.
+
+  Args:
+    config: validated.
+    source: of the examples.
+    method: as `make_method` returns it.
+    restoring: a checkpoint will take the place of the values, so that no
+      pretrained weights are read; their file may be gone.
+
+  Raises:
+    ConfigError: the pretrained weights cannot be read, or do not fit.
+  """
+  weights = {} if restoring else _pretrained(config, source, method.model)
   examples = source.counts['train']
-  return step_lib.init_state(
+  state = step_lib.init_state(
     method,
     data.Stream.create(examples) if source.resident else data.Epoch.create(),
     config.seed,
     np.zeros((1, *source.input_shape), np.uint8),
     examples if config.selection.log_counts else None,
   )
+  if not weights:
+    return state
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  variables = pretrained.put(variables, weights)
+  opt_state = method.optimizer.init(variables['params'])
+  return state.replace(opt_state=opt_state, **variables)

@@ -7,6 +7,7 @@ from typing import Any
 
 from margin_jax import data, models
 from margin_jax.config import UNIFORM, default, flatten, require
+from margin_jax.models import pretrained
 
 SCORING = (
   'selection.scope',
@@ -40,9 +41,6 @@ def _check_basics(flat: dict[str, Any]) -> None:
       momentum,
       'above 0 with optimizer.nesterov',
     )
-  if not models.has_variants(flat['model.name']):
-    because = f'with model.name={flat["model.name"]!r}, which has one variant'
-    _forbid(flat, ('model.variant',), because)
   if flat['data.name'] not in data.STREAMED:
     because = f'with data.name={flat["data.name"]!r}, which lies in memory'
     _forbid(flat, ('data.image_size', 'data.workers'), because)
@@ -51,6 +49,20 @@ def _check_basics(flat: dict[str, Any]) -> None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
       divisor = f'a divisor of {name}={flat[name]}'
       require(flat[name] % call == 0, 'steps_per_call', call, divisor)
+
+
+def _check_model(flat: dict[str, Any]) -> None:
+  """Refuses options of other models."""
+  name = flat['model.name']
+  for field, holds, has in (
+    ('model.variant', models.has_variants(name), 'has one variant'),
+    ('model.dropout', models.has_dropout(name), 'has no dropout'),
+    ('model.stem', models.has_stems(name), 'has one stem'),
+    ('model.width', models.has_widths(name), 'has no width multiplier'),
+    ('model.pretrained', pretrained.supports(name), 'has no published weights'),
+  ):
+    if not holds:
+      _forbid(flat, (field,), f'with model.name={name!r}, which {has}')
 
 
 def _check_selection(flat: dict[str, Any]) -> None:
@@ -87,13 +99,18 @@ def _check_selection(flat: dict[str, Any]) -> None:
 def _check_scorer(flat: dict[str, Any]) -> None:
   proxy = flat['selection.proxy']
   scorer = flat['model.name'] if proxy is None else proxy
-  if flat['selection.score_resolution'] is not None:
+  side = flat['selection.score_resolution']
+  if side is not None:
     require(
       models.takes_any_resolution(scorer),
       'selection.score_resolution',
-      flat['selection.score_resolution'],
+      side,
       f'None where {scorer!r} scores: it reads images of one size only',
     )
+    stem = flat['model.stem'] if proxy is None else 'imagenet'
+    least = models.least_side(scorer, stem)
+    allowed = f'at least {least} where {scorer!r} scores'
+    require(side >= least, 'selection.score_resolution', side, allowed)
   if flat['selection.batch_stats'] == 'pool':
     because = (
       "with selection.batch_stats='pool': the statistics would not be of what "
@@ -167,6 +184,7 @@ def check(flat: dict[str, Any]) -> None:
     ConfigError: naming the field to blame, its value and what is allowed.
   """
   _check_basics(flat)
+  _check_model(flat)
   _check_selection(flat)
   _check_trimming(flat)
   _check_losses(flat)

@@ -59,6 +59,27 @@ def _data() -> dict[str, Any]:
   }
 
 
+def _model() -> dict[str, Any]:
+  return {
+    'name': 'cnn',
+    # Of the CIFAR ResNets: He's layout, or the one of the MMS authors' code.
+    'variant': 'he',
+    'dtype': 'float32',
+    # Whose examples BatchNorm normalises with: all devices' ('global', which
+    # does not depend on their number) or each device's own.
+    'batch_norm': 'global',
+    # Of wide ResNets: the share of activations dropped inside a block.
+    'dropout': 0.0,
+    # Of ImageNet ResNets and DenseNets: 'imagenet', or 'small' for images of
+    # 32x32.
+    'stem': 'imagenet',
+    # Of MobileNet: multiplier of the numbers of channels.
+    'width': 1.0,
+    # A .safetensors or PyTorch file to start from; None starts at random.
+    'pretrained': config_dict.placeholder(str),
+  }
+
+
 def _optimizer() -> dict[str, Any]:
   optional = config_dict.placeholder
   return {
@@ -68,7 +89,7 @@ def _optimizer() -> dict[str, Any]:
     'boundaries': (),
     'momentum': 0.9,
     'nesterov': False,
-    # On kernels only, or on all parameters.
+    # On 'kernels' only, of those on the 'convolutions' only, or on 'all'.
     'weight_decay': 0.0,
     'decayed': 'kernels',
     # Of Adam and RMSProp; None is optax's own.
@@ -171,15 +192,7 @@ def default() -> ml_collections.ConfigDict:
       'keep_every': optional(int),
       'eval_batch_size': 1000,
       'data': _data(),
-      'model': {
-        'name': 'cnn',
-        # Of the ResNets: He's layout, or the one of the MMS authors' code.
-        'variant': 'he',
-        'dtype': 'float32',
-        # Whose examples BatchNorm normalises with: all devices' ('global',
-        # which does not depend on their number) or each device's own.
-        'batch_norm': 'global',
-      },
+      'model': _model(),
       'optimizer': _optimizer(),
       'selection': _selection(),
       'trimming': {

@@ -6,6 +6,7 @@ Per-device functions, mapped over devices like the step that calls them.
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -66,20 +67,71 @@ def _large_margin(
   return jnp.mean(losses)
 
 
+def dropout_by_place(first: Array) -> Callable:
+  """Gives each example a dropout mask of its own, by its place in the batch.
+
+  So that the masks, like the batch, do not depend on the number of devices. A
+  layer that drops the same activations of all examples is left as it is: its
+  key is the same on all devices.
+
+  Args:
+    first: () int32, the place of this device's first example in the batch of
+      all devices.
+
+  Returns:
+    An interceptor of `nn.Dropout`, for `nn.intercept_methods`. The layer's key
+    must be the same on all devices.
+  """
+
+  def intercept(next_function, args, kwargs, context):
+    module = context.module
+    if not isinstance(module, nn.Dropout) or context.method_name != '__call__':
+      return next_function(*args, **kwargs)
+    return _drop(module, first, next_function, *args, **kwargs)
+
+  return intercept
+
+
+def _drop(
+  module: nn.Dropout,
+  first: Array,
+  next_function: Callable,
+  inputs: Array,
+  deterministic: bool | None = None,
+  rng: Array | None = None,
+) -> Array:
+  """What `nn.Dropout` returns, but for the mask; see `dropout_by_place`."""
+  off = nn.merge_param('deterministic', module.deterministic, deterministic)
+  shared = {axis % inputs.ndim for axis in module.broadcast_dims}
+  if off or 0 in shared or not 0 < module.rate < 1:
+    return next_function(inputs, deterministic, rng)
+  # Of the layer: make_rng folds the layer's path into the step's key.
+  key = module.make_rng(module.rng_collection) if rng is None else rng
+  places = first + jnp.arange(inputs.shape[0])
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+  shape = [1 if i in shared else n for i, n in enumerate(inputs.shape)]
+  keep = 1 - module.rate
+  mask = jax.vmap(lambda k: jax.random.bernoulli(k, keep, shape[1:]))(keys)
+  mask = jnp.broadcast_to(mask, inputs.shape)
+  return jnp.where(mask, inputs / keep, jnp.zeros_like(inputs))
+
+
 def _gradient(
-  method: Method, state: PyTree, batch: PyTree, key: Array, keep
+  method: Method, state: PyTree, batch: PyTree, key: Array, lane: Array, keep
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
   """Mean gradient over devices, batch_stats, and what the metrics need."""
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': state.batch_stats}
-    (logits, features), updates = method.model.apply(
-      variables,
-      method.prepare(batch['inputs']),
-      train=True,
-      mutable=['batch_stats'],
-      rngs={'dropout': key},
-    )
+    first = lane * batch['label'].shape[0]
+    with nn.intercept_methods(dropout_by_place(first)):
+      (logits, features), updates = method.model.apply(
+        variables,
+        method.prepare(batch['inputs']),
+        train=True,
+        mutable=['batch_stats'],
+        rngs={'dropout': key},
+      )
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
@@ -140,7 +192,7 @@ def _kept_part(
 
 
 def of_batch(
-  method: Method, state: PyTree, batch: PyTree, key: Array
+  method: Method, state: PyTree, batch: PyTree, key: Array, lane: Array
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
   """The gradient of a batch, trimmed where the method says so.
 
@@ -148,22 +200,23 @@ def of_batch(
     method: what the loss is; static.
     state: `params`, `batch_stats` and `step` are read.
     batch: this device's share: 'inputs' and 'label'.
-    key: for dropout.
+    key: of the step, for dropout; the same on all devices.
+    lane: () int32, this device's index.
 
   Returns:
     The mean gradient over devices, the new batch_stats, and metrics.
   """
   trimming = method.trimming
   if trimming is None:
-    return _gradient(method, state, batch, key, None)
+    return _gradient(method, state, batch, key, lane, None)
   table = jnp.array(trimming.keep, jnp.int32)
   keep = table[trimming.epoch(state.step)]
   if not trimming.kept_only:
-    return _gradient(method, state, batch, key, keep)
+    return _gradient(method, state, batch, key, lane, keep)
 
   def branch(size: int) -> Callable:
     return lambda: _gradient(
-      method, state, _kept_part(method, state, batch, size), key, keep
+      method, state, _kept_part(method, state, batch, size), key, lane, keep
     )
 
   sizes = dict(enumerate(trimming.sizes))

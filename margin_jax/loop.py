@@ -67,7 +67,8 @@ class Trainer:
     """Initialises, or restores the latest checkpoint, and compiles.
 
     Raises:
-      ConfigError: the checkpoint was made by another config.
+      ConfigError: the checkpoint was made by another config, or the
+        pretrained weights do not fit.
     """
     self.config = config
     self.saved_config = config_lib.as_json(config)
@@ -78,8 +79,8 @@ class Trainer:
     self.counters = Counters()
     self.best: dict[str, Any] | None = None
     method = build.make_method(config, source, devices.total, rule)
-    state = build.init_state(config, source, method)
     info = checkpoints.info()
+    state = build.init_state(config, source, method, restoring=info is not None)
     if info is not None:
       self._check_same_run(info)
       state, info = checkpoints.restore(state)

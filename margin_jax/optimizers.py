@@ -6,7 +6,7 @@ import optax
 
 NAMES = ('sgd', 'adam', 'rmsprop')
 # What weight decay is applied to.
-DECAYED = ('kernels', 'all')
+DECAYED = ('kernels', 'convolutions', 'all')
 
 
 def learning_rate(
@@ -45,6 +45,21 @@ def kernels_only(params):
   return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
 
 
+def convolutions_only(params):
+  """True for the kernels of convolutions: (height, width, in, out).
+
+  What MobileNet's results of the MMR paper decay, the last layer left out.
+  """
+  return jax.tree.map(lambda x: jnp.ndim(x) == 4, params)
+
+
+_MASKS = {
+  'kernels': kernels_only,
+  'convolutions': convolutions_only,
+  'all': None,
+}
+
+
 def make(
   name: str,
   schedule: optax.Schedule,
@@ -69,16 +84,21 @@ def make(
     momentum: decay of the trace.
     nesterov: SGD's variant.
     weight_decay: coefficient.
-    decayed: 'kernels' or 'all' parameters.
+    decayed: 'kernels', of those the 'convolutions', or 'all' parameters.
     epsilon: of Adam and RMSProp; None is optax's default.
     clip_norm: the gradient, weight decay included, is scaled down to this L2
       norm; None does not clip.
 
   Returns:
     The gradient transformation.
+
+  Raises:
+    ValueError: `name` or `decayed` is unknown.
   """
   if name not in NAMES:
     raise ValueError(f'no optimizer is called {name!r}; there are {NAMES}')
+  if decayed not in DECAYED:
+    raise ValueError(f'decayed must be one of {DECAYED}, got {decayed!r}')
   eps = {} if epsilon is None else {'eps': epsilon}
   if name == 'sgd':
     core = optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
@@ -90,8 +110,7 @@ def make(
     )
   chain = []
   if weight_decay:
-    mask = kernels_only if decayed == 'kernels' else None
-    chain.append(optax.add_decayed_weights(weight_decay, mask=mask))
+    chain.append(optax.add_decayed_weights(weight_decay, mask=_MASKS[decayed]))
   if clip_norm is not None:
     chain.append(optax.clip_by_global_norm(clip_norm))
   return optax.chain(*chain, core) if chain else core

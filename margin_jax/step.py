@@ -131,10 +131,12 @@ def _train_proxy(
 
 
 def _update(
-  method: Method, state: TrainState, batch: PyTree, key: Array
+  method: Method, state: TrainState, batch: PyTree, key: Array, lane: Array
 ) -> tuple[TrainState, Metrics]:
   """One gradient step on the batch, averaged over devices."""
-  gradient, batch_stats, metrics = gradients.of_batch(method, state, batch, key)
+  gradient, batch_stats, metrics = gradients.of_batch(
+    method, state, batch, key, lane
+  )
   if method.selection is not None and method.selection.pool_statistics:
     # Where a pool was scored, or its examples are used again, the running
     # statistics are the pool's already.
@@ -202,9 +204,7 @@ def train_step(
   if not isinstance(state.counts, tuple):
     chosen = jax.lax.all_gather(choice.batch['index'], method.axis, tiled=True)
     state = state.replace(counts=state.counts.at[chosen].add(1))
-  state, metrics = _update(
-    method, state, choice.batch, jax.random.fold_in(step_key, lane)
-  )
+  state, metrics = _update(method, state, choice.batch, step_key, lane)
   if method.selection is not None:
     metrics |= choice.metrics
   return state, metrics

@@ -26,16 +26,15 @@ from margin_jax.data.augment import AUGMENTATIONS
 CHOICES = {
   'data.name': data.NAMES,
   'data.normalization': NORMALIZATIONS,
-  'model.name': models.NAMES,
   'model.variant': models.VARIANTS,
   'model.dtype': models.DTYPES,
   'model.batch_norm': ('global', 'device'),
+  'model.stem': models.STEMS,
   'optimizer.name': optimizers.NAMES,
   'selection.rule': (*selection.RULES, UNIFORM),
   'selection.scope': ('global', 'device'),
   'selection.batch_stats': ('selected', 'pool'),
   'selection.score_dtype': (None, *models.DTYPES),
-  'selection.proxy': (None, *models.NAMES),
   'trimming.backward': ('all', 'kept'),
   'mmr.reduction': penalties.REDUCTIONS,
   'optimizer.decayed': optimizers.DECAYED,
@@ -85,6 +84,7 @@ OPTIONAL = (
 )
 # Finite numbers, at least 0.
 REALS = (
+  'model.dropout',
   'optimizer.momentum',
   'optimizer.weight_decay',
   'mmr.alpha',
@@ -98,6 +98,7 @@ REALS = (
 POSITIVE = (
   'optimizer.epsilon',
   'optimizer.clip_norm',
+  'model.width',
   'large_margin.gamma',
   'large_margin.alpha',
   'large_margin.epsilon',
@@ -121,6 +122,15 @@ def _check_fields(flat: dict[str, Any]) -> None:
     )
   for name in sorted({*known} - {*flat}):
     raise ConfigError(f'{name} is missing; its default is {known[name]!r}')
+
+
+def _check_models(flat: dict[str, Any]) -> None:
+  for name, allowed in (
+    ('model.name', models.ALLOWED),
+    ('selection.proxy', (None, *models.ALLOWED)),
+  ):
+    holds = models.exists(flat[name]) or flat[name] in allowed[:-1]
+    require(holds, name, flat[name], f'one of {allowed}')
 
 
 def _check_values(flat: dict[str, Any]) -> None:
@@ -149,14 +159,14 @@ def _check_values(flat: dict[str, Any]) -> None:
   for name in ('data.fraction', 'trimming.first', 'trimming.last'):
     holds = _is_real(flat[name]) and 0 < flat[name] <= 1
     require(holds, name, flat[name], 'a number above 0, at most 1')
-  momentum = flat['optimizer.momentum']
-  require(momentum < 1, 'optimizer.momentum', momentum, 'below 1')
+  for name in ('optimizer.momentum', 'model.dropout'):
+    require(flat[name] < 1, name, flat[name], 'below 1')
   end = flat['mmr.alpha_end']
   holds = end is None or (_is_real(end) and end >= 0)
   require(holds, 'mmr.alpha_end', end, 'None or a finite number, at least 0')
-  folder = flat['data.data_dir']
-  holds = folder is None or isinstance(folder, str)
-  require(holds, 'data.data_dir', folder, 'None or a string')
+  for name in ('data.data_dir', 'model.pretrained'):
+    holds = flat[name] is None or isinstance(flat[name], str)
+    require(holds, name, flat[name], 'None or a string')
 
 
 def _check_sequences(flat: dict[str, Any]) -> None:
@@ -205,6 +215,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   flat = flatten(config)
   _check_fields(flat)
+  _check_models(flat)
   _check_sequences(flat)
   _check_values(flat)
   combinations.check(flat)
@@ -242,8 +253,13 @@ def validate_data(
       config.steps > epoch, 'steps', config.steps,
       f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
     )  # fmt: skip
-  if models.has_batch_norm(config.model.name):
-    require(
-      min(image_shape[:2]) >= 4, 'model.name', config.model.name,
-      f'a model for images of {image_shape}',
-    )  # fmt: skip
+  proxy = config.selection.proxy
+  for name, model, stem in (
+    ('model.name', config.model.name, config.model.stem),
+    ('selection.proxy', proxy, 'imagenet'),
+  ):
+    if model is not None:
+      require(
+        min(image_shape[:2]) >= models.least_side(model, stem), name, model,
+        f'a model for images of {image_shape}',
+      )  # fmt: skip

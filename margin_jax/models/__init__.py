@@ -1,14 +1,54 @@
 """Models by name. Each returns `(logits, features)`; its head is `head`."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
+from margin_jax.models import densenet, imagenet_resnet, vgg, wide_resnet
 from margin_jax.models.cnn import CNN, MnistCNN
+from margin_jax.models.common import STEMS
+from margin_jax.models.densenet import DenseNet
+from margin_jax.models.imagenet_resnet import ImageNetResNet
+from margin_jax.models.mobilenet import MobileNet
 from margin_jax.models.resnet import DEPTHS, ResNet
+from margin_jax.models.vgg import VGG
+from margin_jax.models.wide_resnet import WideResNet
 
-NAMES = ('cnn', 'mnist_cnn', *(f'resnet{depth}' for depth in DEPTHS))
+# By family, how deep its models are; '' where there is one model only.
+_DEPTHS = {
+  'cnn': ('',),
+  'mnist_cnn': ('',),
+  'resnet': DEPTHS,
+  'vgg': tuple(vgg.STAGES),
+  'imagenet_resnet': tuple(imagenet_resnet.STAGES),
+  'densenet': tuple(densenet.BLOCKS),
+  'mobilenet': ('',),
+}
+_FAMILIES = {
+  f'{family}{depth}': family
+  for family, depths in _DEPTHS.items()
+  for depth in depths
+}
+# All names but those of wide ResNets, of which there is no end.
+NAMES = tuple(_FAMILIES)
+# What a message lists.
+ALLOWED = (*NAMES, f'{wide_resnet.PATTERN} (depth 6n+4, such as wrn28_10)')
 VARIANTS = ('he', 'authors')
 DTYPES = ('float32', 'bfloat16')
+
+__all__ = ['ALLOWED', 'DTYPES', 'NAMES', 'STEMS', 'VARIANTS', 'build']
+
+
+def exists(name: Any) -> bool:
+  """Whether there is a model of that name."""
+  if not isinstance(name, str):
+    return False
+  return name in _FAMILIES or wide_resnet.parse(name) is not None
+
+
+def _family(name: str) -> str:
+  return _FAMILIES.get(name, 'wrn')
 
 
 def build(
@@ -18,46 +58,85 @@ def build(
   variant: str = 'he',
   dtype: str = 'float32',
   batch_norm_axis: str | None = None,
+  dropout: float = 0.0,
+  stem: str = 'imagenet',
+  width: float = 1.0,
 ) -> nn.Module:
   """The Flax module called `name`.
 
   Args:
-    name: one of `NAMES`: 'cnn', 'mnist_cnn', or 'resnetN' with depth N = 8,
-      14, ..., 110.
+    name: one of `NAMES`: 'cnn', 'mnist_cnn', 'resnetN' (of CIFAR, N = 8, 14,
+      ..., 110), 'vggN', 'imagenet_resnetN', 'densenetN', 'mobilenet'; or
+      'wrnD_K', a wide ResNet of depth D = 6n + 4 and width K.
     num_classes: C.
-    variant: of the ResNets: 'he' or 'authors'.
+    variant: of the CIFAR ResNets: 'he' or 'authors'.
     dtype: of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.
+    dropout: of wide ResNets: the share dropped inside a block.
+    stem: of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
+    width: of MobileNet: multiplier of the numbers of channels.
+
+  An option of other models is ignored; the trainer refuses it.
 
   Returns:
     A module with `__call__(inputs, *, train) -> (logits, features)`.
 
   Raises:
-    ValueError: no model has that name.
+    ValueError: there is no such model, variant, dtype or stem, or a number is
+      out of its range.
   """
-  if name not in NAMES:
-    raise ValueError(f'no model is called {name!r}; there are {NAMES}')
+  if not exists(name):
+    raise ValueError(f'no model is called {name!r}; there are {ALLOWED}')
   if variant not in VARIANTS:
     raise ValueError(f'no variant is called {variant!r}; there are {VARIANTS}')
   if dtype not in DTYPES:
     raise ValueError(f'no dtype is called {dtype!r}; there are {DTYPES}')
-  dtype = jnp.dtype(dtype)
-  if name == 'cnn':
-    return CNN(num_classes, dtype=dtype)
-  if name == 'mnist_cnn':
-    return MnistCNN(num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  return ResNet(
-    depth=int(name.removeprefix('resnet')),
-    num_classes=num_classes,
-    variant=variant,
-    dtype=dtype,
-    batch_norm_axis=batch_norm_axis,
-  )
+  if stem not in STEMS:
+    raise ValueError(f'no stem is called {stem!r}; there are {STEMS}')
+  if not 0 <= dropout < 1:
+    raise ValueError(f'dropout must be in [0, 1), got {dropout!r}')
+  if not width > 0:
+    raise ValueError(f'width must be above 0, got {width!r}')
+  family = _family(name)
+  options = {'num_classes': num_classes, 'dtype': jnp.dtype(dtype)}
+  if family == 'cnn':
+    return CNN(**options)
+  options['batch_norm_axis'] = batch_norm_axis
+  if family == 'mnist_cnn':
+    return MnistCNN(**options)
+  if family == 'mobilenet':
+    return MobileNet(width=width, **options)
+  if family == 'wrn':
+    depth, widening = wide_resnet.parse(name)
+    return WideResNet(depth, widening, dropout=dropout, **options)
+  depth = int(name.removeprefix(family))
+  if family == 'resnet':
+    return ResNet(depth, variant=variant, **options)
+  if family == 'vgg':
+    return VGG(depth, **options)
+  if family == 'imagenet_resnet':
+    return ImageNetResNet(depth, stem=stem, **options)
+  return DenseNet(depth, stem=stem, **options)
 
 
 def has_variants(name: str) -> bool:
   """Whether `variant` means something to the model."""
-  return name.startswith('resnet')
+  return _family(name) == 'resnet'
+
+
+def has_dropout(name: str) -> bool:
+  """Whether `dropout` means something to the model."""
+  return _family(name) == 'wrn'
+
+
+def has_stems(name: str) -> bool:
+  """Whether `stem` means something to the model."""
+  return _family(name) in ('imagenet_resnet', 'densenet')
+
+
+def has_widths(name: str) -> bool:
+  """Whether `width` means something to the model."""
+  return _family(name) == 'mobilenet'
 
 
 def has_batch_norm(name: str) -> bool:
@@ -66,5 +145,19 @@ def has_batch_norm(name: str) -> bool:
 
 
 def takes_any_resolution(name: str) -> bool:
-  """Whether the same parameters read images of another size."""
-  return name.startswith('resnet')
+  """Whether the same parameters read images of another size.
+
+  Global average pooling does; see `least_side` for how small they may be.
+  """
+  return name not in ('cnn', 'mnist_cnn')
+
+
+def least_side(name: str, stem: str = 'imagenet') -> int:
+  """The smallest side of an image of which something is left at the end."""
+  family = _family(name)
+  if family == 'vgg':
+    return 32
+  if family == 'densenet':
+    # Three halvings that round down, after two that round up.
+    return 29 if stem == 'imagenet' else 8
+  return 2 if family == 'cnn' else 4

@@ -1,10 +1,10 @@
 """Small convolutional networks for small images."""
 
-import functools
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+
+from margin_jax.models import common
 
 
 class CNN(nn.Module):
@@ -52,14 +52,7 @@ class MnistCNN(nn.Module):
   @nn.compact
   def __call__(self, inputs: Array, *, train: bool) -> tuple[Array, Array]:
     """(B, H, W, channels) -> logits (B, C), features (B, 512), both float32."""
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      axis_name=self.batch_norm_axis,
-    )
+    norm = common.make_norm(self, train)
     x = inputs.astype(self.dtype)
     for index, width in enumerate((32, 64), start=1):
       x = nn.Conv(

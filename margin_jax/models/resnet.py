@@ -1,16 +1,14 @@
 """Residual networks for 32x32 images (He et al. 2016, section 4.2)."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-DEPTHS = tuple(range(8, 111, 6))
+from margin_jax.models import common
 
-# "fan_out" keeps the variance of the gradients; He et al. 2015, Eq. 14.
-conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+DEPTHS = tuple(range(8, 111, 6))
 
 
 class Block(nn.Module):
@@ -75,20 +73,8 @@ class ResNet(nn.Module):
   def __call__(self, inputs: Array, *, train: bool) -> tuple[Array, Array]:
     """(B, H, W, channels) -> logits (B, C), features (B, 64), both float32."""
     authors = self.variant == 'authors'
-    conv = functools.partial(
-      nn.Conv,
-      use_bias=False,
-      kernel_init=conv_init,
-      dtype=self.dtype,
-    )
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      axis_name=self.batch_norm_axis,
-    )
+    conv = common.make_conv(self)
+    norm = common.make_norm(self, train)
     x = conv(16, (3, 3), padding=1, name='conv_stem')(inputs.astype(self.dtype))
     x = nn.relu(norm(name='norm_stem')(x))
     for stage, width in enumerate((16, 32, 64)):
@@ -102,11 +88,7 @@ class ResNet(nn.Module):
           zero_init=authors,
           name=f'stage{stage + 1}_block{index + 1}',
         )(x)
-    features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
     head_init = (
       nn.initializers.normal(0.01) if authors else nn.linear.default_kernel_init
     )
-    logits = nn.Dense(self.num_classes, kernel_init=head_init, name='head')(
-      features
-    )
-    return logits, features
+    return common.classify(x, self.num_classes, head_init)

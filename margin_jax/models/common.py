@@ -1,0 +1,97 @@
+"""What the image models share: convolution, BatchNorm, initialisers, head."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+STEMS = ('imagenet', 'small')
+
+# "fan_out" keeps the variance of the gradients; He et al. 2015, Eq. 14.
+conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# A depthwise output sees one input channel: JAX would count them all as its
+# fan-out, and start a hundred times too small.
+depthwise_init = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+def make_norm(model: Any, train: bool) -> Callable[..., nn.Module]:
+  """BatchNorm as every model has it; the statistics of PyTorch's default.
+
+  Args:
+    model: has `dtype` and `batch_norm_axis`.
+    train: whether to normalise with the batch's own statistics.
+
+  Returns:
+    Takes what else `nn.BatchNorm` takes, such as `name`.
+  """
+  return functools.partial(
+    nn.BatchNorm,
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=model.dtype,
+    axis_name=model.batch_norm_axis,
+  )
+
+
+def make_conv(model: Any) -> Callable[..., nn.Module]:
+  """A convolution without bias, to be followed by BatchNorm.
+
+  Args:
+    model: has `dtype`.
+
+  Returns:
+    Takes what else `nn.Conv` takes: channels, kernel, strides, padding, name.
+  """
+  return functools.partial(
+    nn.Conv, use_bias=False, kernel_init=conv_init, dtype=model.dtype
+  )
+
+
+def classify(
+  x: Array,
+  num_classes: int,
+  kernel_init: Callable = nn.linear.default_kernel_init,
+) -> tuple[Array, Array]:
+  """Global average pooling and the last layer, in float32.
+
+  To be called inside the model: the layer is the model's `head`.
+
+  Args:
+    x: (B, H, W, D) activations.
+    num_classes: C.
+    kernel_init: of the head.
+
+  Returns:
+    Logits (B, C) and features (B, D), both float32.
+  """
+  features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+  head = nn.Dense(num_classes, kernel_init=kernel_init, name='head')
+  return head(features), features
+
+
+def stem(x: Array, kind: str, conv: Callable, norm: Callable) -> Array:
+  """The first layers of the ImageNet families, 64 channels.
+
+  To be called inside the model: the layers are `conv_stem` and `norm_stem`.
+
+  Args:
+    x: (B, H, W, channels) images.
+    kind: 'imagenet' (7x7 convolution of stride 2, 3x3 max-pooling of stride
+      2: a quarter of the side is left) or 'small' (3x3 of stride 1, no
+      pooling: the usual change for 32x32 images).
+    conv: as `make_conv` returns it.
+    norm: as `make_norm` returns it.
+
+  Returns:
+    (B, H', W', 64) activations.
+  """
+  if kind == 'small':
+    x = conv(64, (3, 3), padding=1, name='conv_stem')(x)
+    return nn.relu(norm(name='norm_stem')(x))
+  x = conv(64, (7, 7), 2, padding=3, name='conv_stem')(x)
+  x = nn.relu(norm(name='norm_stem')(x))
+  return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
