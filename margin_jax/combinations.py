@@ -43,6 +43,9 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if not models.has_variants(flat['model.name']):
     because = f'with model.name={flat["model.name"]!r}, which has one variant'
     _forbid(flat, ('model.variant',), because)
+  if 'cutout' not in flat['data.augmentations']:
+    because = 'without the augmentation cutout'
+    _forbid(flat, ('data.cutout_size',), because)
   call = flat['steps_per_call']
   if call is not None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):

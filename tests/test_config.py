@@ -117,6 +117,12 @@ def test_options_that_the_data_make_void_are_refused():
   with pytest.raises(ConfigError, match=r'^steps=10 .* above 10, one epoch'):
     validation.validate_data(config, 640, (8, 8, 1))
   config = make_config(
+    {'data.augmentations': ('cutout',), 'data.cutout_size': 8}
+  )
+  validation.validate_data(config, 640, (8, 9, 1))
+  with pytest.raises(ConfigError, match=r'^data.cutout_size=8 .* at most 7'):
+    validation.validate_data(config, 640, (9, 7, 1))
+  config = make_config(
     {
       'model.name': 'resnet8',
       'selection.rule': 'mms',

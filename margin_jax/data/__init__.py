@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from margin_jax.data import augment, digits, images, tfds_images
+from margin_jax.data import (
+  augment,
+  autoaugment,
+  digits,
+  images,
+  tfds_images,
+)
 from margin_jax.data.images import Source, Stream, draw
 from margin_jax.data.tfds_images import DatasetError
 
@@ -19,6 +25,7 @@ def load(
   validation_examples: int = 0,
   augmentations: tuple[str, ...] = (),
   crop_padding: int = 4,
+  cutout_size: int = 16,
   normalization: str = 'dataset',
   fraction: float = 1.0,
   label_noise: float = 0.0,
@@ -33,6 +40,7 @@ def load(
       dataset's original order, are held out for validation.
     augmentations: names from `augment.AUGMENTATIONS`, applied in order.
     crop_padding: pixels of zeros around the image before a random crop.
+    cutout_size: the side of the square that cutout covers.
     normalization: 'dataset' (statistics of the training split) or 'imagenet'.
     fraction: share of the training examples that are used, without those held
       out.
@@ -82,6 +90,13 @@ def load(
   splits['train']['label'] = images.corrupt(
     splits['train']['label'], label_noise, num_classes, seed
   )
+  shape = train['inputs'].shape[1:]
+  if 'autoaugment' in augmentations:
+    autoaugment.check_channels(shape[-1])
+  prepare = images.normalizer(splits['train']['inputs'], normalization)
+  fill = 0
+  if 'cutout' in augmentations:
+    fill = images.zero_pixel(prepare, shape[-1])
   if not validation_examples:
     del splits['validation'], rows['validation']
   return Source(
@@ -89,6 +104,8 @@ def load(
     num_classes=num_classes,
     splits=splits,
     rows=rows,
-    augment=augment.compose(tuple(augmentations), crop_padding),
-    prepare=images.normalizer(splits['train']['inputs'], normalization),
+    augment=augment.compose(
+      tuple(augmentations), crop_padding, cutout_size, fill
+    ),
+    prepare=prepare,
   )
