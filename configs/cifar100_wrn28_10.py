@@ -1,6 +1,7 @@
 """WRN-28-10 on CIFAR-100: plain, MMR and MMS.
 
-    python -m margin_jax.train --config=configs/cifar100_wrn28_10.py:mms,regime=early_drop \\
+    python -m margin_jax.train \\
+        --config=configs/cifar100_wrn28_10.py:mms,regime=early_drop \\
         --workdir=/tmp/wrn
 
 Arguments: the method (`baseline`, `mmr`, `mms`, `mms_mmr`), and regime=standard

@@ -3,7 +3,7 @@
     python -m margin_jax.train --config=configs/cifar_vgg.py:mmr \\
         --workdir=/tmp/vgg
 
-Arguments: the method (`baseline`, `mmr`), dataset=cifar10 or cifar100. CIFAR-100
+Arguments: the method (`baseline`, `mmr`), dataset=cifar10 or cifar100, which
 adds AutoAugment and cutout.
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1), baseline and mmr:

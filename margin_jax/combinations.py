@@ -44,6 +44,9 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if flat['data.name'] not in data.STREAMED:
     because = f'with data.name={flat["data.name"]!r}, which lies in memory'
     _forbid(flat, ('data.image_size', 'data.workers'), because)
+  if 'cutout' not in flat['data.augmentations']:
+    because = 'without the augmentation cutout'
+    _forbid(flat, ('data.cutout_size',), because)
   call = flat['steps_per_call']
   if call is not None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):

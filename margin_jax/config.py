@@ -50,6 +50,8 @@ def _data() -> dict[str, Any]:
     'label_noise': 0.0,
     'augmentations': (),
     'crop_padding': 4,
+    # The side of the square that the augmentation cutout covers.
+    'cutout_size': 16,
     # Statistics of the training split ('dataset') or ImageNet's.
     'normalization': 'dataset',
     # Of ImageNet, whose JPEGs are decoded while training: the side that images

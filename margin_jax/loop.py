@@ -248,6 +248,7 @@ def prepare(
       validation_examples=config.data.validation_examples,
       augmentations=config.data.augmentations,
       crop_padding=config.data.crop_padding,
+      cutout_size=config.data.cutout_size,
       normalization=config.data.normalization,
       fraction=config.data.fraction,
       label_noise=config.data.label_noise,

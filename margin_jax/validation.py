@@ -66,6 +66,7 @@ LEAST = {
   'data.crop_padding': 0,
   'data.image_size': 1,
   'data.workers': 0,
+  'data.cutout_size': 1,
   'selection.reuse': 1,
   'selection.every': 1,
   'selection.start': 0,
@@ -241,6 +242,12 @@ def validate_data(
     config[name] <= examples, name, config[name],
     f'at most {examples}, the number of training examples',
   )  # fmt: skip
+  if 'cutout' in config.data.augmentations:
+    size = config.data.cutout_size
+    require(
+      size <= min(image_shape[:2]), 'data.cutout_size', size,
+      f'at most {min(image_shape[:2])}, the side of the images',
+    )  # fmt: skip
   side = config.selection.score_resolution
   if side is not None:
     require(

@@ -23,6 +23,7 @@ FIELDS = tuple(config_lib.flatten(config_lib.default()))
 RESUMABLE = {
   'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
   'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
+  'data.workers',
   'attack.name', 'attack.epsilons', 'attack.steps',
 }  # fmt: skip
 
@@ -116,6 +117,12 @@ def test_options_that_the_data_make_void_are_refused():
   config.steps = 10
   with pytest.raises(ConfigError, match=r'^steps=10 .* above 10, one epoch'):
     validation.validate_data(config, 640, (8, 8, 1))
+  config = make_config(
+    {'data.augmentations': ('cutout',), 'data.cutout_size': 8}
+  )
+  validation.validate_data(config, 640, (8, 9, 1))
+  with pytest.raises(ConfigError, match=r'^data.cutout_size=8 .* at most 7'):
+    validation.validate_data(config, 640, (9, 7, 1))
   config = make_config(
     {
       'model.name': 'resnet8',

@@ -197,7 +197,7 @@ def test_validation_is_the_last_of_the_training_examples():
     ('validation_examples', -1, ['validation_examples=-1']),
     ('normalization', 'imagenet', ["='imagenet' needs RGB", '1 channel']),
     ('normalization', 'none', ["'none'", "('dataset', 'imagenet')"]),
-    ('augmentations', ('cutout',), ["'cutout'", "('crop', 'flip')"]),
+    ('augmentations', ('mixup',), ["'mixup'", "('crop', 'flip', "]),
   ],
 )
 def test_bad_arguments_of_load_are_refused(field, value, words):

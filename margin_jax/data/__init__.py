@@ -1,10 +1,18 @@
 """Datasets by name."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
-from margin_jax.data import augment, digits, imagenet, images, tfds_images
+from margin_jax.data import (
+  augment,
+  autoaugment,
+  digits,
+  imagenet,
+  images,
+  tfds_images,
+)
 from margin_jax.data.images import Epoch, Source, Stream, draw
 from margin_jax.data.streamed import Streamed
 from margin_jax.data.tfds_images import DatasetError
@@ -24,6 +32,8 @@ NAMES = ('digits', *tfds_images.NAMES, *imagenet.NAMES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
+# Which of the dataset's own splits each split is a part of.
+PARTS = {'train': 'train', 'validation': 'train', 'test': 'test'}
 
 
 def load(
@@ -33,6 +43,7 @@ def load(
   validation_examples: int = 0,
   augmentations: tuple[str, ...] = (),
   crop_padding: int = 4,
+  cutout_size: int = 16,
   normalization: str = 'dataset',
   fraction: float = 1.0,
   label_noise: float = 0.0,
@@ -49,6 +60,7 @@ def load(
       dataset's original order, are held out for validation.
     augmentations: names from `augment.AUGMENTATIONS`, applied in order.
     crop_padding: pixels of zeros around the image before a random crop.
+    cutout_size: the side of the square that cutout covers.
     normalization: 'dataset' (statistics of the training split) or 'imagenet'.
     fraction: share of the training examples that are used, without those held
       out.
@@ -64,57 +76,84 @@ def load(
     ValueError: the name is unknown, or an argument does not fit the data.
     DatasetError: the dataset is missing or broken.
   """
-  if name not in NAMES:
-    raise ValueError(f'data.name: no dataset is called {name!r}; try {NAMES}')
-  if normalization not in NORMALIZATIONS:
-    raise ValueError(
-      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
-    )
+  _check_names(name, normalization)
   chosen = functools.partial(
     _rows, name, validation_examples=validation_examples, fraction=fraction,
     seed=seed,
   )  # fmt: skip
-  augmentation = augment.compose(tuple(augmentations), crop_padding)
   if name in STREAMED:
-    records, num_classes = imagenet.load(name, data_dir)
-    rows = chosen(len(records['train']), len(records['test']))
-    shift = {split: np.zeros(len(x), np.int32) for split, x in rows.items()}
-    shift['train'] = images.label_shift(
-      len(rows['train']), label_noise, num_classes, seed
-    )
+    opened, num_classes = imagenet.load(name, data_dir)
+    rows = chosen(len(opened['train']), len(opened['test']))
+    # The normalisation of any: these are the statistics of this dataset.
+    prepare = images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
+  else:
+    whole, num_classes = _arrays(name, data_dir)
+    rows = chosen(len(whole['train']['label']), len(whole['test']['label']))
+    splits = {
+      split: {k: x[where] for k, x in whole[PARTS[split]].items()}
+      for split, where in rows.items()
+    }
+    prepare = images.normalizer(splits['train']['inputs'], normalization)
+  channels = 3 if name in STREAMED else splits['train']['inputs'].shape[-1]
+  augmentation = _augmentation(
+    augmentations, crop_padding, cutout_size, prepare, channels
+  )
+  wrong = images.label_shift(len(rows['train']), label_noise, num_classes, seed)
+  if name in STREAMED:
     return Streamed(
       name=name,
       num_classes=num_classes,
-      records={**records, 'validation': records['train']},
+      records={split: opened[PARTS[split]] for split in rows},
       rows=rows,
-      shift=shift,
+      shift={k: np.zeros(len(x), np.int32) for k, x in rows.items()}
+      | {'train': wrong},
       image_size=image_size,
       workers=workers,
       augment=augmentation,
-      # These are the statistics of this dataset.
-      prepare=images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
+      prepare=prepare,
     )
-  if name == 'digits':
-    train, test, num_classes = digits.load()
-  else:
-    train, test, num_classes = tfds_images.load(name, data_dir)
-  rows = chosen(len(train['label']), len(test['label']))
-  whole = {'train': train, 'validation': train, 'test': test}
-  splits = {
-    split: {key: value[where] for key, value in whole[split].items()}
-    for split, where in rows.items()
-  }
-  label = splits['train']['label']
-  shift = images.label_shift(len(label), label_noise, num_classes, seed)
-  splits['train']['label'] = (label + shift) % num_classes
+  splits['train']['label'] = (splits['train']['label'] + wrong) % num_classes
   return Source(
     name=name,
     num_classes=num_classes,
     splits=splits,
     rows=rows,
     augment=augmentation,
-    prepare=images.normalizer(splits['train']['inputs'], normalization),
+    prepare=prepare,
   )
+
+
+def _check_names(name: str, normalization: str) -> None:
+  if name not in NAMES:
+    raise ValueError(f'data.name: no dataset is called {name!r}; try {NAMES}')
+  if normalization not in NORMALIZATIONS:
+    raise ValueError(
+      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
+    )
+
+
+def _arrays(
+  name: str, data_dir: str | None
+) -> tuple[dict[str, images.Split], int]:
+  """The dataset's own training and test split, and the number of classes."""
+  if name == 'digits':
+    train, test, num_classes = digits.load()
+  else:
+    train, test, num_classes = tfds_images.load(name, data_dir)
+  return {'train': train, 'test': test}, num_classes
+
+
+def _augmentation(
+  names: tuple[str, ...],
+  crop_padding: int,
+  cutout_size: int,
+  prepare: Callable,
+  channels: int,
+) -> augment.Augmentation:
+  if 'autoaugment' in names:
+    autoaugment.check_channels(channels)
+  fill = images.zero_pixel(prepare, channels) if 'cutout' in names else 0
+  return augment.compose(tuple(names), crop_padding, cutout_size, fill)
 
 
 def _rows(

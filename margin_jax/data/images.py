@@ -237,3 +237,15 @@ def normalizer(
     )
 
   return prepare
+
+
+def zero_pixel(prepare: Callable[[Array], Array], channels: int) -> np.ndarray:
+  """(channels,) uint8: the pixel that is nearest to zero after `prepare`.
+
+  Of a `normalizer` that is its mean, rounded: the mean pixel of the training
+  split, or ImageNet's.
+  """
+  levels = np.arange(256, dtype=np.uint8)[:, None]
+  levels = np.broadcast_to(levels, (256, channels))
+  distances = np.abs(prepare(jnp.asarray(levels)))
+  return np.argmin(distances, axis=0).astype(np.uint8)
