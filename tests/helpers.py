@@ -1,12 +1,15 @@
 """Small runs that several tests share."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
 
 from margin_jax import build, data, parallel, program, validation
 from margin_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def small_config(**fields):

@@ -1,0 +1,109 @@
+"""Every config at full model size: one step, on made-up data of its shape.
+
+WRN-28-10, MobileNet at 224x224, ResNet-34 and DenseNet-121 are traced only,
+for shapes and dtypes: compiling their steps takes too long here.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from margin_jax import build, data, feeding, parallel, step, validation
+from margin_jax.data import images
+from tests import helpers
+
+# Shape of the images, classes.
+SHAPES = {
+  'digits': ((8, 8, 1), 10),
+  'mnist': ((28, 28, 1), 10),
+  'cifar10': ((32, 32, 3), 10),
+  'cifar100': ((32, 32, 3), 100),
+  'svhn_cropped': ((32, 32, 3), 10),
+  'imagenet2012': ((224, 224, 3), 1000),
+}
+RUN = (
+  ('digits', None),
+  ('mnist_large_margin', None),
+  ('cifar10_resnet44', 'mms_mmr'),
+  ('cifar_vgg', 'mmr,dataset=cifar100'),
+)
+TRACED = (
+  ('cifar100_wrn28_10', 'mms_mmr'),
+  ('imagenet_mobilenet', 'mmr'),
+  ('trimming', 'on,dataset=cifar100,model=resnet34'),
+  ('trimming', 'on,dataset=svhn_cropped,model=densenet121'),
+)
+ROWS = 12
+
+
+def tiny(name, argument):
+  """The config with b=2 of B=6, its source's twin, and its method."""
+  module = importlib.import_module(f'configs.{name}')
+  config = module.get_config(*filter(None, [argument]))
+  config.batch_size = 2
+  config.pool_size = 6
+  config.devices = 1
+  validation.validate(config)
+  shape, classes = SHAPES[config.data.name]
+  rng = np.random.default_rng(0)
+  split = {
+    'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
+    'label': rng.integers(0, classes, ROWS).astype(np.int32),
+  }
+  source = data.Source(
+    name=config.data.name,
+    num_classes=classes,
+    splits={'train': split, 'test': split},
+    rows={'train': np.arange(ROWS), 'test': np.arange(ROWS)},
+    augment=data.augment.compose(tuple(config.data.augmentations), 4, 16, 0),
+    prepare=images.normalizer(split['inputs'], 'dataset'),
+  )
+  return config, source, build.make_method(config, source, 1)
+
+
+def test_every_config_is_here():
+  files = {p.stem for p in (helpers.ROOT / 'configs').glob('*.py')}
+  assert files == {name for name, _ in RUN + TRACED}
+
+
+@pytest.mark.parametrize(('name', 'argument'), RUN)
+def test_one_step_at_full_size(name, argument):
+  config, source, method = tiny(name, argument)
+  devices = parallel.Devices(1)
+  state = devices.replicate(build.init_state(config, source, method))
+  feed = feeding.Resident(devices, source)
+  compiled = devices.compile(
+    functools.partial(step.train_step, method), state, feed(0)
+  )
+  state, metrics = jax.device_get(compiled(state, feed(0)))
+  assert int(state.step) == 1
+  assert np.isfinite(metrics['loss'])
+  assert np.isfinite(metrics['gradient_norm'])
+
+
+@pytest.mark.parametrize(('name', 'argument'), TRACED)
+def test_one_step_has_the_shapes_of_the_state(name, argument):
+  config, source, method = tiny(name, argument)
+  state = jax.eval_shape(lambda: build.init_state(config, source, method))
+  batch = {
+    k: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for k, x in source.splits['train'].items()
+  }
+  one = dataclasses.replace(method, branch=None)
+  mapped = jax.pmap(
+    functools.partial(step.train_step, one),
+    axis_name=parallel.AXIS,
+    in_axes=(None, None, 0),
+    out_axes=None,
+    devices=jax.devices()[:1],
+  )
+  lane = jax.ShapeDtypeStruct((1,), np.int32)
+  after, metrics = jax.eval_shape(mapped, state, batch, lane)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
+  assert metrics['loss'].shape == ()
