@@ -1,6 +1,9 @@
 """Datasets by name."""
 
+from collections.abc import Callable
+
 import numpy as np
+from jax import Array
 
 from margin_jax.data import (
   augment,
@@ -16,6 +19,20 @@ __all__ = ['NAMES', 'DatasetError', 'Source', 'Stream', 'draw', 'load']
 
 NAMES = ('digits', *tfds_images.NAMES)
 NORMALIZATIONS = ('dataset', 'imagenet')
+
+
+def _augmentation(
+  names: tuple[str, ...],
+  crop_padding: int,
+  cutout_size: int,
+  prepare: Callable[[Array], Array],
+  channels: int,
+) -> augment.Augmentation:
+  """The augmentations of images that `prepare` normalises."""
+  if 'autoaugment' in names:
+    autoaugment.check_channels(channels)
+  fill = images.zero_pixel(prepare, channels) if 'cutout' in names else 0
+  return augment.compose(names, crop_padding, cutout_size, fill)
 
 
 def load(
@@ -90,13 +107,7 @@ def load(
   splits['train']['label'] = images.corrupt(
     splits['train']['label'], label_noise, num_classes, seed
   )
-  shape = train['inputs'].shape[1:]
-  if 'autoaugment' in augmentations:
-    autoaugment.check_channels(shape[-1])
   prepare = images.normalizer(splits['train']['inputs'], normalization)
-  fill = 0
-  if 'cutout' in augmentations:
-    fill = images.zero_pixel(prepare, shape[-1])
   if not validation_examples:
     del splits['validation'], rows['validation']
   return Source(
@@ -104,8 +115,12 @@ def load(
     num_classes=num_classes,
     splits=splits,
     rows=rows,
-    augment=augment.compose(
-      tuple(augmentations), crop_padding, cutout_size, fill
+    augment=_augmentation(
+      tuple(augmentations),
+      crop_padding,
+      cutout_size,
+      prepare,
+      train['inputs'].shape[-1],
     ),
     prepare=prepare,
   )
