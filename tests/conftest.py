@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # All must be set before JAX starts its backend. XLA:CPU of jax 0.10 logs false
 # alarms about machine features when it loads a program from the cache.
@@ -10,6 +11,10 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
+
+# So that no test writes to the home folder. Matplotlib would build its list
+# of fonts anew in every session.
+os.environ['MPLCONFIGDIR'] = str(pathlib.Path(__file__).parent / '.jax_cache')
 
 import jax
 import pytest
@@ -22,6 +27,15 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def user_cache(tmp_path_factory) -> Iterator[pathlib.Path]:
+  """The user's cache folder, a new one in every session."""
+  folder = tmp_path_factory.mktemp('cache')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XDG_CACHE_HOME', str(folder))
+    yield folder
 
 
 @pytest.fixture(scope='session')

@@ -179,12 +179,11 @@ def _tables(image: Array, operation: Array, level: Array) -> Array:
   values = jnp.where(values < threshold, values, 255 - values)
   values = (values >> dropped) << dropped
   fixed = jnp.broadcast_to(values.astype(jnp.uint8), counts.shape)
-  names = ('auto_contrast', 'equalize')
-  return _choose(
-    fixed,
-    {name: getattr(image_ops, f'{name}_tables')(counts) for name in names},
-    operation,
-  )
+  adaptive = {
+    'auto_contrast': image_ops.auto_contrast_tables(counts),
+    'equalize': image_ops.equalize_tables(counts),
+  }
+  return _choose(fixed, adaptive, operation)
 
 
 def _enhance(image: Array, operation: Array, level: Array) -> Array:

@@ -9,6 +9,7 @@ DATA_DIR/downloads/manual, or copy a folder prepared elsewhere into DATA_DIR.
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from margin_jax.data import imagenet, tfds_images
@@ -22,8 +23,17 @@ def prepare(name: str, data_dir: str | None) -> str:
 
   builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
   if not builder.is_prepared():
+    tfds.enable_progress_bar()  # TFDS is silent where CI or a caller said so
     builder.download_and_prepare()
   return str(builder.data_path)
+
+
+def _folder(data_dir: str | None) -> str:
+  if data_dir is None:
+    import tensorflow_datasets as tfds
+
+    data_dir = tfds.core.constants.DATA_DIR
+  return os.path.abspath(os.path.expanduser(data_dir))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,10 +54,12 @@ def main(argv: list[str] | None = None) -> None:
   try:
     print(prepare(args.name, args.data_dir))
   except Exception as error:  # TFDS's own and the network's are of many kinds
+    folder = _folder(args.data_dir)
     sys.exit(
       f'error: {args.name} could not be downloaded: {error}\nBehind a '
-      'firewall, put the archives into DATA_DIR/downloads/manual, or copy a '
-      'folder prepared elsewhere into DATA_DIR.'
+      f'firewall, put the archives into {folder}/downloads/manual and run this '
+      f'command again, or copy a folder {args.name} prepared elsewhere into '
+      f'{folder}.'
     )
 
 

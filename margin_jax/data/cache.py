@@ -1,0 +1,139 @@
+"""Decoded splits on disk: the second start need not decode a dataset again.
+
+One uncompressed .npz per split, whose checksums NumPy verifies on reading.
+Nothing here is ever an error: a file that cannot be read, or is of other data,
+is decoded anew and replaced; where none can be written, there is none.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Split = dict[str, np.ndarray]
+
+# To be raised whenever what is stored, or its order, changes.
+FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+def user_folder() -> pathlib.Path:
+  """$XDG_CACHE_HOME/margin_jax/data, or the same under ~/.cache."""
+  base = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(base):  # as the XDG specification demands
+    base = os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'margin_jax' / 'data'
+
+
+def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
+  """What changes when the files do: a digest of paths, sizes and times.
+
+  Raises:
+    OSError: a file is not there.
+  """
+  digest = hashlib.sha256()
+  for path in sorted(os.path.abspath(path) for path in paths):
+    status = os.stat(path)
+    line = f'{path}\0{status.st_size}\0{status.st_mtime_ns}\n'
+    digest.update(line.encode(errors='surrogateescape'))
+  return digest.hexdigest()
+
+
+def read(path: pathlib.Path, source: str, examples: int) -> Split | None:
+  """The split in a file, or None if it is not there, broken or of other data.
+
+  It is read whole, not mapped: the checksum needs every byte, and a mapped
+  file that somebody truncates kills the process that reads it.
+
+  Args:
+    path: of the file.
+    source: the `fingerprint` of the files that were decoded.
+    examples: how many rows the split has.
+  """
+  try:
+    # Opened here, because NumPy leaves a file open that is no archive.
+    with open(path, 'rb') as file, np.load(file) as stored:
+      if str(stored['source']) != source:
+        return None
+      split = {name: stored[name] for name in ('inputs', 'label')}
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    if not isinstance(error, FileNotFoundError):
+      _log.info('%s is ignored: %s', path, error)
+    return None
+  dtypes = {name: array.dtype for name, array in split.items()}
+  if dtypes != {'inputs': np.uint8, 'label': np.int32}:
+    return None
+  if {len(array) for array in split.values()} != {examples}:
+    return None
+  return split
+
+
+def _takes_files(folder: pathlib.Path) -> bool:
+  """Whether anybody may write there; root too keeps out if nobody may."""
+  with contextlib.suppress(OSError):
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+  return False
+
+
+def write(path: pathlib.Path, source: str, split: Split) -> bool:
+  """Writes a file whole or not at all, and says which."""
+  # Not tempfile: its files are for their owner only.
+  temporary = path.with_name(
+    f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}'
+  )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, 'xb') as file:
+      np.savez(file, source=np.array(source), **split)
+    os.replace(temporary, path)
+  except OSError as error:  # not writable, or full
+    _log.info('%s is not written: %s', path, error)
+    return False
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+  return True
+
+
+def cached(
+  name: str,
+  files: Sequence[os.PathLike | str],
+  examples: int,
+  decode: Callable[[], Split],
+) -> Split:
+  """The split from the cache, else decoded and put there.
+
+  The cache lies beside the dataset, or where that is not writable, in the
+  `user_folder`.
+
+  Args:
+    name: what the split is called: dataset, version, split.
+    files: what holds it.
+    examples: how many rows it has.
+    decode: makes `{'inputs': uint8, 'label': int32}` of the files.
+
+  Returns:
+    The split; its arrays are writable and nobody else's.
+  """
+  try:
+    source = fingerprint(files)
+  except OSError:
+    return decode()  # whose error says more
+  beside = pathlib.Path(os.fspath(files[0])).parent
+  file_name = f'margin_jax-{name}-{examples}-v{FORMAT}.npz'
+  paths = [beside / file_name, user_folder() / file_name]
+  for path in paths:
+    split = read(path, source, examples)
+    if split is not None:
+      return split
+  split = decode()
+  if not _takes_files(beside):
+    paths = paths[1:]
+  any(write(path, source, split) for path in paths)
+  return split
