@@ -20,13 +20,20 @@ steps, L2 penalty on all parameters, gradients clipped to norm 5. Unlike there,
 the loss sees BatchNorm in evaluation mode: with a batch's own statistics its
 examples leak into each other's gradients.
 
-Expected and cost: benchmarks/large_margin_on_mnist.md has what came out at 1%
-of the labels. Not run at full length yet.
+Expected, with 1% of the labels (600 images, 600 steps of 64, five seeds): 95.1%
+test accuracy, as cross-entropy has, if the learning rate is lowered to 0.003;
+at 0.1 so few images and so small batches do not train. Measured in
+benchmarks/large_margin_on_mnist.md, with accuracy under FGSM. Not run at full
+length yet.
+
+Cost, from XLA's FLOP count: 38 GFLOP a step of 256, 1.8 PFLOP for 46,800 steps
+(calculated), 2.3 times those of cross-entropy.
 """
 
 from margin_jax import config as config_lib
 
 DECAY_STEPS = 2000
+EPSILON = 0.1
 
 
 def get_config(argument: str | None = None):
@@ -37,7 +44,7 @@ def get_config(argument: str | None = None):
     small=1.0,
     noisy=0.0,
     attack=('none', 'fgsm', 'pgd'),
-    epsilon=0.1,
+    epsilon=EPSILON,
     steps=46_800,
   )
   config = config_lib.default()
@@ -69,6 +76,10 @@ def get_config(argument: str | None = None):
     config.large_margin.alpha = 4.0
     config.large_margin.epsilon = 1e-6
     config.large_margin.by_size = True
+  if args.attack == 'none' and args.epsilon != EPSILON:
+    raise config_lib.ConfigError(
+      f'config argument epsilon={args.epsilon} needs attack=fgsm or attack=pgd'
+    )
   if args.attack != 'none':
     config.attack.name = args.attack
     config.attack.epsilons = (args.epsilon,)

@@ -136,7 +136,6 @@ class _Report:
 
   def write(self, folder: pathlib.Path) -> None:
     """Writes the tables and the picture."""
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / 'distributions.csv', self.distributions)
     _write(folder / 'signatures.csv', self.signatures)
     for split, table in self.ranked.items():
@@ -144,23 +143,39 @@ class _Report:
     plots.margins(folder / 'margins.png', self.distributions, self.last)
 
 
+def _no_checkpoints(workdir: str) -> config_lib.ConfigError:
+  return config_lib.ConfigError(
+    f'workdir={workdir!r} holds no checkpoints: train it first with '
+    'python -m margin_jax.train'
+  )
+
+
+def _folder(out: str) -> pathlib.Path:
+  """Creates the folder to write to, before anything is measured."""
+  folder = pathlib.Path(out).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise config_lib.ConfigError(f'out={out!r}: {error}') from error
+  return folder
+
+
 def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
   """Opens the run's checkpoints; looking must not create a folder."""
   if not os.path.isdir(os.path.join(workdir, FOLDER)):
-    raise config_lib.ConfigError(
-      f'workdir={workdir!r} holds no checkpoints: train it first with '
-      'python -m margin_jax.train'
-    )
+    raise _no_checkpoints(workdir)
   checkpoints = Checkpoints(workdir)
   kept = checkpoints.steps()
-  missing = sorted({*(steps or kept)} - {*kept})
-  if missing or not kept:
-    checkpoints.close()
-    raise config_lib.ConfigError(
-      f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
-      f'{kept}'
-    )
-  return checkpoints
+  missing = sorted({*(steps or ())} - {*kept})
+  if kept and not missing:
+    return checkpoints
+  checkpoints.close()
+  if not kept:
+    raise _no_checkpoints(workdir)
+  raise config_lib.ConfigError(
+    f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
+    f'{kept}'
+  )
 
 
 def analyze(
@@ -200,7 +215,7 @@ def analyze(
   checkpoints = _checkpoints(workdir, steps)
   try:
     config = _saved_config(checkpoints.info(), data_dir)
-    devices, source = loop.prepare(config, None)
+    devices, source = loop.prepare(config, None, training=False)
     method = build.make_method(config, source, devices.total)
     known = build.layer_shapes(method.model, source)
     if layer_names is None:
@@ -211,11 +226,12 @@ def analyze(
       evaluation.make_splits(
         devices, source, SPLITS, config.eval_batch_size, examples
       ),
-      layer_names,
+      {name: known[name] for name in layer_names},
     )
+    folder = _folder(out or os.path.join(workdir, 'analysis'))
     state = build.init_state(config, source, method, restoring=True)
     report = _Report(source, layer_names)
-    for step in sorted(steps or checkpoints.steps()):
+    for step in sorted({*(steps or checkpoints.steps())}):
       restored, _ = checkpoints.restore(state, step)
       variables = devices.replicate(
         {'params': restored.params, 'batch_stats': restored.batch_stats}
@@ -230,10 +246,20 @@ def analyze(
       )
   finally:
     checkpoints.close()
-  folder = pathlib.Path(out or os.path.join(workdir, 'analysis'))
   report.write(folder)
   log(f'written to {folder}')
   return folder
+
+
+def _parse_steps(text: str | None) -> list[int] | None:
+  if text is None:
+    return None
+  try:
+    return [int(part) for part in text.split(',')]
+  except ValueError:
+    raise config_lib.ConfigError(
+      f'steps={text!r} is not allowed: it must be integers, as in 500,1000'
+    ) from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,12 +288,12 @@ def main(argv: list[str] | None = None) -> None:
       layer_names=None
       if args.layers is None
       else tuple(args.layers.split(',')),
-      steps=None if args.steps is None else [*map(int, args.steps.split(','))],
+      steps=_parse_steps(args.steps),
       examples=args.examples,
       data_dir=args.data_dir,
       out=args.out,
     )
-  except (config_lib.ConfigError, data.DatasetError, ValueError) as error:
+  except (config_lib.ConfigError, data.DatasetError) as error:
     sys.exit(f'error: {error}')
 
 

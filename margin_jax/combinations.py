@@ -33,6 +33,9 @@ def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
 def _check_basics(flat: dict[str, Any]) -> None:
   if flat['mmr.alpha_end'] is not None and flat['steps'] < 2:
     require(False, 'steps', flat['steps'], 'at least 2 with mmr.alpha_end')
+  if flat['optimizer.name'] != 'sgd':
+    because = f'with optimizer.name={flat["optimizer.name"]!r}: SGD has it'
+    _forbid(flat, ('optimizer.nesterov',), because)
   if flat['optimizer.nesterov']:
     momentum = flat['optimizer.momentum']
     require(
@@ -47,6 +50,12 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if 'cutout' not in flat['data.augmentations']:
     because = 'without the augmentation cutout'
     _forbid(flat, ('data.cutout_size',), because)
+  keep, every = flat['keep_every'], flat['checkpoint_every']
+  if keep is not None:
+    allowed = f'a multiple of checkpoint_every={every}, which saves them'
+    require(keep % every == 0, 'keep_every', keep, allowed)
+    allowed = f'at most steps={flat["steps"]}, or nothing more is kept'
+    require(keep <= flat['steps'], 'keep_every', keep, allowed)
   call = flat['steps_per_call']
   if call is not None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
@@ -157,6 +166,9 @@ def _check_losses(flat: dict[str, Any]) -> None:
     because = 'with large_margin.weight=0.0: there is no large-margin loss'
     names = [n for n in flat if n.startswith('large_margin.')]
     _forbid(flat, tuple(names), because)
+  if flat['large_margin.top_k'] == 1:
+    because = 'with large_margin.top_k=1: the one class is the worst case'
+    _forbid(flat, ('large_margin.worst_case',), because)
   if (flat['trimming.first'], flat['trimming.last']) != (1, 1):
     because = 'with trimming, which is of cross-entropy'
     _forbid(flat, ('large_margin.weight',), because)

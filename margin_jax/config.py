@@ -319,6 +319,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
 
 def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   """Lines 'field: saved -> now' for fields that a continued run must keep."""
+  saved = as_json(default()) | saved  # fields that came after the checkpoint
   free = {*RESUMABLE}
   slopes = config.get('trimming.first') != config.get('trimming.last')
   if config.get('mmr.alpha_end') is not None or slopes:

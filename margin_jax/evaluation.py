@@ -15,6 +15,9 @@ from margin_jax import step as step_lib
 from margin_jax.method import Method
 
 PyTree = Any
+
+# Relative to the squared norm of activations, of their total variation.
+ROUNDING = 1e-12
 Split = dict[str, np.ndarray]
 
 
@@ -90,13 +93,22 @@ class StreamedSplits:
     name: str,
     variables: PyTree,
     *rest: PyTree,
+    chunks: int | None = None,
   ) -> list[PyTree]:
-    """What `program` returns for every chunk of a split, on the host."""
+    """What `program` returns for the chunks of a split, on the host.
+
+    Args:
+      program: that `compile` made.
+      name: of the split.
+      variables: its first argument.
+      *rest: its last arguments.
+      chunks: how many, the first; None is all.
+    """
     results = []
-    chunks = self._source.evaluation(name, self.size, self._devices.share)
-    with contextlib.closing(chunks):
+    read = self._source.evaluation(name, self.size, self._devices.share)
+    with contextlib.closing(read):
       for chunk in itertools.islice(
-        chunks, math.ceil(self.counts[name] / self.size)
+        read, chunks or math.ceil(self.counts[name] / self.size)
       ):
         fed = {k: chunk[k] for k in ('inputs', 'label', 'real')}
         fed['real'] &= chunk['index'] < self.counts[name]
@@ -150,10 +162,19 @@ class Splits:
     name: str,
     variables: PyTree,
     *rest: PyTree,
+    chunks: int | None = None,
   ) -> list[PyTree]:
-    """What `program` returns for every chunk of a split, on the host."""
+    """What `program` returns for the chunks of a split, on the host.
+
+    Args:
+      program: that `compile` made.
+      name: of the split.
+      variables: its first argument.
+      *rest: its last arguments.
+      chunks: how many, the first; None is all.
+    """
     results = []
-    for chunk in range(math.ceil(self.counts[name] / self.size)):
+    for chunk in range(chunks or math.ceil(self.counts[name] / self.size)):
       results.append(
         program(variables, self._splits[name], np.int32(chunk), *rest)
       )
@@ -219,15 +240,17 @@ class Measurer:
     self,
     method: Method,
     splits: Splits | StreamedSplits,
-    layers: tuple[str, ...],
+    layers: dict[str, tuple[int, ...]],
   ):
     """Compiles nothing yet.
 
     Args:
       method: holds the model.
       splits: to measure.
-      layers: names as `layers.layer_shapes` returns them.
+      layers: some of what `layers.layer_shapes` returns.
     """
+    self._sizes = {k: math.prod(shape[1:]) for k, shape in layers.items()}
+    layers = tuple(layers)
     self._splits = splits
     self._step = functools.partial(
       step_lib.measure_step, method, splits.size, layers
@@ -243,10 +266,15 @@ class Measurer:
       features), each (N,), and at each layer 'margin/LAYER' (signed) and
       'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
     """
+    reference = {k: np.zeros(n, np.float32) for k, n in self._sizes.items()}
     if self._program is None:
-      self._program = self._splits.compile(self._step, variables)
-    chunks = self._splits.run(self._program, name, variables)
+      self._program = self._splits.compile(self._step, variables, reference)
+    run = functools.partial(self._splits.run, self._program, name, variables)
     count = self._splits.counts[name]
+    (first,) = run(reference, chunks=1)
+    rows = min(count, self._splits.size)
+    reference = {k: x / np.float32(rows) for k, x in first['sums'].items()}
+    chunks = run(reference)
     found = {
       key: np.concatenate([chunk['examples'][key] for chunk in chunks])[:count]
       for key in chunks[0]['examples']
@@ -254,6 +282,10 @@ class Measurer:
     for layer in self._layers:
       total = sum(chunk['sums'][layer].astype(np.float64) for chunk in chunks)
       squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)
-      mean = total / count
-      found[f'total_variation/{layer}'] = float(squares - np.sum(mean**2))
+      variation = squares - np.sum((total / count) ** 2)
+      size = np.sum(reference[layer].astype(np.float64) ** 2)
+      # What rounding leaves of activations that do not vary is no variation.
+      found[f'total_variation/{layer}'] = float(
+        variation if variation > ROUNDING * size else 0
+      )
     return found

@@ -44,8 +44,7 @@ def _large_margin(
 
   In evaluation mode, because in training mode the examples leak into each
   other's gradients through BatchNorm, but with the statistics of the batch
-  itself: with the running ones, which lag, the released learning rate of 0.1
-  diverges.
+  itself: the running ones lag behind weights that move fast.
 
   Args:
     method: names the layers and options.

@@ -13,6 +13,7 @@ gradient of another: BatchNorm must be in evaluation mode. `at_layers` makes
 such a function of a Flax model.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -292,16 +293,20 @@ def at_layers(
     `logits_fn(offsets) -> (B, C)`, and zero offsets, float32, by layer.
 
   Raises:
-    ValueError: there is no such layer; lists those there are.
+    ValueError: there is no such layer; lists those there are. Or Flax cannot
+      see its call.
   """
   shapes = layer_shapes(model, variables, inputs)
   check_layers(layers, shapes)
   zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in layers}
 
+  fired: collections.Counter = collections.Counter()
+
   def logits_fn(offsets: dict[str, Array]) -> Array:
     def shifted(x: Array, name: str) -> Array:
       if name not in offsets:
         return x
+      fired[name] += 1
       return (x.astype(jnp.float32) + offsets[name]).astype(x.dtype)
 
     def add(next_function, args, kwargs, context):
@@ -309,11 +314,22 @@ def at_layers(
       if context.method_name != '__call__' or not name:
         return next_function(*args, **kwargs)
       if name == HEAD:
-        args = (shifted(args[0], FEATURES), *args[1:])
+        first, *args = (*args, *kwargs.values())
+        return shifted(next_function(shifted(first, FEATURES), *args), name)
       return shifted(next_function(*args, **kwargs), name)
 
     with nn.intercept_methods(add):
       logits, _ = model.apply(variables, shifted(inputs, INPUT), train=False)
     return logits
 
+  # Flax reuses the trace of a jitted block for its twins, and knows no head of
+  # another name: an offset that is not added would give gradients of zero.
+  jax.eval_shape(logits_fn, zeros)
+  for name in layers:
+    if fired[name] != 1:
+      raise ValueError(
+        f'layer {name!r} is called {fired[name]} times where Flax can see it, '
+        'and must be called once: it may be inside nn.jit or nn.scan, or the '
+        f"model's last layer is not called {HEAD!r}"
+      )
   return logits_fn, zeros

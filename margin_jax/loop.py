@@ -62,6 +62,7 @@ class Trainer:
     source: data.Source,
     devices: parallel.Devices,
     checkpoints: Checkpoints,
+    method: Method,
     rule: selection.Rule | None,
   ):
     """Initialises, or restores the latest checkpoint, and compiles.
@@ -78,7 +79,6 @@ class Trainer:
     self.checkpoints = checkpoints
     self.counters = Counters()
     self.best: dict[str, Any] | None = None
-    method = build.make_method(config, source, devices.total, rule)
     info = checkpoints.info()
     state = build.init_state(config, source, method, restoring=info is not None)
     if info is not None:
@@ -214,7 +214,7 @@ def _evaluate_attacked(
   counters = dataclasses.asdict(trainer.counters)
   results = {}
   for epsilon in config.attack.epsilons:
-    name = f'{config.attack.name} {epsilon:g}'
+    name = f'{config.attack.name} {epsilon}'
     results[name] = trainer.evaluator('test', trainer.state, epsilon)
     reporter.evaluation(
       config.steps, f'test under {name}', counters, results[name]
@@ -223,9 +223,11 @@ def _evaluate_attacked(
 
 
 def prepare(
-  config: ml_collections.ConfigDict, rule: selection.Rule | None
+  config: ml_collections.ConfigDict,
+  rule: selection.Rule | None,
+  training: bool = True,
 ) -> tuple[parallel.Devices, data.Source]:
-  """Checks the config against itself, the devices and the data."""
+  """Checks the config against itself, the data and, to train, the devices."""
   validation.validate(config)
   if rule is not None and config.selection.rule == config_lib.UNIFORM:
     raise config_lib.ConfigError(
@@ -241,7 +243,8 @@ def prepare(
     )
   try:
     devices = parallel.Devices(config.devices)
-    validation.validate_devices(config, devices.total)
+    if training:
+      validation.validate_devices(config, devices.total)
     source = data.load(
       config.data.name,
       data_dir=config.data.data_dir,
@@ -298,6 +301,8 @@ def train(
       saved before are kept.
   """
   devices, source = prepare(config, rule)
+  # Before the workdir is touched: the model and its layers may not fit.
+  method = build.make_method(config, source, devices.total, rule)
   workdir = os.path.abspath(os.path.expanduser(workdir))
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -306,7 +311,7 @@ def train(
   with contextlib.closing(
     Checkpoints(workdir, config.keep_every)
   ) as checkpoints:
-    trainer = Trainer(config, source, devices, checkpoints, rule)
+    trainer = Trainer(config, source, devices, checkpoints, method, rule)
     compiled = trainer.program.compile_seconds
     say = log if devices.primary else (lambda line: None)
     say(
@@ -361,7 +366,8 @@ def _finish(
   trainer: Trainer, reporter: Reporter, splits: list[str]
 ) -> dict[str, Any]:
   """Runs the remaining steps; what result.json holds."""
-  results = _run(trainer, reporter)
+  with contextlib.closing(trainer.feed):
+    results = _run(trainer, reporter)
   if not results:  # stopped between the last checkpoint and result.json
     names = (name for name in splits if name != 'train')
     results = {name: trainer.evaluator(name, trainer.state) for name in names}

@@ -13,6 +13,8 @@ PyTree = Any
 
 REDUCTIONS = ('mean_of_squares', 'square_of_mean')
 DIFFERENCES = ('softmax', 'logits')
+# Of gamma, alpha and epsilon, whose squares must be numbers in float32.
+SMALLEST, LARGEST = 1e-12, 1e12
 
 
 def mmr_penalty(
@@ -122,8 +124,10 @@ def _check_options(norm: str, difference: str, **positive: float) -> None:
       f'difference must be one of {DIFFERENCES}, got {difference!r}'
     )
   for name, value in positive.items():
-    if not 0 < value < math.inf:
-      raise ValueError(f'{name} must be positive and finite, got {value}')
+    if not SMALLEST <= value <= LARGEST:
+      raise ValueError(
+        f'{name} must be in [{SMALLEST}, {LARGEST}], got {value}'
+      )
 
 
 def large_margin_loss(
@@ -195,13 +199,14 @@ def large_margin_loss(
     return jax.nn.softmax(logits) if difference == 'softmax' else logits
 
   def choose(values: Array) -> tuple[Array, Array]:
+    nonlocal valid, labels
     margins.check_labels(labels, values.shape[0])
     classes = values.shape[1]
     if not 1 <= top_k < classes:
       raise ValueError(f'top_k must be in [1, {classes - 1}], got {top_k}')
-    nonlocal valid
+    labels = labels.astype(jnp.int32)  # uint8 cannot be compared with C = 256
     valid = (labels >= 0) & (labels < classes)
-    own = jnp.where(valid, labels, 0).astype(jnp.int32)
+    own = jnp.where(valid, labels, 0)
     is_label = jnp.arange(classes)[None, :] == own[:, None]
     # Probabilities that underflow to 0 are still above the label's -inf.
     rivals = jnp.where(is_label, -jnp.inf, values)

@@ -35,12 +35,16 @@ def _histogram(axes: Any, splits: dict[str, np.ndarray]) -> None:
   values = np.concatenate([*finite.values()])
   if not values.size:
     return
-  edges = np.linspace(*np.quantile(values, SHOWN), BINS + 1)
+  low, high = np.quantile(values, SHOWN)
+  if low == high:
+    low, high = low - 0.5, high + 0.5
   for index, (split, x) in enumerate(finite.items()):
-    if edges[0] < edges[-1]:
+    shown = x[(x >= low) & (x <= high)]
+    if shown.size:  # a density of nothing is a division by zero
       axes.hist(
-        x, edges, density=True, histtype='step', color=f'C{index}', label=split
-      )
+        shown, BINS, (low, high), density=True, histtype='step',
+        color=f'C{index}', label=split,
+      )  # fmt: skip
   axes.axvline(0, color='black', linewidth=0.5)
   axes.legend()
 

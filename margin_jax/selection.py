@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from margin_jax import margins
@@ -105,7 +106,7 @@ def query(scores: Array, k: int, labelled: Array | None = None) -> Array:
       f'{labelled.shape}'
     )
   if not isinstance(labelled, jax.core.Tracer):
-    left = int(jnp.sum(~labelled))
+    left = int(np.sum(~np.asarray(labelled)))  # a device array is a constant
     if k > left:
       raise ValueError(
         f'k must be at most {left}, the number of examples without a label, '

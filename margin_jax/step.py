@@ -296,6 +296,7 @@ def measure_step(
   variables: PyTree,
   split: PyTree,
   chunk: Array,
+  reference: PyTree,
   lane: Array,
 ) -> PyTree:
   """Margins of examples [chunk * size, (chunk + 1) * size) of a split.
@@ -303,6 +304,8 @@ def measure_step(
   Args:
     method, size, variables, split, chunk, lane: as `eval_step` takes them.
     layers: at which to measure; static.
+    reference: for each layer what is subtracted from its activations before
+      they are squared and summed, near their mean, or digits are lost.
 
   Returns:
     'examples': arrays of `size` rows, padding included, over all devices, see
@@ -330,6 +333,7 @@ def measure_step(
   sums = {}
   for name in layers:
     flat = found[name].astype(jnp.float32).reshape(label.shape[0], -1)
+    flat = flat - reference[name][None, :]
     sums[name] = jnp.sum(jnp.where(real[:, None], flat, 0), axis=0)
     examples[f'margin/{name}'] = signed[name]
     examples[f'mms/{name}'] = free[name]

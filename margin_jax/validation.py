@@ -150,11 +150,16 @@ def _check_values(flat: dict[str, Any]) -> None:
   for name in REALS:
     holds = _is_real(flat[name]) and flat[name] >= 0
     require(holds, name, flat[name], 'a finite number, at least 0')
+    most = penalties.LARGEST  # or it may be infinite in float32
+    require(flat[name] <= most, name, flat[name], f'at most {most}')
   for name in POSITIVE:
     if flat[name] is None and name.startswith('optimizer.'):
       continue
     holds = _is_real(flat[name]) and flat[name] > 0
     require(holds, name, flat[name], 'a finite number above 0')
+    least, most = penalties.SMALLEST, penalties.LARGEST
+    holds = least <= flat[name] <= most
+    require(holds, name, flat[name], f'from {least} to {most}')
   noise = flat['data.label_noise']
   require(noise <= 1, 'data.label_noise', noise, 'at most 1')
   for name in ('data.fraction', 'trimming.first', 'trimming.last'):

@@ -7,7 +7,13 @@ import pytest
 from scipy import optimize
 from sklearn import linear_model, model_selection
 
-from margin_jax import analysis, fit_generalization_gap, mms_scores, query
+from margin_jax import (
+  analysis,
+  fit_generalization_gap,
+  mms_scores,
+  plots,
+  query,
+)
 from tests import references
 
 
@@ -195,6 +201,30 @@ def test_query_is_the_lowest_without_a_label():
     assert found.dtype == jnp.int32
   found = jax.jit(query, static_argnums=1)(scores, 5, labelled)
   np.testing.assert_array_equal(found, [4, 3, 0, 2, 1])
+
+
+def test_query_under_jit_may_close_over_labels():
+  labelled = jnp.array([True, False, False])
+  found = jax.jit(lambda s: query(s, 2, labelled))(jnp.array([1.0, 3.0, 2.0]))
+  np.testing.assert_array_equal(found, [2, 1])
+
+
+@pytest.mark.parametrize(
+  'values',
+  [[1.0, 2.0, 3.0], [np.inf, -np.inf, np.nan], [2.0, 2.0, 2.0], [np.inf, 1.0]],
+)
+def test_any_distribution_can_be_drawn(values, tmp_path):
+  last = {
+    'train': {'margin': np.array([0.0, 1.0, 1.5])},
+    'test': {'margin': np.array(values)},
+  }
+  rows = [
+    {'step': 1, 'split': split, 'quantity': 'margin'}
+    | analysis.summary(found['margin'])
+    for split, found in last.items()
+  ]
+  plots.margins(tmp_path / 'x.png', rows, last)
+  assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_query_refuses_what_cannot_be():

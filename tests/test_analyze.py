@@ -7,7 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import analyze, build, data, loop, mms_scores, signed_margins
+from margin_jax import (
+  analyze,
+  build,
+  data,
+  evaluation,
+  layers,
+  loop,
+  mms_scores,
+  signed_margins,
+)
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
 from tests import helpers
@@ -189,7 +198,40 @@ def test_a_rule_of_ones_own_is_no_obstacle(tmp_path):
   assert (folder / 'margins.png').exists()
 
 
+def test_the_layers_variation_is_exact_far_from_zero():
+  """E x^2 - (E x)^2 in float32 would be off by more than itself."""
+  this = helpers.Setup()
+  bias = this.first.params['hidden']['bias'] + 1e3
+  hidden = {**this.first.params['hidden'], 'bias': bias}
+  variables = {
+    'params': {**this.first.params, 'hidden': hidden}, 'batch_stats': {}
+  }  # fmt: skip
+  measurer = evaluation.Measurer(
+    this.method,
+    evaluation.make_splits(this.devices, this.source, ('test',), 100),
+    {'hidden': (1, 128), 'features': (1, 128)},
+  )
+  inputs = this.source.prepare(this.source.splits['test']['inputs'])
+  found = layers.activations_at(
+    this.method.model, variables, inputs, ('hidden',)
+  )
+  wide = np.asarray(found['hidden'], np.float64)
+  expected = np.trace(np.cov(wide.T, bias=True))
+  measured = measurer('test', this.devices.replicate(variables))
+  assert measured['total_variation/hidden'] == pytest.approx(expected, 1e-3)
+
+
+def test_a_run_is_analyzed_on_devices_that_do_not_divide_its_batch(tmp_path):
+  assert jax.device_count() == 8
+  config = helpers.small_config(batch_size=6, steps=10)
+  loop.train(config, str(tmp_path), log=lambda line: None)
+  folder = analyze.analyze(str(tmp_path), examples=20, log=lambda line: None)
+  assert (folder / 'train.csv').exists()
+
+
 def test_mistakes_are_one_line(run, tmp_path, capsys):
+  file = tmp_path / 'file'
+  file.touch()
   for argv, words in (
     (['--workdir', str(tmp_path)], 'holds no checkpoints: train it first'),
     (['--workdir', str(run[0]), '--steps=33'], r'of step\(s\) \[33\]; it has'),
@@ -198,10 +240,12 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
       "layers: no layer is called 'conv9'; .*'conv2'",
     ),
     (['--workdir', str(run[0]), '--examples=0'], 'examples=0 is not allowed'),
+    (['--workdir', str(run[0]), '--steps=last'], "steps='last' is not allowed"),
+    (['--workdir', str(run[0]), '--out', str(file)], 'out=.*File exists'),
   ):
     with pytest.raises(SystemExit, match=words):
       analyze.main(argv)
-  assert not [*tmp_path.iterdir()]
+  assert [*tmp_path.iterdir()] == [file]
 
 
 def test_a_config_comes_back_from_json():

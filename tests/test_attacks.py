@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,22 @@ def test_on_a_linear_model_the_attack_is_the_corner_of_the_ball(attack):
   np.testing.assert_allclose(found, expected, atol=1e-6)
   wide = attack(linear, inputs, jnp.array([0, 1]), 0.6, bounds=(0.0, 1.0))
   np.testing.assert_allclose(wide, [[0, 1, 0.5], [0.65, 0.39, 0.5]], atol=1e-6)
+
+
+@each_attack
+def test_large_margins_do_not_hide_the_gradient(attack):
+  """The cross-entropy's is 0 in float32 for gaps of a hundred."""
+  inputs = jax.random.uniform(jax.random.key(0), (20, 3))
+  labels = jnp.argmax(linear(inputs), axis=1)
+  found = attack(linear, inputs, labels, 0.1)
+  scaled = attack(lambda x: 1000 * linear(x), inputs, labels, 0.1)
+  np.testing.assert_allclose(scaled, found, atol=1e-6)
+  assert np.abs(np.asarray(found - inputs)).max() > 0.09
+
+
+def test_attacks_of_no_step_are_refused():
+  with pytest.raises(ValueError, match='steps must be at least 1, got 0'):
+    attacks.pgd(linear, jnp.ones((1, 3)), jnp.array([0]), 0.1, steps=0)
 
 
 def test_pgd_finds_what_one_step_overshoots():

@@ -181,6 +181,32 @@ def test_saturated_and_tied_examples_have_no_nan():
     assert np.isfinite(slope)
 
 
+@pytest.mark.parametrize('second_order', [False, True])
+def test_the_least_epsilon_gives_finite_gradients(second_order):
+  logits = jnp.array([[300.0, 0.0], [0.0, 300.0], [1.0, 1.0]])
+
+  def loss(scale):
+    return jnp.sum(
+      large_margin_loss(
+        lambda x: scale * x,
+        logits,
+        jnp.zeros(3, jnp.int32),
+        epsilon=1e-12,
+        second_order=second_order,
+      )
+    )
+
+  assert np.isfinite(jax.grad(loss)(1.0))
+
+
+def test_narrow_labels_are_labels():
+  labels = np.array([0, 3], np.uint8)
+  found = large_margin_loss(
+    lambda x: x, jnp.ones((2, 256)), labels, difference='logits'
+  )
+  np.testing.assert_array_equal(found, [0, 0])
+
+
 def test_bad_labels_and_nan_logits_give_nan():
   logits = jnp.array([[0.0, 1.0], [0.0, 1.0], [jnp.nan, 0.0], [0.0, 1.0]])
   found = large_margin_loss(
@@ -194,9 +220,9 @@ def test_bad_labels_and_nan_logits_give_nan():
   [
     ({'norm': 2}, r"norm must be one of \('l1', 'l2', 'l_inf'\), got 2"),
     ({'difference': 'probability'}, 'difference must be one of'),
-    ({'gamma': 0.0}, 'gamma must be positive and finite, got 0.0'),
-    ({'alpha': -1.0}, 'alpha must be positive and finite'),
-    ({'epsilon': 0.0}, 'epsilon must be positive and finite'),
+    ({'gamma': 0.0}, r'gamma must be in \[1e-12, .*\], got 0\.0'),
+    ({'alpha': -1.0}, r'alpha must be in \['),
+    ({'epsilon': 0.0}, r'epsilon must be in \['),
     ({'top_k': 0}, r'top_k must be in \[1, 2\], got 0'),
     ({'top_k': 3}, r'top_k must be in \[1, 2\], got 3'),
   ],

@@ -162,6 +162,32 @@ def test_layers_called_twice_and_integer_inputs_are_not_offered():
   }  # fmt: skip
 
 
+class Jitted(nn.Module):
+  """Two twins, of which Flax traces the first only; and a head's name."""
+
+  head: str = 'head'
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    del train
+    x = nn.jit(nn.Dense)(3, name='first')(inputs)
+    x = nn.jit(nn.Dense)(3, name='second')(x)
+    return nn.Dense(2, name=self.head)(inputs=x), x
+
+
+def test_layers_that_flax_cannot_see_are_refused():
+  inputs = jnp.ones((4, 3))
+  model = Jitted()
+  variables = model.init(jax.random.key(0), inputs, train=False)
+  with pytest.raises(ValueError, match="layer 'second' is called 0 times"):
+    layers.at_layers(model, variables, inputs, ('second',))
+  layers.at_layers(model, variables, inputs, ('features',))
+  model = Jitted(head='classifier')
+  variables = model.init(jax.random.key(0), inputs, train=False)
+  with pytest.raises(ValueError, match="last layer is not called 'head'"):
+    layers.at_layers(model, variables, inputs, ('features',))
+
+
 @pytest.mark.parametrize('name', ['resnet8', 'mnist_cnn'])
 def test_batch_statistics_make_evaluation_compute_what_training_does(name):
   model, variables, inputs = network(name)

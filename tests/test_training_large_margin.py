@@ -147,6 +147,7 @@ def test_what_only_model_and_data_can_tell(tmp_path, field, value, words):
   config = helpers.small_config(**{**FIELDS, f'large_margin.{field}': value})
   with pytest.raises(ConfigError, match=words):
     loop.train(config, str(tmp_path / 'x'), log=lambda line: None)
+  assert not (tmp_path / 'x').exists()
 
 
 def test_the_released_configuration_is_what_is_built():
@@ -164,6 +165,8 @@ def test_the_released_configuration_is_what_is_built():
   attacked = mnist_large_margin.get_config('attack=pgd,epsilon=0.2')
   assert build.make_attack(attacked) is not None
   assert attacked.attack.epsilons == (0.2,)
+  with pytest.raises(ConfigError, match=r'epsilon=0\.3 needs attack=fgsm'):
+    mnist_large_margin.get_config('epsilon=0.3')
   control = mnist_large_margin.get_config('loss=cross_entropy')
   assert control.large_margin.weight == 0
 
