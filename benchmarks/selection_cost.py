@@ -18,7 +18,7 @@ import time
 import jax
 import numpy as np
 
-from margin_jax import build, data, parallel, program, validation
+from margin_jax import build, data, feeding, parallel, program, validation
 from margin_jax import config as config_lib
 from margin_jax.reporting import versions
 
@@ -57,6 +57,7 @@ def make_source(examples: int = 6400) -> data.Source:
     name='random',
     num_classes=10,
     splits={'train': split, 'test': split},
+    rows={'train': np.arange(examples), 'test': np.arange(examples)},
     augment=data.augment.compose(('crop', 'flip'), 4),
     prepare=data.images.normalizer(split['inputs'], 'dataset'),
   )
@@ -74,8 +75,9 @@ def make_run(fields: dict, model: str, source: data.Source):
   devices = parallel.Devices(1)
   method = build.make_method(config, source, 1)
   state = devices.replicate(build.init_state(config, source, method))
-  arrays = devices.replicate(source.splits['train'])
-  steps = program.Program(method, devices, 1, state, arrays)
+  feed = feeding.Resident(devices, source)
+  arrays = feed(0)
+  steps = program.Program(method, devices, 1, state, feed)
   holder = {'state': state}
 
   def run() -> float:

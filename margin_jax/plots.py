@@ -42,7 +42,7 @@ def _histogram(axes: Any, splits: dict[str, np.ndarray]) -> None:
     shown = x[(x >= low) & (x <= high)]
     if shown.size:  # a density of nothing is a division by zero
       axes.hist(
-        shown, BINS, (low, high), density=True, histtype='step',
+        shown, bins=BINS, range=(low, high), density=True, histtype='step',
         color=f'C{index}', label=split,
       )  # fmt: skip
   axes.axvline(0, color='black', linewidth=0.5)

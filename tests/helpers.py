@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from margin_jax import build, data, parallel, program, validation
+from margin_jax import build, data, feeding, parallel, program, validation
 from margin_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -78,13 +78,14 @@ class Setup:
     )
     state = build.init_state(self.config, self.source, self.method)
     self.first = jax.tree.map(np.array, jax.device_get(state))
-    self.data = self.devices.replicate(self.source.splits['train'])
+    feed = feeding.Resident(self.devices, self.source)
+    self.data = feed(0)
     self.program = program.Program(
       self.method,
       self.devices,
       steps_per_call,
       self.devices.replicate(state),
-      self.data,
+      feed,
     )
 
   def run(self, calls):

@@ -103,7 +103,9 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
   this = helpers.Setup(devices=devices, **{'selection.rule': 'uniform'})
   split = this.source.splits['test']
   evaluator = evaluation.Evaluator(
-    this.method, this.devices, {'test': split}, 101, attacks.fgsm
+    this.method,
+    evaluation.make_splits(this.devices, this.source, ('test',), 101),
+    attacks.fgsm,
   )
   params = this.first.params
 

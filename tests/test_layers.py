@@ -170,8 +170,8 @@ class Jitted(nn.Module):
   @nn.compact
   def __call__(self, inputs, *, train):
     del train
-    x = nn.jit(nn.Dense)(3, name='first')(inputs)
-    x = nn.jit(nn.Dense)(3, name='second')(x)
+    block = nn.jit(nn.Dense)
+    x = block(3, name='second')(block(3, name='first')(inputs))
     return nn.Dense(2, name=self.head)(inputs=x), x
 
 

@@ -165,7 +165,10 @@ def test_evaluation_counts_every_example_once(devices):
   this = setup(devices=devices)
   splits = {k: v for k, v in this.source.splits.items() if k != 'train'}
   evaluator = evaluation.Evaluator(
-    this.method, parallel.Devices(devices), splits, batch_size=101
+    this.method,
+    evaluation.make_splits(
+      parallel.Devices(devices), this.source, tuple(splits), 101
+    ),
   )
   for name, split in splits.items():
     result = evaluator(name, this.first)
