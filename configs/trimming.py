@@ -18,7 +18,8 @@ The paper names no augmentation, and its errors are those of training without.
 
 Ours: not run at full length yet.
 
-Cost, calculated from XLA's FLOP count of the step: {cost}.
+Cost on CIFAR, calculated from XLA's FLOP count of the step: resnet34 45 PFLOP,
+densenet121 39 PFLOP; at 50 TFLOP/s 0.25 and 0.22 GPU-hours a seed.
 """
 
 from margin_jax import config as config_lib
