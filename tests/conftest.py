@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict shapes, a shared compilation cache."""
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -45,3 +46,15 @@ def data_dir() -> pathlib.Path:
   if not folder:
     pytest.skip('real data: MARGIN_JAX_TEST_DATA is not set')
   return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Frees what a module compiled.
+
+  A process that keeps a thousand programs of XLA:CPU runs out of memory
+  mappings, and loading the next one is a segmentation fault.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
