@@ -18,7 +18,15 @@ import time
 import jax
 import numpy as np
 
-from margin_jax import build, data, feeding, parallel, program, validation
+from margin_jax import (
+  build,
+  data,
+  feeding,
+  initial,
+  parallel,
+  program,
+  validation,
+)
 from margin_jax import config as config_lib
 from margin_jax.reporting import versions
 
@@ -74,8 +82,8 @@ def make_run(fields: dict, model: str, source: data.Source):
   validation.validate(config)
   devices = parallel.Devices(1)
   method = build.make_method(config, source, 1)
-  state = devices.replicate(build.init_state(config, source, method))
-  feed = feeding.Resident(devices, source)
+  state = devices.replicate(initial.init_state(config, source, method))
+  feed = feeding.Resident(devices, source, method)
   arrays = feed(0)
   steps = program.Program(method, devices, 1, state, feed)
   holder = {'state': state}

@@ -23,7 +23,8 @@ examples leak into each other's gradients.
 Expected, with 1% of the labels (600 images, 600 steps of 64, five seeds): 95.1%
 test accuracy, as cross-entropy has, and 52.6% under FGSM of 0.1 (cross-entropy
 55.9%), if the learning rate is lowered to 0.003; at 0.1 so few images and so
-small batches do not train. Measured in benchmarks/large_margin_on_mnist.md. Not run at full length yet.
+small batches do not train. Measured in benchmarks/large_margin_on_mnist.md. Not
+run at full length yet.
 
 Cost, from XLA's FLOP count: 38 GFLOP a step of 256, 1.8 PFLOP for 46,800 steps
 (calculated), 2.3 times those of cross-entropy.

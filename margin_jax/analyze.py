@@ -25,32 +25,19 @@ from margin_jax import (
   build,
   data,
   evaluation,
+  initial,
   layers,
-  loop,
   plots,
-  selection,
+  runs,
+  sources,
 )
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import FOLDER, Checkpoints
 
 PyTree = Any
 
 # Where a run is analyzed unless it is said where, and the model has them.
 LAYERS = (layers.INPUT, layers.FEATURES)
 SPLITS = ('train', 'test')
-
-
-def _saved_config(
-  info: dict[str, Any], data_dir: str | None
-) -> config_lib.ml_collections.ConfigDict:
-  """The run's config; a rule that only the run knew does not matter here."""
-  saved = dict(info['config'])
-  if str(saved.get('selection.rule')).startswith('custom: '):
-    saved['selection.rule'] = next(iter(selection.RULES))
-  if data_dir is not None:
-    saved['data.data_dir'] = data_dir
-  saved['devices'] = None  # those of this machine
-  return config_lib.from_json(saved)
 
 
 def _quantities(
@@ -143,41 +130,6 @@ class _Report:
     plots.margins(folder / 'margins.png', self.distributions, self.last)
 
 
-def _no_checkpoints(workdir: str) -> config_lib.ConfigError:
-  return config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoints: train it first with '
-    'python -m margin_jax.train'
-  )
-
-
-def _folder(out: str) -> pathlib.Path:
-  """Creates the folder to write to, before anything is measured."""
-  folder = pathlib.Path(out).expanduser()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise config_lib.ConfigError(f'out={out!r}: {error}') from error
-  return folder
-
-
-def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
-  """Opens the run's checkpoints; looking must not create a folder."""
-  if not os.path.isdir(os.path.join(workdir, FOLDER)):
-    raise _no_checkpoints(workdir)
-  checkpoints = Checkpoints(workdir)
-  kept = checkpoints.steps()
-  missing = sorted({*(steps or ())} - {*kept})
-  if kept and not missing:
-    return checkpoints
-  checkpoints.close()
-  if not kept:
-    raise _no_checkpoints(workdir)
-  raise config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
-    f'{kept}'
-  )
-
-
 def analyze(
   workdir: str,
   *,
@@ -212,10 +164,10 @@ def analyze(
       f'examples={examples} is not allowed: it must be at least 1'
     )
   workdir = os.path.abspath(os.path.expanduser(workdir))
-  checkpoints = _checkpoints(workdir, steps)
+  checkpoints = runs.checkpoints(workdir, steps)
   try:
-    config = _saved_config(checkpoints.info(), data_dir)
-    devices, source = loop.prepare(config, None, training=False)
+    config = runs.saved_config(checkpoints.info(), data_dir)
+    devices, source = sources.load(config, None, training=False)
     method = build.make_method(config, source, devices.total)
     known = build.layer_shapes(method.model, source)
     if layer_names is None:
@@ -224,12 +176,12 @@ def analyze(
     measurer = evaluation.Measurer(
       method,
       evaluation.make_splits(
-        devices, source, SPLITS, config.eval_batch_size, examples
+        devices, source, SPLITS, config.eval_batch_size, examples, parted=False
       ),
       {name: known[name] for name in layer_names},
     )
-    folder = _folder(out or os.path.join(workdir, 'analysis'))
-    state = build.init_state(config, source, method, restoring=True)
+    folder = runs.make_folder(out or os.path.join(workdir, 'analysis'))
+    state = initial.init_state(config, source, method, restoring=True)
     report = _Report(source, layer_names)
     for step in sorted({*(steps or checkpoints.steps())}):
       restored, _ = checkpoints.restore(state, step)

@@ -1,5 +1,6 @@
 """Config -> the static description of a train step and its first state."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,10 +22,8 @@ from margin_jax import (
   parallel,
   selection,
 )
-from margin_jax import step as step_lib
 from margin_jax.config import UNIFORM, ConfigError
 from margin_jax.method import LargeMargin, Method, Selection, Trimming
-from margin_jax.models import pretrained
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
@@ -35,7 +34,7 @@ def steps_per_call(
   config: ml_collections.ConfigDict,
   platform: str,
   start: int = 0,
-  resident: bool = True,
+  chained: bool = True,
 ) -> int:
   """How many steps one call runs.
 
@@ -44,13 +43,13 @@ def steps_per_call(
   accelerators the largest divisor of the run's intervals up to 100, so that no
   call has another length and nothing is compiled twice. It also divides
   `start`, where a continued run begins, or the run would step over its end.
-  And one where the data is not `resident` on the device: each step is fed.
+  And one where steps are not `chained`.
 
   Raises:
     ConfigError: an explicit `steps_per_call` does not divide `start`.
   """
   if config.steps_per_call is not None:
-    if not resident and config.steps_per_call != 1:
+    if not chained and config.steps_per_call != 1:
       raise ConfigError(
         f'steps_per_call={config.steps_per_call} is not allowed: it must be 1 '
         f'or None with data.name={config.data.name!r}, fed step by step'
@@ -61,7 +60,7 @@ def steps_per_call(
         f'divisor of {start}, the step at which the workdir stopped'
       )
     return config.steps_per_call
-  if platform == 'cpu' or not resident:
+  if platform == 'cpu' or not chained:
     return 1
   common = math.gcd(
     start,
@@ -74,8 +73,16 @@ def steps_per_call(
   return max(k for k in range(1, top + 1) if common % k == 0)
 
 
+def chained(source: data.Source | data.Streamed) -> bool:
+  """Whether one program can run several steps on the data of one call.
+
+  Not on data that is fed step by step, nor on parts of several widths.
+  """
+  return source.resident and len(source.widths) <= 1
+
+
 def _models(
-  config: ml_collections.ConfigDict, num_classes: int
+  config: ml_collections.ConfigDict, source: data.Source | data.Streamed
 ) -> tuple[nn.Module, nn.Module | None]:
   """The model, and the proxy, whose own options are the defaults."""
 
@@ -83,7 +90,8 @@ def _models(
     synchronized = config.model.batch_norm == 'global'
     return models.build(
       name,
-      num_classes,
+      source.num_classes,
+      vocabulary=source.vocabulary,
       variant=config.model.variant if models.has_variants(name) else 'he',
       dtype=config.model.dtype,
       batch_norm_axis=parallel.AXIS if synchronized else None,
@@ -205,13 +213,13 @@ def layer_shapes(
   model: nn.Module, source: data.Source
 ) -> dict[str, tuple[int, ...]]:
   """The layers of a model that reads this data, for a batch of one."""
-  variables, inputs = _shapes(model, source)
+  variables, inputs = shapes(model, source)
   return layers.layer_shapes(model, variables, inputs)
 
 
-def _shapes(model: nn.Module, source: data.Source) -> tuple[Any, Any]:
+def shapes(model: nn.Module, source: data.Source) -> tuple[Any, Any]:
   """Those of the model's variables and of a batch of one; nothing computed."""
-  stored = jax.ShapeDtypeStruct((1, *source.input_shape), np.uint8)
+  stored = jax.ShapeDtypeStruct((1, *source.input_shape), source.input_dtype)
   inputs = jax.eval_shape(source.prepare, stored)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
@@ -226,11 +234,10 @@ def check_layers(
   Raises:
     ConfigError: naming the field, the name, and the names that there are.
   """
-  for name in names:
-    if name not in known:
-      raise ConfigError(
-        f'{field}: no layer is called {name!r}; the model has {tuple(known)}'
-      )
+  try:
+    layers.check_layers(names, known)
+  except ValueError as error:
+    raise ConfigError(f'{field}: {error}') from error
 
 
 def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
@@ -257,12 +264,15 @@ def make_method(
     rule: a rule of the caller's own, in place of `config.selection.rule`.
   """
   classes = source.num_classes
-  model, proxy = _models(config, classes)
+  model, proxy = _models(config, source)
   learning_rate = optimizers.learning_rate(
-    config.optimizer.learning_rates, config.optimizer.boundaries
+    config.optimizer.learning_rates,
+    config.optimizer.boundaries,
+    warmup=config.optimizer.warmup,
+    end=config.steps if config.optimizer.decay == 'linear' else None,
   )
   alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
-  return Method(
+  method = Method(
     model=model,
     optimizer=optimizers.make(
       config.optimizer.name,
@@ -274,9 +284,7 @@ def make_method(
       epsilon=config.optimizer.epsilon,
       clip_norm=config.optimizer.clip_norm,
     ),
-    draw=functools.partial(
-      data.draw if source.resident else feeding.draw, augment=source.augment
-    ),
+    draw=_draw(source),
     prepare=source.prepare,
     num_classes=classes,
     batch_size=config.batch_size,
@@ -297,54 +305,24 @@ def make_method(
     lanes=lanes,
     axis=parallel.AXIS,
     average_batch_stats=config.model.batch_norm == 'device',
+    f1=source.f1,
+    widths=source.widths,
+  )
+  if len(source.widths) <= 1:
+    return method
+  sizes = [
+    method.examples_drawn(method.branch_of(step))
+    for step in range(config.steps)
+  ]
+  counts = [len(rows) for _, rows in source.parts['train']]
+  return dataclasses.replace(
+    method, plan=tuple(data.parts.plan(sizes, counts).tolist())
   )
 
 
-def _pretrained(
-  config: ml_collections.ConfigDict, source: data.Source, model: nn.Module
-) -> dict[tuple[str, ...], np.ndarray]:
-  """What `config.model.pretrained` has for the model, by path."""
-  path = config.model.pretrained
-  if path is None:
-    return {}
-  shapes, _ = _shapes(model, source)
-  try:
-    return pretrained.read(path, config.model.name, shapes)
-  except pretrained.PretrainedError as error:
-    raise ConfigError(f'model.pretrained: {error}') from error
-
-
-def init_state(
-  config: ml_collections.ConfigDict,
-  source: data.Source,
-  method: Method,
-  *,
-  restoring: bool = False,
-) -> step_lib.TrainState:
-  """The state before the first step.
-
-  Args:
-    config: validated.
-    source: of the examples.
-    method: as `make_method` returns it.
-    restoring: a checkpoint will take the place of the values, so that no
-      pretrained weights are read; their file may be gone.
-
-  Raises:
-    ConfigError: the pretrained weights cannot be read, or do not fit.
-  """
-  weights = {} if restoring else _pretrained(config, source, method.model)
-  examples = source.counts['train']
-  state = step_lib.init_state(
-    method,
-    data.Stream.create(examples) if source.resident else data.Epoch.create(),
-    config.seed,
-    np.zeros((1, *source.input_shape), np.uint8),
-    examples if config.selection.log_counts else None,
-  )
-  if not weights:
-    return state
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
-  variables = pretrained.put(variables, weights)
-  opt_state = method.optimizer.init(variables['params'])
-  return state.replace(opt_state=opt_state, **variables)
+def _draw(source: data.Source | data.Streamed) -> Callable:
+  if source.widths:
+    function = data.parts.draw
+  else:
+    function = data.draw if source.resident else feeding.draw
+  return functools.partial(function, augment=source.augment)

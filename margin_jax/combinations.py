@@ -47,6 +47,12 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if flat['data.name'] not in data.STREAMED:
     because = f'with data.name={flat["data.name"]!r}, which lies in memory'
     _forbid(flat, ('data.image_size', 'data.workers'), because)
+  if flat['optimizer.decay'] == 'linear':
+    because = "with optimizer.decay='linear', which falls from one rate"
+    _forbid(flat, ('optimizer.boundaries',), because)
+    warmup, steps = flat['optimizer.warmup'], flat['steps']
+    allowed = f'below steps={steps}, where the learning rate is 0'
+    require(warmup < steps, 'optimizer.warmup', warmup, allowed)
   if 'cutout' not in flat['data.augmentations']:
     because = 'without the augmentation cutout'
     _forbid(flat, ('data.cutout_size',), because)
@@ -61,6 +67,33 @@ def _check_basics(flat: dict[str, Any]) -> None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
       divisor = f'a divisor of {name}={flat[name]}'
       require(flat[name] % call == 0, 'steps_per_call', call, divisor)
+
+
+IMAGES_ONLY = (
+  'data.augmentations',
+  'data.crop_padding',
+  'data.normalization',
+  'selection.score_resolution',
+  'attack.name',
+)
+SENTENCES_ONLY = ('data.max_length', 'data.widths')
+
+
+def _check_sentences(flat: dict[str, Any]) -> None:
+  """Whether data and models are of the same kind: images, or sentences."""
+  name = flat['data.name']
+  sentences = name in data.SENTENCES
+  kind = 'sentences' if sentences else 'images'
+  for field in ('model.name', 'selection.proxy'):
+    if flat[field] is not None:
+      holds = models.reads_sentences(flat[field]) == sentences
+      allowed = f'a model that reads {kind} with data.name={name!r}'
+      require(holds, field, flat[field], allowed)
+  because = f'with data.name={name!r}, which is of {kind}'
+  _forbid(flat, IMAGES_ONLY if sentences else SENTENCES_ONLY, because)
+  if name not in data.VOCABULARY_NEEDED:
+    because = f'with data.name={name!r}, which needs none'
+    _forbid(flat, ('data.vocabulary',), because)
 
 
 def _check_model(flat: dict[str, Any]) -> None:
@@ -199,6 +232,7 @@ def check(flat: dict[str, Any]) -> None:
     ConfigError: naming the field to blame, its value and what is allowed.
   """
   _check_basics(flat)
+  _check_sentences(flat)
   _check_model(flat)
   _check_selection(flat)
   _check_trimming(flat)

@@ -58,6 +58,12 @@ def _data() -> dict[str, Any]:
     # are cut to, and how many processes decode (0: the training process).
     'image_size': 224,
     'workers': 8,
+    # Of sentences: the most tokens an example has, and the shorter widths that
+    # those with fewer are padded to; a part of its own for each.
+    'max_length': 128,
+    'widths': (32, 64),
+    # Of GLUE: a vocab.txt; None is the one of model.pretrained.
+    'vocabulary': config_dict.placeholder(str),
   }
 
 
@@ -70,14 +76,16 @@ def _model() -> dict[str, Any]:
     # Whose examples BatchNorm normalises with: all devices' ('global', which
     # does not depend on their number) or each device's own.
     'batch_norm': 'global',
-    # Of wide ResNets: the share of activations dropped inside a block.
+    # The share of activations dropped: inside a block of wide ResNets; of
+    # BERT's embeddings, sublayers, attention and features (published: 0.1).
     'dropout': 0.0,
     # Of ImageNet ResNets and DenseNets: 'imagenet', or 'small' for images of
     # 32x32.
     'stem': 'imagenet',
     # Of MobileNet: multiplier of the numbers of channels.
     'width': 1.0,
-    # A .safetensors or PyTorch file to start from; None starts at random.
+    # A .safetensors or PyTorch file to start from, of BERT a folder in the
+    # layout of Hugging Face or a name there; None starts at random.
     'pretrained': config_dict.placeholder(str),
   }
 
@@ -89,6 +97,10 @@ def _optimizer() -> dict[str, Any]:
     # learning_rates[i] from step boundaries[i-1] on.
     'learning_rates': (0.1,),
     'boundaries': (),
+    # Steps over which the rate rises from 0; and whether it changes at the
+    # boundaries only ('steps'), or also falls to 0 at the last ('linear').
+    'warmup': 0,
+    'decay': 'steps',
     'momentum': 0.9,
     'nesterov': False,
     # On 'kernels' only, of those on the 'convolutions' only, or on 'all'.
@@ -322,8 +334,10 @@ def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   saved = as_json(default()) | saved  # fields that came after the checkpoint
   free = {*RESUMABLE}
   slopes = config.get('trimming.first') != config.get('trimming.last')
-  if config.get('mmr.alpha_end') is not None or slopes:
-    free.discard('steps')  # the slope of alpha, of the share that is kept
+  falls = config.get('optimizer.decay') == 'linear'
+  if config.get('mmr.alpha_end') is not None or slopes or falls:
+    # The slope of alpha, of the share that is kept, of the learning rate.
+    free.discard('steps')
   for name in ('model.batch_norm', 'selection.scope'):
     if config.get(name) == 'device':
       free.discard('devices')  # whose examples are normalised, or ranked

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ def make_splits(
   names: tuple[str, ...],
   batch_size: int,
   examples: int | None = None,
-) -> 'Splits | StreamedSplits':
+  parted: bool = True,
+) -> 'Splits':
   """What goes through whole splits of a source.
 
   Args:
@@ -36,162 +37,217 @@ def make_splits(
     names: of the splits.
     batch_size: examples a call over all devices, at most.
     examples: only so many of each split, its first; None is all.
+    parted: whether sentences go through in parts of like length.
   """
-  longest = max(source.counts[name] for name in names)
-  largest = min(batch_size, longest, examples or longest)
-  size = math.ceil(largest / devices.total) * devices.total
   if not source.resident:
-    return StreamedSplits(devices, source, names, size, examples)
-  splits = {
-    name: {k: v[:examples] for k, v in source.splits[name].items()}
-    for name in names
-  }
-  return Splits(devices, splits, size)
+    return StreamedSplits(devices, source, names, batch_size, examples)
+  splits = {}
+  for name in names:
+    if parted and examples is None:
+      splits[name] = source.parted(name)
+      continue
+    whole = {k: v[:examples] for k, v in source.splits[name].items()}
+    rows = np.arange(len(whole['label']), dtype=np.int32)
+    splits[name] = [{**whole, 'row': rows}]
+  return ResidentSplits(devices, splits, batch_size)
 
 
-class StreamedSplits:
-  """Whole splits that are read chunk by chunk, with the interface of `Splits`.
+def _chunk_size(
+  devices: parallel.Devices, batch_size: int, longest: int
+) -> int:
+  """Examples a call: no more than there are, and the same on all devices."""
+  size = max(min(batch_size, longest), 1)
+  return math.ceil(size / devices.total) * devices.total
+
+
+class Splits:
+  """Whole splits, gone through in chunks; one program for each width.
 
   Attributes:
-    size: examples a chunk, over all devices.
+    sizes: for each program, the examples of a chunk, over all devices.
     counts: examples of each split.
   """
+
+  sizes: list[int]
+  counts: dict[str, int]
+  _devices: parallel.Devices
+
+  def compile(
+    self, make_step: Callable, variables: PyTree, *rest: PyTree
+  ) -> list[parallel.Compiled]:
+    """Compiles `make_step(size)(variables, split, chunk, *rest, lane)`."""
+    raise NotImplementedError
+
+  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
+    """The chunks of a split: what to call, and with what.
+
+    Yields:
+      The program's place, its arguments `split` and `chunk`, and which
+      examples of the split its rows are, without the padding at their end.
+    """
+    raise NotImplementedError
+
+  def run(
+    self,
+    programs: list[parallel.Compiled],
+    name: str,
+    variables: PyTree,
+    *rest: PyTree,
+    most: int | None = None,
+  ) -> list[tuple[np.ndarray, PyTree]]:
+    """What the programs return for the chunks of a split, on the host.
+
+    Args:
+      programs: that `compile` made.
+      name: of the split.
+      variables: their first argument.
+      *rest: their last arguments.
+      most: only so many chunks, the first; None is all.
+
+    Returns:
+      For each chunk, which examples of the split it has, and the result, whose
+      first rows are these.
+    """
+    rows, results = [], []
+    with contextlib.closing(self.chunks(name)) as chunks:
+      for place, split, chunk, where in itertools.islice(chunks, most):
+        rows.append(where)
+        results.append(
+          programs[place](variables, split, np.int32(chunk), *rest)
+        )
+        parallel.wait_for_old(results)
+    return list(zip(rows, jax.device_get(results), strict=True))
+
+
+class StreamedSplits(Splits):
+  """Splits that are read while they are gone through."""
 
   def __init__(
     self,
     devices: parallel.Devices,
     source: data.Streamed,
     names: tuple[str, ...],
-    size: int,
+    batch_size: int,
     examples: int | None,
   ):
     """Reads nothing yet."""
-    self.size = size
     self.counts = {
       name: min(examples or source.counts[name], source.counts[name])
       for name in names
     }
+    longest = max(self.counts.values())
+    self.sizes = [_chunk_size(devices, batch_size, longest)]
     self._source = source
     self._devices = devices
 
   def compile(
-    self, step: Callable, variables: PyTree, *rest: PyTree
-  ) -> parallel.Compiled:
+    self, make_step: Callable, variables: PyTree, *rest: PyTree
+  ) -> list[parallel.Compiled]:
     """As `Splits.compile`; the split is a chunk, and the devices share it."""
-    rows = self.size // self._devices.share.count
+    (size,) = self.sizes
+    rows = size // self._devices.share.count
     chunk = {
       'inputs': np.zeros((rows, *self._source.input_shape), np.uint8),
       'label': np.zeros(rows, np.int32),
       'real': np.zeros(rows, bool),
     }
     args = (variables, self._devices.shard(chunk), np.int32(0), *rest)
-    return self._devices.compile(step, *args, sharded=(1,))
+    return [self._devices.compile(make_step(size), *args, sharded=(1,))]
 
-  def run(
-    self,
-    program: parallel.Compiled,
-    name: str,
-    variables: PyTree,
-    *rest: PyTree,
-    chunks: int | None = None,
-  ) -> list[PyTree]:
-    """What `program` returns for the chunks of a split, on the host.
-
-    Args:
-      program: that `compile` made.
-      name: of the split.
-      variables: its first argument.
-      *rest: its last arguments.
-      chunks: how many, the first; None is all.
-    """
-    results = []
-    read = self._source.evaluation(name, self.size, self._devices.share)
+  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
+    """As `Splits.chunks`."""
+    (size,), count = self.sizes, self.counts[name]
+    read = self._source.evaluation(name, size, self._devices.share)
     with contextlib.closing(read):
-      for chunk in itertools.islice(
-        read, chunks or math.ceil(self.counts[name] / self.size)
-      ):
+      for start in range(0, count, size):
+        chunk = next(read)
         fed = {k: chunk[k] for k in ('inputs', 'label', 'real')}
-        fed['real'] &= chunk['index'] < self.counts[name]
-        results.append(
-          program(variables, self._devices.shard(fed), np.int32(0), *rest)
-        )
-        parallel.wait_for_old(results)
-    return jax.device_get(results)
+        fed['real'] &= chunk['index'] < count
+        where = np.arange(start, min(start + size, count))
+        yield 0, self._devices.shard(fed), 0, where
 
 
-class Splits:
-  """Whole splits on the devices, gone through in chunks of one size.
-
-  Attributes:
-    size: examples a chunk, over all devices.
-    counts: examples of each split.
-  """
+class ResidentSplits(Splits):
+  """Splits that lie on the devices."""
 
   def __init__(
-    self, devices: parallel.Devices, splits: dict[str, Split], size: int
-  ):
-    """Pads the splits to one length and places them on the devices."""
-    longest = max(len(split['label']) for split in splits.values())
-    self.size = size
-    self.counts = {name: len(s['label']) for name, s in splits.items()}
-    self._splits = {
-      name: devices.replicate(self._pad(split, longest))
-      for name, split in splits.items()
-    }
-    self._devices = devices
-
-  @staticmethod
-  def _pad(split: Split, length: int) -> PyTree:
-    count = len(split['label'])
-    padded = {
-      name: np.pad(x, [(0, length - count)] + [(0, 0)] * (x.ndim - 1))
-      for name, x in split.items()
-    }
-    return {**padded, 'count': np.int32(count)}
-
-  def compile(
-    self, step: Callable, variables: PyTree, *rest: PyTree
-  ) -> parallel.Compiled:
-    """Compiles `step(variables, split, chunk, *rest, lane)` for all splits."""
-    split = next(iter(self._splits.values()))
-    return self._devices.compile(step, variables, split, np.int32(0), *rest)
-
-  def run(
     self,
-    program: parallel.Compiled,
-    name: str,
-    variables: PyTree,
-    *rest: PyTree,
-    chunks: int | None = None,
-  ) -> list[PyTree]:
-    """What `program` returns for the chunks of a split, on the host.
+    devices: parallel.Devices,
+    splits: dict[str, list[Split]],
+    batch_size: int,
+  ):
+    """Places the splits on the devices, parts of one width in one length.
 
     Args:
-      program: that `compile` made.
-      name: of the split.
-      variables: its first argument.
-      *rest: its last arguments.
-      chunks: how many, the first; None is all.
+      devices: to evaluate on.
+      splits: the parts of each: 'inputs', 'label' and 'row'.
+      batch_size: examples a call over all devices, at most.
     """
-    results = []
-    for chunk in range(chunks or math.ceil(self.counts[name] / self.size)):
-      results.append(
-        program(variables, self._splits[name], np.int32(chunk), *rest)
+    self._devices = devices
+    self.counts = {
+      name: sum(len(part['label']) for part in parts)
+      for name, parts in splits.items()
+    }
+    longest: dict[tuple, int] = {}
+    for part in itertools.chain(*splits.values()):
+      shape = part['inputs'].shape[1:]
+      longest[shape] = max(longest.get(shape, 0), len(part['label']))
+    shapes = list(longest)
+    self.sizes = [_chunk_size(devices, batch_size, n) for n in longest.values()]
+    self._parts = {
+      name: [
+        (
+          shapes.index(part['inputs'].shape[1:]),
+          devices.replicate(_pad(part, longest[part['inputs'].shape[1:]])),
+          part['row'],
+        )
+        for part in parts
+      ]
+      for name, parts in splits.items()
+    }
+
+  def compile(
+    self, make_step: Callable, variables: PyTree, *rest: PyTree
+  ) -> list[parallel.Compiled]:
+    """As `Splits.compile`."""
+    examples = {
+      place: part for parts in self._parts.values() for place, part, _ in parts
+    }
+    return [
+      self._devices.compile(
+        make_step(size), variables, examples[place], np.int32(0), *rest
       )
-      parallel.wait_for_old(results)
-    return jax.device_get(results)
+      for place, size in enumerate(self.sizes)
+    ]
+
+  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
+    """As `Splits.chunks`."""
+    for place, part, rows in self._parts[name]:
+      size = self.sizes[place]
+      for chunk in range(math.ceil(len(rows) / size)):
+        yield place, part, chunk, rows[chunk * size : (chunk + 1) * size]
+
+
+def _pad(split: Split, length: int) -> PyTree:
+  """The split's arrays with rows of zeros at their end, and 'count'."""
+  count = len(split['label'])
+  padded = {
+    name: np.pad(split[name], [(0, length - count)] + [(0, 0)] * (ndim - 1))
+    for name, ndim in (('inputs', split['inputs'].ndim), ('label', 1))
+  }
+  return {**padded, 'count': np.int32(count)}
 
 
 class Evaluator:
-  """Loss and accuracy over whole splits, one compiled program for all.
+  """Loss and accuracy over whole splits, the same programs for all.
 
-  Under attack there is a second program.
+  Under attack there are others.
   """
 
   def __init__(
     self,
     method: Method,
-    splits: Splits | StreamedSplits,
+    splits: Splits,
     attack: Callable | None = None,
   ):
     """Compiles nothing yet.
@@ -204,12 +260,15 @@ class Evaluator:
     self._splits = splits
     self._method = method
     self._attack = attack
-    self._programs: dict[Callable | None, parallel.Compiled] = {}
+    self._programs: dict[Callable | None, list[parallel.Compiled]] = {}
 
   def __call__(
     self, name: str, state: step_lib.TrainState, epsilon: float | None = None
   ) -> dict[str, Any]:
-    """'loss', 'accuracy' and 'count' of the split called `name`.
+    """'loss', 'accuracy', 'count' and maybe 'f1' of the split called `name`.
+
+    F1 is 2 TP / (2 TP + FP + FN) over the whole split, of class 1, and 0 where
+    there is none; it is of the methods that ask for it.
 
     Args:
       name: of the split.
@@ -220,17 +279,23 @@ class Evaluator:
     attack = None if epsilon is None else self._attack
     radius = np.float32(epsilon or 0)
     if attack not in self._programs:
-      step = functools.partial(
-        step_lib.eval_step, self._method, self._splits.size, attack
+
+      def make_step(size: int) -> Callable:
+        return functools.partial(step_lib.eval_step, self._method, size, attack)
+
+      self._programs[attack] = self._splits.compile(
+        make_step, variables, radius
       )
-      self._programs[attack] = self._splits.compile(step, variables, radius)
     sums = self._splits.run(self._programs[attack], name, variables, radius)
-    total = {key: sum(float(x[key]) for x in sums) for key in sums[0]}
-    return {
+    total = {key: sum(float(x[key]) for _, x in sums) for key in sums[0][1]}
+    found = {
       'loss': total['loss'] / total['count'],
       'accuracy': total['correct'] / total['count'],
       'count': int(total['count']),
     }
+    if 'hits' in total:
+      found['f1'] = 2 * total['hits'] / max(total['positives'], 1)
+    return found
 
 
 class Measurer:
@@ -239,24 +304,24 @@ class Measurer:
   def __init__(
     self,
     method: Method,
-    splits: Splits | StreamedSplits,
+    splits: Splits,
     layers: dict[str, tuple[int, ...]],
   ):
     """Compiles nothing yet.
 
     Args:
       method: holds the model.
-      splits: to measure.
+      splits: to measure, each in one part.
       layers: some of what `layers.layer_shapes` returns.
     """
     self._sizes = {k: math.prod(shape[1:]) for k, shape in layers.items()}
     layers = tuple(layers)
     self._splits = splits
-    self._step = functools.partial(
-      step_lib.measure_step, method, splits.size, layers
+    self._make_step = lambda size: functools.partial(
+      step_lib.measure_step, method, size, layers
     )
     self._layers = layers
-    self._program: parallel.Compiled | None = None
+    self._programs: list[parallel.Compiled] | None = None
 
   def __call__(self, name: str, variables: PyTree) -> dict[str, Any]:
     """Measures the split called `name`.
@@ -267,20 +332,21 @@ class Measurer:
       'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
     """
     reference = {k: np.zeros(n, np.float32) for k, n in self._sizes.items()}
-    if self._program is None:
-      self._program = self._splits.compile(self._step, variables, reference)
-    run = functools.partial(self._splits.run, self._program, name, variables)
+    if self._programs is None:
+      self._programs = self._splits.compile(
+        self._make_step, variables, reference
+      )
+    run = functools.partial(self._splits.run, self._programs, name, variables)
     count = self._splits.counts[name]
-    (first,) = run(reference, chunks=1)
-    rows = min(count, self._splits.size)
-    reference = {k: x / np.float32(rows) for k, x in first['sums'].items()}
+    ((rows, first),) = run(reference, most=1)
+    reference = {k: x / np.float32(len(rows)) for k, x in first['sums'].items()}
     chunks = run(reference)
     found = {
-      key: np.concatenate([chunk['examples'][key] for chunk in chunks])[:count]
-      for key in chunks[0]['examples']
+      key: np.concatenate([x['examples'][key][: len(w)] for w, x in chunks])
+      for key in chunks[0][1]['examples']
     }
     for layer in self._layers:
-      total = sum(chunk['sums'][layer].astype(np.float64) for chunk in chunks)
+      total = sum(x['sums'][layer].astype(np.float64) for _, x in chunks)
       squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)
       variation = squares - np.sum((total / count) ** 2)
       size = np.sum(reference[layer].astype(np.float64) ** 2)

@@ -23,19 +23,20 @@ class Resident:
 
   seconds_waited = 0.0
 
-  def __init__(self, devices: parallel.Devices, source: data.Source):
-    """Copies the split to the devices."""
-    self._data = devices.replicate(source.splits['train'])
+  def __init__(
+    self, devices: parallel.Devices, source: data.Source, method: Method
+  ):
+    """Copies the split, part by part, to the devices."""
+    self._parts = [devices.replicate(p) for p in source.parted('train')]
+    self._method = method
 
-  def example(self, branch: int | None) -> PyTree:
-    """What a call of this branch is compiled for."""
-    del branch
-    return self._data
+  def example(self, kind: tuple[int | None, int]) -> PyTree:
+    """What a call of this branch and part is compiled for."""
+    return self._parts[kind[1]]
 
   def __call__(self, step: int) -> PyTree:
     """The data of the call at `step`."""
-    del step
-    return self._data
+    return self._parts[self._method.part_of(step)]
 
   def close(self) -> None:
     """Nothing to stop."""
@@ -77,9 +78,9 @@ class Streamed:
     sizes = [method.examples_drawn(method.branch_of(s)) for s in range(steps)]
     self._batches: Iterator = source.training(sizes, start, seed, devices.share)
 
-  def example(self, branch: int) -> PyTree:
+  def example(self, kind: tuple[int, int]) -> PyTree:
     """Zeros of the shape of what a step of this branch draws."""
-    rows = self._method.examples_drawn(branch) // self._devices.share.count
+    rows = self._method.examples_drawn(kind[0]) // self._devices.share.count
     if not rows:
       return {}
     batch = {

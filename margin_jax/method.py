@@ -1,6 +1,7 @@
 """What a train step does: the static description that it is compiled from."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,11 @@ class Method:
     axis: name of the mapped axis.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
+    f1: whether an evaluation counts what F1 needs.
+    widths: of the parts that the data comes in; () where it is in one piece.
+    plan: which part each step of the run draws from; () where there is one.
     branch: which branch to compile alone; None compiles a switch of all.
+    part: which part to compile for.
   """
 
   model: nn.Module
@@ -132,7 +137,29 @@ class Method:
   lanes: int
   axis: str
   average_batch_stats: bool
+  f1: bool = False
+  widths: tuple[int, ...] = ()
+  plan: tuple[int, ...] = ()
   branch: int | None = None
+  part: int = 0
+
+  def at(self, branch: int | None, part: int) -> 'Method':
+    """The method of the steps that take this branch and part."""
+    draw = self.draw
+    if self.widths:
+      draw = functools.partial(draw, part=part)
+    return dataclasses.replace(self, branch=branch, part=part, draw=draw)
+
+  def part_of(self, step: int) -> int:
+    """Which part of the data a step draws from."""
+    return self.plan[step] if self.plan else 0
+
+  def kinds(self) -> list[tuple[int, int]]:
+    """The branch and the part of every step of a run, each pair once."""
+    if not self.plan:
+      return [(branch, 0) for branch in self.branches()]
+    steps = range(len(self.plan))
+    return sorted({(self.branch_of(s), self.plan[s]) for s in steps})
 
   def branches(self) -> tuple[int, ...]:
     """The branches that some step takes."""

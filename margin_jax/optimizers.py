@@ -1,5 +1,7 @@
 """Config -> optax: optimizers, learning rates by step, alpha by step."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,22 +9,43 @@ import optax
 NAMES = ('sgd', 'adam', 'rmsprop')
 # What weight decay is applied to.
 DECAYED = ('kernels', 'convolutions', 'all')
+# How the learning rate falls.
+DECAYS = ('steps', 'linear')
 
 
 def learning_rate(
-  values: tuple[float, ...], boundaries: tuple[int, ...]
+  values: tuple[float, ...],
+  boundaries: tuple[int, ...],
+  *,
+  warmup: int = 0,
+  end: int | None = None,
 ) -> optax.Schedule:
   """values[i] from step boundaries[i-1] on: the papers' regimes.
 
   Args:
     values: one learning rate more than there are boundaries.
     boundaries: increasing steps; the new value is used at the step itself.
+    warmup: over so many steps the rate rises linearly, from 0 at step 0.
+    end: where the rate, falling linearly from the end of the warm-up, is 0;
+      None does not fall. Both as in fine-tuning BERT (Devlin et al. 2019).
 
   Returns:
     step -> learning rate.
   """
-  return optax.join_schedules(
+  schedule = optax.join_schedules(
     [optax.constant_schedule(value) for value in values], list(boundaries)
+  )
+  factors = []
+  if warmup:
+    factors.append(optax.linear_schedule(0, 1, warmup))
+  if end is not None:
+    factors.append(
+      optax.linear_schedule(1, 0, max(end - warmup, 1), transition_begin=warmup)
+    )
+  if not factors:
+    return schedule
+  return lambda step: math.prod(
+    [f(step) for f in factors], start=schedule(step)
   )
 
 

@@ -215,6 +215,13 @@ def _from_reserve(
   )
 
 
+def _fit(sentences: Array, width: int) -> Array:
+  """Pads or cuts (B, L, ...) sentences to (B, width, ...)."""
+  missing = max(width - sentences.shape[1], 0)
+  pads = [(0, 0), (0, missing)] + [(0, 0)] * (sentences.ndim - 2)
+  return jnp.pad(sentences, pads)[:, :width]
+
+
 def next_batch(
   method: Method, state: PyTree, data: PyTree, key: Array, lane: Array
 ) -> Choice:
@@ -251,6 +258,9 @@ def next_batch(
     if method.selection.reuse > 1:
       reserve = jax.lax.all_gather(taken, method.axis, tiled=True)
       taken = _from_reserve(method, reserve, jnp.int32(0), lane)
+      if method.widths:
+        width = state.reserve['inputs'].shape[1]
+        reserve['inputs'] = _fit(reserve['inputs'], width)
     metrics['batch_error'] = jax.lax.pmean(
       jnp.mean(taken.pop('wrong'), dtype=jnp.float32), method.axis
     )
@@ -260,6 +270,9 @@ def next_batch(
     chosen = method.selection
     phase = (state.step - chosen.start) % chosen.reuse
     batch = _from_reserve(method, state.reserve, phase, lane)
+    if method.widths:  # of the part that they were drawn from
+      width = method.widths[method.part]
+      batch['inputs'] = _fit(batch['inputs'], width)
     del batch['wrong']
     metrics = no_scores(method.num_classes)
     return Choice(

@@ -8,6 +8,9 @@ from margin_jax import feeding, parallel
 from margin_jax import step as step_lib
 from margin_jax.method import Method
 
+# The kind of a program that switches between branches itself.
+SWITCH = (None, 0)
+
 
 @dataclasses.dataclass
 class Counters:
@@ -34,9 +37,10 @@ class Program:
   A method may have several branches: plain steps and scored ones, say. On
   accelerators one program switches between them on the device. On CPU each is
   a program of its own and the host picks, since XLA:CPU runs the gradient of
-  a convolution inside a conditional eight times slower than outside. Which
-  branch a step takes is a function of the step alone, so neither has to wait
-  for the other.
+  a convolution inside a conditional eight times slower than outside. Parts of
+  sentences of like length have a program each, too. Which branch and part a
+  step takes is a function of the step alone, so neither has to wait for the
+  other.
 
   Attributes:
     steps_per_call: how many steps one call runs.
@@ -58,19 +62,20 @@ class Program:
     streamed = isinstance(feed, feeding.Streamed)
     sharded = (1,) if streamed else ()
 
-    def per_device(branch: int | None, times: int):
-      chosen = dataclasses.replace(method, branch=branch)
-      step = functools.partial(step_lib.train_step, chosen)
+    def per_device(kind: tuple[int | None, int], times: int):
+      step = functools.partial(step_lib.train_step, method.at(*kind))
       return step_lib.repeat(step, times)
 
-    branches = method.branches()
-    # A branch of streamed data reads arrays of its own shape.
+    kinds = method.kinds()
+    # A branch of streamed data reads arrays of its own shape, and so does a
+    # part.
     self._switching = (
-      len(branches) > 1
+      len(kinds) > 1
       and not streamed
+      and not method.plan
       and (steps_per_call > 1 or devices.platform != 'cpu')
     )
-    kinds = (None,) if self._switching else branches
+    compiled = [SWITCH] if self._switching else kinds
     self._programs = {
       kind: devices.compile(
         per_device(kind, steps_per_call),
@@ -79,42 +84,45 @@ class Program:
         donate_first=True,
         sharded=sharded,
       )
-      for kind in kinds
+      for kind in compiled
     }
     # XLA's analysis counts the body of a loop once, so a program of many steps
     # gives the cost of one; of a switch it cannot tell which branch runs.
     self._flops = {
-      branch: devices.flops(
-        per_device(branch, 1), state, feed.example(branch), sharded=sharded
+      kind: devices.flops(
+        per_device(kind, 1), state, feed.example(kind), sharded=sharded
       )
       if self._switching
-      else self._programs[branch].flops
-      for branch in branches
+      else self._programs[kind].flops
+      for kind in kinds
     }
     self.compile_seconds = time.perf_counter() - started
 
   @property
   def programs(self) -> list[parallel.Compiled]:
-    """The compiled programs: one, or on CPU one for each branch."""
+    """The compiled programs: one, or one for each branch and part."""
     return list(self._programs.values())
 
   def __call__(
     self, step: int, state: step_lib.TrainState, data: dict
   ) -> tuple[step_lib.TrainState, dict]:
     """Runs a call that starts at `step`, which `state` is at."""
-    branch = None if self._switching else self._method.branch_of(step)
-    return self._programs[branch](state, data)
+    kind = SWITCH if self._switching else self._kind(step)
+    return self._programs[kind](state, data)
+
+  def _kind(self, step: int) -> tuple[int, int]:
+    return self._method.branch_of(step), self._method.part_of(step)
 
   def cost(self, first: int, last: int) -> Counters:
     """The cost of steps first, ..., last - 1, without the seconds."""
     total = Counters()
     for step in range(first, last):
-      branch = self._method.branch_of(step)
+      kind = self._kind(step)
       total = total.plus(
         Counters(
-          examples_scored=self._method.examples_scored(branch),
+          examples_scored=self._method.examples_scored(kind[0]),
           examples_trained=self._method.batch_size,
-          flops=self._flops[branch],
+          flops=self._flops[kind],
         )
       )
     return total

@@ -122,13 +122,14 @@ class Reporter:
   def evaluation(
     self, step: int, split: str, counters: Row, metrics: Row
   ) -> None:
-    """Reports one split's loss and accuracy."""
+    """Reports one split's loss, accuracy and, where it has one, F1."""
     self._eval.add({'step': step, 'split': split, **counters, **metrics})
     self._scalars(split, step, metrics)
     self._log(
       f'step {step:,}/{self._steps:,}  {split}: '
       f'loss {metrics["loss"]:.4f}  accuracy {metrics["accuracy"]:.2%} '
       f'of {int(metrics["count"]):,} examples'
+      + (f'  F1 {metrics["f1"]:.2%}' if 'f1' in metrics else '')
     )
 
   def _scalars(self, prefix: str, step: int, row: Row) -> None:

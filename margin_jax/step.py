@@ -265,7 +265,8 @@ def eval_step(
 
   Returns:
     'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
-    over all chunks every real example counts exactly once.
+    over all chunks every real example counts exactly once. With F1 also
+    'hits', true positives, and 'positives', those predicted plus those true.
   """
   inputs, label, real = _examples(method, size, split, chunk, lane)
 
@@ -286,6 +287,11 @@ def eval_step(
     'correct': jnp.sum(real & (jnp.argmax(logits, axis=1) == label)),
     'count': jnp.sum(real),
   }
+  if method.f1:
+    positive = jnp.argmax(logits, axis=1) == 1
+    sums['hits'] = jnp.sum(real & positive & (label == 1))
+    # Both those predicted and those that are: 2 TP + FP + FN.
+    sums['positives'] = jnp.sum(real & positive) + jnp.sum(real & (label == 1))
   return jax.lax.psum(sums, method.axis)
 
 

@@ -38,6 +38,7 @@ CHOICES = {
   'trimming.backward': ('all', 'kept'),
   'mmr.reduction': penalties.REDUCTIONS,
   'optimizer.decayed': optimizers.DECAYED,
+  'optimizer.decay': optimizers.DECAYS,
   'large_margin.norm': layers.NORMS,
   'large_margin.difference': penalties.DIFFERENCES,
   'attack.name': (None, *attacks.NAMES),
@@ -67,6 +68,9 @@ LEAST = {
   'data.image_size': 1,
   'data.workers': 0,
   'data.cutout_size': 1,
+  # [CLS] and, of a pair, a token and [SEP] of each.
+  'data.max_length': 5,
+  'optimizer.warmup': 0,
   'selection.reuse': 1,
   'selection.every': 1,
   'selection.start': 0,
@@ -170,7 +174,7 @@ def _check_values(flat: dict[str, Any]) -> None:
   end = flat['mmr.alpha_end']
   holds = end is None or (_is_real(end) and end >= 0)
   require(holds, 'mmr.alpha_end', end, 'None or a finite number, at least 0')
-  for name in ('data.data_dir', 'model.pretrained'):
+  for name in ('data.data_dir', 'data.vocabulary', 'model.pretrained'):
     holds = flat[name] is None or isinstance(flat[name], str)
     require(holds, name, flat[name], 'None or a string')
 
@@ -178,6 +182,7 @@ def _check_values(flat: dict[str, Any]) -> None:
 def _check_sequences(flat: dict[str, Any]) -> None:
   for name in (
     'data.augmentations',
+    'data.widths',
     'optimizer.learning_rates',
     'optimizer.boundaries',
     'large_margin.layers',
@@ -187,6 +192,11 @@ def _check_sequences(flat: dict[str, Any]) -> None:
   names = flat['data.augmentations']
   holds = all(name in AUGMENTATIONS for name in names)
   require(holds, 'data.augmentations', names, f'of {AUGMENTATIONS}')
+  widths, most = flat['data.widths'], flat['data.max_length']
+  holds = all(_is_int(x) and 0 < x < most for x in widths)
+  holds = holds and list(widths) == sorted(set(widths))
+  allowed = f'increasing integers below data.max_length={most}'
+  require(holds, 'data.widths', widths, allowed)
   names = flat['large_margin.layers']
   holds = bool(names) and all(isinstance(name, str) for name in names)
   holds = holds and len({*names}) == len(names)
@@ -222,8 +232,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   flat = flatten(config)
   _check_fields(flat)
   _check_models(flat)
-  _check_sequences(flat)
   _check_values(flat)
+  _check_sequences(flat)
   combinations.check(flat)
 
 
@@ -247,6 +257,14 @@ def validate_data(
     config[name] <= examples, name, config[name],
     f'at most {examples}, the number of training examples',
   )  # fmt: skip
+  if config.trimming.first != config.trimming.last:
+    epoch = examples // config.batch_size
+    require(
+      config.steps > epoch, 'steps', config.steps,
+      f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
+    )  # fmt: skip
+  if config.data.name in data.SENTENCES:
+    return  # what remains is about images
   if 'cutout' in config.data.augmentations:
     size = config.data.cutout_size
     require(
@@ -258,12 +276,6 @@ def validate_data(
     require(
       side < min(image_shape[:2]), 'selection.score_resolution', side,
       f'below the {min(image_shape[:2])} of the images themselves',
-    )  # fmt: skip
-  if config.trimming.first != config.trimming.last:
-    epoch = examples // config.batch_size
-    require(
-      config.steps > epoch, 'steps', config.steps,
-      f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
     )  # fmt: skip
   proxy = config.selection.proxy
   for name, model, stem in (

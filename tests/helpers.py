@@ -6,7 +6,15 @@ import pathlib
 import jax
 import numpy as np
 
-from margin_jax import build, data, feeding, parallel, program, validation
+from margin_jax import (
+  build,
+  data,
+  feeding,
+  initial,
+  parallel,
+  program,
+  validation,
+)
 from margin_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,16 +84,16 @@ class Setup:
     self.method = build.make_method(
       self.config, self.source, self.devices.total, rule
     )
-    state = build.init_state(self.config, self.source, self.method)
+    state = initial.init_state(self.config, self.source, self.method)
     self.first = jax.tree.map(np.array, jax.device_get(state))
-    feed = feeding.Resident(self.devices, self.source)
-    self.data = feed(0)
+    self.feed = feeding.Resident(self.devices, self.source, self.method)
+    self.data = self.feed(0)
     self.program = program.Program(
       self.method,
       self.devices,
       steps_per_call,
       self.devices.replicate(state),
-      feed,
+      self.feed,
     )
 
   def run(self, calls):
@@ -94,7 +102,7 @@ class Setup:
     metrics = []
     for call in range(calls):
       step = call * self.program.steps_per_call
-      state, values = self.program(step, state, self.data)
+      state, values = self.program(step, state, self.feed(step))
       metrics.append(jax.device_get(values))
     stacked = {
       name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]

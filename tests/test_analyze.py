@@ -12,10 +12,12 @@ from margin_jax import (
   build,
   data,
   evaluation,
+  initial,
   layers,
   loop,
   mms_scores,
   signed_margins,
+  sources,
 )
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
@@ -52,10 +54,12 @@ def column(rows, name):
 
 def restored(workdir, step):
   config = helpers.small_config(**NOISY)
-  source = loop.prepare(config, None)[1]
+  source = sources.load(config, None)[1]
   method = build.make_method(config, source, 1)
   checkpoints = Checkpoints(str(workdir))
-  state, _ = checkpoints.restore(build.init_state(config, source, method), step)
+  state, _ = checkpoints.restore(
+    initial.init_state(config, source, method), step
+  )
   checkpoints.close()
   return source, method, state
 

@@ -4,7 +4,6 @@ WRN-28-10, MobileNet at 224x224, ResNet-34 and DenseNet-121 are traced only,
 for shapes and dtypes: compiling their steps takes too long here.
 """
 
-import dataclasses
 import functools
 import importlib
 
@@ -12,7 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import build, data, feeding, parallel, step, validation
+from margin_jax import (
+  build,
+  data,
+  feeding,
+  initial,
+  parallel,
+  step,
+  validation,
+)
 from margin_jax.data import images
 from tests import helpers
 
@@ -30,8 +37,11 @@ RUN = (
   ('mnist_large_margin', None),
   ('cifar10_resnet44', 'mms_mmr'),
   ('cifar_vgg', 'mmr,dataset=cifar100'),
+  ('glue_tiny', None),
 )
 TRACED = (
+  ('glue_bert', 'mrpc'),
+  ('glue_bert', 'mnli,method=baseline'),
   ('cifar100_wrn28_10', 'mms_mmr'),
   ('imagenet_mobilenet', 'mmr'),
   ('trimming', 'on,dataset=cifar100,model=resnet34'),
@@ -48,8 +58,11 @@ def tiny(name, argument):
   config.pool_size = 6
   config.devices = 1
   validation.validate(config)
-  shape, classes = SHAPES[config.data.name]
   rng = np.random.default_rng(0)
+  if config.data.name in data.SENTENCES:
+    source = sentences(config, rng)
+    return config, source, build.make_method(config, source, 1)
+  shape, classes = SHAPES[config.data.name]
   split = {
     'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
     'label': rng.integers(0, classes, ROWS).astype(np.int32),
@@ -65,6 +78,28 @@ def tiny(name, argument):
   return config, source, build.make_method(config, source, 1)
 
 
+def sentences(config, rng):
+  """Words at random, all of the full length, in one part."""
+  classes = 3 if config.data.name == 'glue/mnli' else 2
+  inputs = rng.integers(1, 100, (ROWS, config.data.max_length, 2))
+  inputs[..., 1] = 1 + (np.arange(config.data.max_length) > 9)
+  split = {
+    'inputs': inputs.astype(np.uint16),
+    'label': rng.integers(0, classes, ROWS).astype(np.int32),
+  }
+  everything = [(config.data.max_length, np.arange(ROWS))]
+  return data.Source(
+    name=config.data.name,
+    num_classes=classes,
+    splits={'train': split, 'test': split},
+    rows={'train': np.arange(ROWS), 'test': np.arange(ROWS)},
+    augment=lambda key, sentence: sentence,
+    prepare=data.tokens.unpack,
+    parts={'train': everything, 'test': everything},
+    vocabulary=30_522,
+  )
+
+
 def test_every_config_is_here():
   files = {p.stem for p in (helpers.ROOT / 'configs').glob('*.py')}
   assert files == {name for name, _ in RUN + TRACED}
@@ -74,10 +109,10 @@ def test_every_config_is_here():
 def test_one_step_at_full_size(name, argument):
   config, source, method = tiny(name, argument)
   devices = parallel.Devices(1)
-  state = devices.replicate(build.init_state(config, source, method))
-  feed = feeding.Resident(devices, source)
+  state = devices.replicate(initial.init_state(config, source, method))
+  feed = feeding.Resident(devices, source, method)
   compiled = devices.compile(
-    functools.partial(step.train_step, method), state, feed(0)
+    functools.partial(step.train_step, method.at(None, 0)), state, feed(0)
   )
   state, metrics = jax.device_get(compiled(state, feed(0)))
   assert int(state.step) == 1
@@ -88,12 +123,12 @@ def test_one_step_at_full_size(name, argument):
 @pytest.mark.parametrize(('name', 'argument'), TRACED)
 def test_one_step_has_the_shapes_of_the_state(name, argument):
   config, source, method = tiny(name, argument)
-  state = jax.eval_shape(lambda: build.init_state(config, source, method))
+  state = jax.eval_shape(lambda: initial.init_state(config, source, method))
   batch = {
     k: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    for k, x in source.splits['train'].items()
+    for k, x in source.parted('train')[0].items()
   }
-  one = dataclasses.replace(method, branch=None)
+  one = method.at(None, 0)
   mapped = jax.pmap(
     functools.partial(step.train_step, one),
     axis_name=parallel.AXIS,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import build, loop, metrics, parallel
+from margin_jax import build, initial, loop, metrics, parallel
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
 from tests import helpers
@@ -41,7 +41,7 @@ def saved_state(workdir, **fields):
   """The latest checkpoint's state and info."""
   config = helpers.small_config(**fields)
   source = helpers.digits()
-  target = build.init_state(
+  target = initial.init_state(
     config, source, build.make_method(config, source, 1)
   )
   checkpoints = Checkpoints(str(workdir))

@@ -29,6 +29,20 @@ def test_a_learning_rate_changes_at_its_boundary(values, boundaries):
     np.testing.assert_allclose(found, values[passed], 1e-6)
 
 
+@pytest.mark.parametrize(('warmup', 'end'), [(0, 100), (10, 100), (10, None)])
+def test_a_learning_rate_warms_up_and_falls(warmup, end):
+  schedule = jax.jit(
+    optimizers.learning_rate((2e-5,), (), warmup=warmup, end=end)
+  )
+  for step in (0, 1, 5, 9, 10, 11, 55, 99, 100, 101):
+    expected = 2e-5
+    if step < warmup:
+      expected *= step / warmup
+    elif end is not None:
+      expected *= max(end - step, 0) / (end - warmup)
+    np.testing.assert_allclose(schedule(jnp.int32(step)), expected, 1e-5, 1e-12)
+
+
 @pytest.mark.parametrize('steps', [2, 11, 44_000, 156_200])
 @pytest.mark.parametrize(('start', 'end'), [(1e-5, 1e-3), (1e-3, 0.0)])
 def test_linear_goes_from_the_first_step_to_the_last(start, end, steps):

@@ -239,9 +239,9 @@ def test_a_streamed_draw_has_the_pixels_of_its_place():
 
 
 def test_steps_of_streamed_data_are_called_one_by_one():
-  assert build.steps_per_call(config(), 'gpu', resident=False) == 1
+  assert build.steps_per_call(config(), 'gpu', chained=False) == 1
   with pytest.raises(ValueError, match='steps_per_call=3 is not allowed'):
-    build.steps_per_call(config(steps_per_call=3), 'gpu', resident=False)
+    build.steps_per_call(config(steps_per_call=3), 'gpu', chained=False)
 
 
 def test_imagenet_goes_through_workers(data_dir):
@@ -294,7 +294,7 @@ def test_the_feed_gives_what_a_branch_is_compiled_for():
   method = build.make_method(config(), source(), 2)
   feed = feeding.Streamed(devices, source(), method, 0, 4, 0)
   for step in range(4):
-    example = feed.example(method.branch_of(step))
+    example = feed.example((method.branch_of(step), 0))
     batch = feed(step)
     assert jax.tree.map(jax.typeof, example) == jax.tree.map(jax.typeof, batch)
   feed.close()

@@ -9,9 +9,14 @@ from margin_jax.data import (
   augment,
   autoaugment,
   digits,
+  entailment,
+  glue,
   imagenet,
   images,
+  parts,
   tfds_images,
+  tokenization,
+  tokens,
 )
 from margin_jax.data.images import Epoch, Source, Stream, draw
 from margin_jax.data.streamed import Streamed
@@ -19,6 +24,8 @@ from margin_jax.data.tfds_images import DatasetError
 
 __all__ = [
   'NAMES',
+  'SENTENCES',
+  'VOCABULARY_NEEDED',
   'DatasetError',
   'Epoch',
   'Source',
@@ -26,14 +33,18 @@ __all__ = [
   'Streamed',
   'draw',
   'load',
+  'parts',
+  'tokens',
 ]
 
-NAMES = ('digits', *tfds_images.NAMES, *imagenet.NAMES)
+# Of sentences or pairs of them; the others are of images.
+SENTENCES = (*entailment.NAMES, *glue.NAMES)
+# Of sentences as people wrote them.
+VOCABULARY_NEEDED = glue.NAMES
+NAMES = ('digits', *tfds_images.NAMES, *imagenet.NAMES, *SENTENCES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
-# Which of the dataset's own splits each split is a part of.
-PARTS = {'train': 'train', 'validation': 'train', 'test': 'test'}
 
 
 def load(
@@ -50,6 +61,10 @@ def load(
   seed: int = 0,
   image_size: int = 224,
   workers: int = 8,
+  max_length: int = 128,
+  widths: tuple[int, ...] = (32, 64),
+  vocabulary: str | None = None,
+  draw_size: int = 1,
 ) -> Source | Streamed:
   """Loads a dataset into host memory, or opens one that is too large for it.
 
@@ -68,9 +83,14 @@ def load(
     seed: decides which.
     image_size: side of the images that those of `STREAMED` are cut to.
     workers: processes that decode those.
+    max_length: of `SENTENCES`: the most tokens an example has.
+    widths: of those: increasing, below `max_length`; see `parts`.
+    vocabulary: of GLUE: the path of a vocab.txt.
+    draw_size: how many training examples a step draws, at most.
 
   Returns:
-    The source, with splits 'train', 'test' and, if asked for, 'validation'.
+    The source, with splits 'train', 'test' and, if asked for, 'validation';
+    of GLUE's MNLI also 'test_mismatched'.
 
   Raises:
     ValueError: the name is unknown, or an argument does not fit the data.
@@ -78,21 +98,33 @@ def load(
   """
   _check_names(name, normalization)
   chosen = functools.partial(
-    _rows, name, validation_examples=validation_examples, fraction=fraction,
-    seed=seed,
+    _training_rows, name, validation_examples=validation_examples,
+    fraction=fraction, seed=seed,
   )  # fmt: skip
+  if name in SENTENCES:
+    whole, num_classes, size = _sentences(
+      name, data_dir, vocabulary, max_length
+    )
+    return _of_sentences(
+      name,
+      whole,
+      num_classes,
+      chosen(len(whole['train']['label'])),
+      label_noise=label_noise,
+      seed=seed,
+      widths=(*widths, max_length),
+      draw_size=draw_size,
+      vocabulary=size,
+    )
   if name in STREAMED:
     opened, num_classes = imagenet.load(name, data_dir)
-    rows = chosen(len(opened['train']), len(opened['test']))
+    rows = chosen(len(opened['train']))
+    rows['test'] = np.arange(len(opened['test']))
     # The normalisation of any: these are the statistics of this dataset.
     prepare = images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
   else:
     whole, num_classes = _arrays(name, data_dir)
-    rows = chosen(len(whole['train']['label']), len(whole['test']['label']))
-    splits = {
-      split: {k: x[where] for k, x in whole[PARTS[split]].items()}
-      for split, where in rows.items()
-    }
+    rows, splits = _split(whole, chosen(len(whole['train']['label'])))
     prepare = images.normalizer(splits['train']['inputs'], normalization)
   channels = 3 if name in STREAMED else splits['train']['inputs'].shape[-1]
   augmentation = _augmentation(
@@ -103,7 +135,7 @@ def load(
     return Streamed(
       name=name,
       num_classes=num_classes,
-      records={split: opened[PARTS[split]] for split in rows},
+      records={k: opened['test' if k == 'test' else 'train'] for k in rows},
       rows=rows,
       shift={k: np.zeros(len(x), np.int32) for k, x in rows.items()}
       | {'train': wrong},
@@ -156,16 +188,81 @@ def _augmentation(
   return augment.compose(tuple(names), crop_padding, cutout_size, fill)
 
 
-def _rows(
+def _split(
+  whole: dict[str, images.Split], training: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, images.Split]]:
+  """Rows and arrays of every split: parts of 'train', the others whole."""
+  rows = dict(training)
+  splits = {}
+  for split, where in training.items():
+    splits[split] = {k: x[where] for k, x in whole['train'].items()}
+  for split, arrays in whole.items():
+    if split != 'train':
+      rows[split] = np.arange(len(arrays['label']))
+      splits[split] = dict(arrays)
+  return rows, splits
+
+
+def _sentences(
+  name: str, data_dir: str | None, vocabulary: str | None, max_length: int
+) -> tuple[dict[str, images.Split], int, int]:
+  """The dataset's own splits, the numbers of classes and of tokens."""
+  if name in entailment.NAMES:
+    whole, num_classes, words = entailment.load(max_length)
+    return whole, num_classes, len(words)
+  if vocabulary is None:
+    raise ValueError(
+      f'data.vocabulary=None is not allowed: it must be the path of a '
+      f'vocab.txt with data.name={name!r}, or model.pretrained a folder that '
+      f'holds one'
+    )
+  words = tokenization.read_vocab(vocabulary)
+  whole, num_classes = glue.load(name, data_dir, words, max_length)
+  return whole, num_classes, len(words)
+
+
+def _of_sentences(
+  name: str,
+  whole: dict[str, images.Split],
+  num_classes: int,
+  training: dict[str, np.ndarray],
+  *,
+  label_noise: float,
+  seed: int,
+  widths: tuple[int, ...],
+  draw_size: int,
+  vocabulary: int,
+) -> Source:
+  rows, splits = _split(whole, training)
+  label = splits['train']['label']
+  wrong = images.label_shift(len(label), label_noise, num_classes, seed)
+  splits['train']['label'] = (label + wrong) % num_classes
+  lengths = {k: tokens.lengths(x['inputs']) for k, x in splits.items()}
+  return Source(
+    name=name,
+    num_classes=num_classes,
+    splits=splits,
+    rows=rows,
+    augment=lambda key, sentence: sentence,
+    prepare=tokens.unpack,
+    parts={
+      k: parts.assign(x, widths, draw_size if k == 'train' else 1)
+      for k, x in lengths.items()
+    },
+    vocabulary=vocabulary,
+    f1=name in glue.F1_NAMES,
+  )
+
+
+def _training_rows(
   name: str,
   examples: int,
-  tests: int,
   *,
   validation_examples: int,
   fraction: float,
   seed: int,
 ) -> dict[str, np.ndarray]:
-  """Which rows of the dataset's training and test split each split has."""
+  """Which rows of the dataset's training split each split has."""
   if not 0 <= validation_examples < examples:
     raise ValueError(
       f'data.validation_examples={validation_examples} must be at least 0 and '
@@ -178,7 +275,7 @@ def _rows(
       f'data.fraction={fraction} must leave something to train on: it is of '
       f'{cut} training examples'
     )
-  rows = {'train': kept, 'test': np.arange(tests)}
+  rows = {'train': kept}
   if validation_examples:
     rows['validation'] = np.arange(cut, examples)
   return rows

@@ -45,7 +45,12 @@ def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
   return digest.hexdigest()
 
 
-def read(path: pathlib.Path, source: str, examples: int) -> Split | None:
+def read(
+  path: pathlib.Path,
+  source: str,
+  examples: int,
+  dtype: np.dtype | type = np.uint8,
+) -> Split | None:
   """The split in a file, or None if it is not there, broken or of other data.
 
   It is read whole, not mapped: the checksum needs every byte, and a mapped
@@ -55,6 +60,7 @@ def read(path: pathlib.Path, source: str, examples: int) -> Split | None:
     path: of the file.
     source: the `fingerprint` of the files that were decoded.
     examples: how many rows the split has.
+    dtype: of its inputs.
   """
   try:
     # Opened here, because NumPy leaves a file open that is no archive.
@@ -67,7 +73,7 @@ def read(path: pathlib.Path, source: str, examples: int) -> Split | None:
       _log.info('%s is ignored: %s', path, error)
     return None
   dtypes = {name: array.dtype for name, array in split.items()}
-  if dtypes != {'inputs': np.uint8, 'label': np.int32}:
+  if dtypes != {'inputs': dtype, 'label': np.int32}:
     return None
   if {len(array) for array in split.values()} != {examples}:
     return None
@@ -106,6 +112,7 @@ def cached(
   files: Sequence[os.PathLike | str],
   examples: int,
   decode: Callable[[], Split],
+  dtype: np.dtype | type = np.uint8,
 ) -> Split:
   """The split from the cache, else decoded and put there.
 
@@ -113,10 +120,12 @@ def cached(
   `user_folder`.
 
   Args:
-    name: what the split is called: dataset, version, split.
+    name: what the split is called: dataset, version, split, and whatever else
+      `decode` depends on.
     files: what holds it.
     examples: how many rows it has.
-    decode: makes `{'inputs': uint8, 'label': int32}` of the files.
+    decode: makes `{'inputs': dtype, 'label': int32}` of the files.
+    dtype: of the inputs.
 
   Returns:
     The split; its arrays are writable and nobody else's.
@@ -129,7 +138,7 @@ def cached(
   file_name = f'margin_jax-{name}-{examples}-v{FORMAT}.npz'
   paths = [beside / file_name, user_folder() / file_name]
   for path in paths:
-    split = read(path, source, examples)
+    split = read(path, source, examples, dtype)
     if split is not None:
       return split
   split = decode()

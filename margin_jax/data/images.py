@@ -193,6 +193,10 @@ class Source:
       split, in its original order, these are.
     augment: (key, image) -> image, for one training example.
     prepare: batch of inputs as stored -> what the model reads.
+    parts: of sentences, for each split its parts: width, and examples in it;
+      see `parts.assign`.
+    vocabulary: of sentences, how many different tokens there are.
+    f1: whether F1 of class 1 is reported beside accuracy.
   """
 
   name: str
@@ -201,8 +205,32 @@ class Source:
   rows: dict[str, np.ndarray]
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
+  parts: dict[str, list[tuple[int, np.ndarray]]] | None = None
+  vocabulary: int | None = None
+  f1: bool = False
 
   resident = True
+
+  @property
+  def widths(self) -> tuple[int, ...]:
+    """The widths of the parts of the training split; () of images."""
+    parts = self.parts['train'] if self.parts else ()
+    return tuple(width for width, _ in parts)
+
+  def parted(self, name: str) -> list[Split]:
+    """The parts of a split, each with 'row', its examples' places in it."""
+    split = self.splits[name]
+    rows = np.arange(len(split['label']), dtype=np.int32)
+    if self.parts is None:
+      return [{**split, 'row': rows}]
+    return [
+      {
+        'inputs': split['inputs'][where, :width],
+        'label': split['label'][where],
+        'row': rows[where],
+      }
+      for width, where in self.parts[name]
+    ]
 
   @property
   def counts(self) -> dict[str, int]:
@@ -213,6 +241,11 @@ class Source:
   def input_shape(self) -> tuple[int, ...]:
     """The shape of one example's inputs."""
     return self.splits['train']['inputs'].shape[1:]
+
+  @property
+  def input_dtype(self) -> np.dtype:
+    """The dtype in which inputs are stored."""
+    return self.splits['train']['inputs'].dtype
 
 
 def normalizer(

@@ -12,15 +12,17 @@ import importlib.util
 import os
 import sys
 
-from margin_jax.data import imagenet, tfds_images
+from margin_jax.data import glue, imagenet, tfds_images
 
-NAMES = (*tfds_images.NAMES, *imagenet.NAMES)
+NAMES = (*tfds_images.NAMES, *imagenet.NAMES, *glue.NAMES)
 
 
 def prepare(name: str, data_dir: str | None) -> str:
   """Prepares dataset `name` as array_record files and returns their folder."""
   import tensorflow_datasets as tfds
 
+  if name in glue.NAMES:
+    glue.register()
   builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
   if not builder.is_prepared():
     tfds.enable_progress_bar()  # TFDS is silent where CI or a caller said so

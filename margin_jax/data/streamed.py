@@ -270,6 +270,10 @@ class Streamed:
   prepare: Callable[[Any], Any]
 
   resident = False
+  input_dtype = np.dtype(np.uint8)
+  widths = ()
+  vocabulary = None
+  f1 = False
 
   @property
   def input_shape(self) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """Image classification datasets of TFDS, read without TensorFlow."""
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -48,6 +50,20 @@ def open_builder(name: str, data_dir: str | None):
       f' -- or name the folder that holds it with --config.data.data_dir'
     )
   return builder, command
+
+
+@contextlib.contextmanager
+def explained(name: str, builder, command: str) -> Iterator[None]:
+  """Whatever goes wrong inside is a DatasetError that says what to do."""
+  try:
+    yield
+  except DatasetError:
+    raise
+  except Exception as error:  # array_record and Pillow raise many kinds
+    raise DatasetError(
+      f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '
+      f'and prepare it again with: {command}'
+    ) from error
 
 
 def _decode(builder, split: str) -> Split:
@@ -106,13 +122,6 @@ def load(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
       prepares it), is in another format, or has labels out of range.
   """
   builder, command = open_builder(name, data_dir)
-  try:
+  with explained(name, builder, command):
     train, test = (_cached(builder, split) for split in ('train', 'test'))
-  except DatasetError:
-    raise
-  except Exception as error:  # array_record and Pillow raise many kinds
-    raise DatasetError(
-      f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '
-      f'and prepare it again with: {command}'
-    ) from error
   return train, test, builder.info.features['label'].num_classes

@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from margin_jax.models import densenet, imagenet_resnet, vgg, wide_resnet
+from margin_jax.models import bert, densenet, imagenet_resnet, vgg, wide_resnet
+from margin_jax.models.bert import Bert
 from margin_jax.models.cnn import CNN, MnistCNN
 from margin_jax.models.common import STEMS
 from margin_jax.models.densenet import DenseNet
@@ -30,10 +31,15 @@ _FAMILIES = {
   for family, depths in _DEPTHS.items()
   for depth in depths
 }
-# All names but those of wide ResNets, of which there is no end.
+# All names but those of wide ResNets and BERTs, of which there is no end.
 NAMES = tuple(_FAMILIES)
 # What a message lists.
-ALLOWED = (*NAMES, f'{wide_resnet.PATTERN} (depth 6n+4, such as wrn28_10)')
+ALLOWED = (
+  *NAMES,
+  f'{wide_resnet.PATTERN} (depth 6n+4, such as wrn28_10)',
+  *bert.SIZES,
+  f'{bert.PATTERN} (layers, width, heads)',
+)
 VARIANTS = ('he', 'authors')
 DTYPES = ('float32', 'bfloat16')
 
@@ -44,11 +50,13 @@ def exists(name: Any) -> bool:
   """Whether there is a model of that name."""
   if not isinstance(name, str):
     return False
-  return name in _FAMILIES or wide_resnet.parse(name) is not None
+  return name in _FAMILIES or _family(name) is not None
 
 
-def _family(name: str) -> str:
-  return _FAMILIES.get(name, 'wrn')
+def _family(name: str) -> str | None:
+  if bert.parse(name) is not None:
+    return 'bert'
+  return _FAMILIES.get(name, wide_resnet.parse(name) and 'wrn')
 
 
 def build(
@@ -61,20 +69,23 @@ def build(
   dropout: float = 0.0,
   stem: str = 'imagenet',
   width: float = 1.0,
+  vocabulary: int | None = None,
 ) -> nn.Module:
   """The Flax module called `name`.
 
   Args:
     name: one of `NAMES`: 'cnn', 'mnist_cnn', 'resnetN' (of CIFAR, N = 8, 14,
-      ..., 110), 'vggN', 'imagenet_resnetN', 'densenetN', 'mobilenet'; or
-      'wrnD_K', a wide ResNet of depth D = 6n + 4 and width K.
+      ..., 110), 'vggN', 'imagenet_resnetN', 'densenetN', 'mobilenet';
+      'wrnD_K', a wide ResNet of depth D = 6n + 4 and width K; 'bert_base',
+      'bert_large', or 'bertL_H_A', a BERT of L layers of width H with A heads.
     num_classes: C.
     variant: of the CIFAR ResNets: 'he' or 'authors'.
     dtype: of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.
-    dropout: of wide ResNets: the share dropped inside a block.
+    dropout: of wide ResNets and BERTs: the share of activations dropped.
     stem: of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
     width: of MobileNet: multiplier of the numbers of channels.
+    vocabulary: of BERTs: how many different tokens there are.
 
   An option of other models is ignored; the trainer refuses it.
 
@@ -101,6 +112,8 @@ def build(
   options = {'num_classes': num_classes, 'dtype': jnp.dtype(dtype)}
   if family == 'cnn':
     return CNN(**options)
+  if family == 'bert':
+    return _bert(name, vocabulary, dropout=dropout, **options)
   options['batch_norm_axis'] = batch_norm_axis
   if family == 'mnist_cnn':
     return MnistCNN(**options)
@@ -119,6 +132,20 @@ def build(
   return DenseNet(depth, stem=stem, **options)
 
 
+def _bert(name: str, vocabulary: int | None, **options: Any) -> Bert:
+  if vocabulary is None:
+    raise ValueError(f'{name!r} reads sentences: vocabulary must be given')
+  layers, width, heads = bert.parse(name)
+  return Bert(
+    vocab_size=vocabulary, layers=layers, width=width, heads=heads, **options
+  )
+
+
+def reads_sentences(name: str) -> bool:
+  """Whether the model reads sentences; the others read images."""
+  return _family(name) == 'bert'
+
+
 def has_variants(name: str) -> bool:
   """Whether `variant` means something to the model."""
   return _family(name) == 'resnet'
@@ -126,7 +153,7 @@ def has_variants(name: str) -> bool:
 
 def has_dropout(name: str) -> bool:
   """Whether `dropout` means something to the model."""
-  return _family(name) == 'wrn'
+  return _family(name) in ('wrn', 'bert')
 
 
 def has_stems(name: str) -> bool:
@@ -141,7 +168,7 @@ def has_widths(name: str) -> bool:
 
 def has_batch_norm(name: str) -> bool:
   """Whether the model's examples meet in BatchNorm."""
-  return name != 'cnn'
+  return _family(name) not in ('cnn', 'bert')
 
 
 def takes_any_resolution(name: str) -> bool:
@@ -149,7 +176,7 @@ def takes_any_resolution(name: str) -> bool:
 
   Global average pooling does; see `least_side` for how small they may be.
   """
-  return name not in ('cnn', 'mnist_cnn')
+  return _family(name) not in ('cnn', 'mnist_cnn', 'bert')
 
 
 def least_side(name: str, stem: str = 'imagenet') -> int:

@@ -1,8 +1,9 @@
 """Published weights: a PyTorch state dict in a local file -> variables.
 
 Read are the names of torchvision and timm (ImageNet ResNets, DenseNets), of
-Hugging Face transformers (ResNets, MobileNet v1), and of sequential VGGs
-(`features.N`, `classifier`). Nothing is ever downloaded.
+Hugging Face transformers (ResNets, MobileNet v1, BERT), and of sequential VGGs
+(`features.N`, `classifier`). Nothing is ever downloaded, but what is named on
+the Hugging Face hub: see `bert_weights`.
 
 Published ImageNet weights want images normalised with ImageNet's statistics
 (`data.normalization='imagenet'`), and MobileNet's from TensorFlow want its
@@ -19,7 +20,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from margin_jax.models import vgg
+from margin_jax.models import bert, vgg
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -112,7 +113,7 @@ def _naming(model_name: str) -> Callable[[Path], str] | None:
 
 def supports(model_name: str) -> bool:
   """Whether there are weights of the model that `load` can read."""
-  return _naming(model_name) is not None
+  return bert.parse(model_name) is not None or _naming(model_name) is not None
 
 
 # Other spellings of the same modules: what DataParallel puts in front, the
@@ -163,8 +164,12 @@ def _read_safetensors(path: str) -> State:
   return safetensors.numpy.load_file(path)
 
 
-def _read(path: str, model_name: str) -> State:
-  """The state dict in torchvision's spelling, without what only trains."""
+def read_state(path: str, model_name: str) -> State:
+  """The state dict in torchvision's spelling, without what only trains.
+
+  Raises:
+    PretrainedError: the file is missing, broken or of another kind.
+  """
   suffix = pathlib.Path(path).suffix
   if suffix not in (SAFETENSORS, *PYTORCH):
     raise PretrainedError(
@@ -274,17 +279,45 @@ def read(path: str, model_name: str, variables: PyTree) -> dict[Path, Any]:
   Raises:
     PretrainedError: as `load`.
   """
+  if bert.parse(model_name) is not None:
+    from margin_jax.models import bert_weights  # it imports this module
+
+    return bert_weights.read(path, variables, model_name)
   naming = _naming(model_name)
   if naming is None:
     raise PretrainedError(f'no published weights are known of {model_name!r}')
-  state = _read(path, model_name)
+  state = read_state(path, model_name)
   if model_name.startswith('vgg'):
     state = _without_biases(state)
   shapes = traverse_util.flatten_dict(variables)
   names = {
     place: f'{naming(place[1:-1])}.{_LEAVES[place[-1]]}' for place in shapes
   }
-  classes = _other_classes(state, names, shapes)
+  return fit(path, model_name, state, names, shapes)
+
+
+def fit(
+  path: str,
+  model_name: str,
+  state: State,
+  names: dict[Path, str],
+  shapes: dict[Path, Any],
+) -> dict[Path, Any]:
+  """A state dict as arrays by path, without a head of other classes.
+
+  Args:
+    path, model_name: for messages.
+    state: arrays by name; changed.
+    names: of what must be in `state`, by path; without a head it stays as it
+      is; changed.
+    shapes: the model's variables, or their shapes, by path.
+
+  Raises:
+    PretrainedError: tensors are missing, unexpected or of another shape.
+  """
+  classes = None
+  if HEAD_KERNEL in names:
+    classes = _other_classes(state, names, shapes)
   if classes is not None:
     logging.warning(
       '%s has %d classes: the head stays as it is initialised', path, classes
@@ -310,8 +343,10 @@ def load(path: str, model_name: str, variables: PyTree) -> PyTree:
 
   Args:
     path: a `.safetensors` file, or one of PyTorch's (`.pth`, `.pt`, `.bin`),
-      which PyTorch must be installed for; "~" is expanded.
-    model_name: 'imagenet_resnetN', 'densenetN', 'mobilenet' or 'vggN'.
+      which PyTorch must be installed for; "~" is expanded. Of a BERT a folder,
+      or a name on the Hugging Face hub: see `bert_weights.resolve`.
+    model_name: 'imagenet_resnetN', 'densenetN', 'mobilenet', 'vggN', or one
+      that `bert.parse` knows.
     variables: {'params': ..., 'batch_stats': ...}, as initialised.
 
   Returns:

@@ -1,0 +1,46 @@
+"""A generated entailment task, a BERT of two layers: no network, two minutes.
+
+    python -m margin_jax.train --config=configs/glue_tiny.py \\
+        --workdir=/tmp/glue_tiny
+
+Arguments: method=uniform or any rule of selection, as in
+`configs/glue_tiny.py:mms`; mmr=true; seed=0.
+
+The pairs, their words and their grammar are in margin_jax/data/entailment.py:
+8,000 to train, 1,000 to test, half of them entailed. Everything is learned from
+random weights.
+"""
+
+from margin_jax import config as config_lib
+from margin_jax import selection
+
+
+def get_config(argument: str | None = None):
+  """The config of one run."""
+  args = config_lib.parse_arguments(
+    argument,
+    method=(config_lib.UNIFORM, *selection.RULES),
+    mmr=False,
+    seed=0,
+  )
+  config = config_lib.default()
+  config.seed = args.seed
+  config.steps = 1000
+  config.batch_size = 64
+  config.pool_size = 256
+  config.eval_every = 500
+  config.checkpoint_every = 500
+  config.data.name = 'entailment'
+  config.data.max_length = 48
+  config.data.widths = (16, 24, 32)
+  config.data.validation_examples = 0
+  config.model.name = 'bert2_64_4'
+  config.optimizer.name = 'adam'
+  config.optimizer.learning_rates = (1e-3,)
+  config.optimizer.warmup = 100
+  config.optimizer.decay = 'linear'
+  config.optimizer.clip_norm = 1.0
+  config.selection.rule = args.method
+  if args.mmr:
+    config.mmr.alpha = 1e-5
+  return config

@@ -1,0 +1,132 @@
+"""Sentences to the tokens of lower-case BERT: WordPiece from a vocab.txt."""
+
+import collections
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from margin_jax.data import tokens
+from margin_jax.data.tfds_images import DatasetError
+
+# One sentence, or two that belong together.
+Sentences = Sequence[str | tuple[str, ...]]
+
+NEEDED = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
+# [CLS] a [SEP] b [SEP].
+SHORTEST = 5
+# So many at once: what `tokenizers` makes of a sentence is large.
+_CHUNK = 4096
+
+
+def read_vocab(path: os.PathLike | str) -> tuple[str, ...]:
+  """The tokens of a vocab.txt, one in a line; a token's line is its id.
+
+  Raises:
+    DatasetError: the file is not there, is no text, lacks one of `NEEDED` or
+      has a token twice.
+  """
+  path = os.path.expanduser(path)
+  try:
+    with open(path, encoding='utf-8') as file:
+      vocab = tuple(file.read().rstrip('\n').split('\n'))
+  except (OSError, UnicodeDecodeError) as error:
+    raise DatasetError(
+      f'vocabulary {str(path)!r} cannot be read ({error}); it is the vocab.txt '
+      f'that is published with every BERT'
+    ) from error
+  _check(vocab, f'vocabulary {str(path)!r}')
+  return vocab
+
+
+def _check(vocab: Sequence[str], name: str) -> None:
+  missing = [token for token in NEEDED if token not in vocab]
+  if missing:
+    raise DatasetError(f'{name} has no {", ".join(missing)}')
+  token, count = collections.Counter(vocab).most_common(1)[0]
+  if count > 1:
+    raise DatasetError(f'{name} has {token!r} {count} times')
+
+
+def fingerprint(vocab: Sequence[str]) -> str:
+  """A digest of the tokens and of their order."""
+  return hashlib.sha256('\n'.join(vocab).encode()).hexdigest()
+
+
+def id_dtype(vocab: Sequence[str]) -> np.dtype:
+  """What holds every id: uint16, else int32."""
+  return np.dtype(np.uint16 if len(vocab) <= 2**16 else np.int32)
+
+
+def encode(
+  sentences: Sentences, vocab: Sequence[str], max_length: int
+) -> np.ndarray:
+  """[CLS] a [SEP], or [CLS] a [SEP] b [SEP], of every sentence or pair.
+
+  As transformers' BertTokenizer does it: lower case, without accents; of a pair
+  that is too long, the longer sentence is cut first. A special token that is
+  written in a text, '[SEP]', becomes that token, as it does there.
+
+  Args:
+    sentences: N sentences, or tuples of one or of two.
+    vocab: tokens by id: `read_vocab`, or a list with `NEEDED` in it.
+    max_length: of a row, special tokens included; at least `SHORTEST`.
+
+  Returns:
+    (N, max_length, 2) of dtype `id_dtype`: see `tokens`.
+
+  Raises:
+    ValueError: max_length is too small.
+    DatasetError: the vocabulary lacks a token, or has one twice.
+  """
+  if max_length < SHORTEST:
+    raise ValueError(f'max_length={max_length} must be at least {SHORTEST}')
+  _check(vocab, 'the vocabulary')
+  tokenizer = _tokenizer(vocab, max_length)
+  dtype = id_dtype(vocab)
+  encoded = np.zeros((len(sentences), max_length, 2), dtype)
+  for start in range(0, len(sentences), _CHUNK):
+    chunk = [
+      row[0] if len(row) == 1 and not isinstance(row, str) else row
+      for row in sentences[start : start + _CHUNK]
+    ]
+    found = tokenizer.encode_batch_fast(chunk)
+    encoded[start : start + len(chunk)] = tokens.pack(
+      np.array([row.ids for row in found], dtype),
+      np.array([row.type_ids for row in found], dtype),
+      np.array([row.attention_mask for row in found], dtype),
+    )
+  return encoded
+
+
+def _tokenizer(vocab: Sequence[str], max_length: int):
+  """The same parts in the same order as transformers' BertTokenizer has."""
+  # Imported here: images need none of it.
+  import tokenizers
+  from tokenizers import models, normalizers, pre_tokenizers, processors
+
+  ids = {token: i for i, token in enumerate(vocab)}
+  tokenizer = tokenizers.Tokenizer(
+    models.WordPiece(ids, unk_token='[UNK]', max_input_chars_per_word=100)
+  )
+  tokenizer.normalizer = normalizers.BertNormalizer(
+    clean_text=True,
+    handle_chinese_chars=True,
+    strip_accents=True,
+    lowercase=True,
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  # One that the vocabulary lacks would get an id beyond its end.
+  special = [token for token in (*NEEDED, '[MASK]') if token in ids]
+  tokenizer.add_special_tokens(special)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single='[CLS]:0 $A:0 [SEP]:0',
+    pair='[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1',
+    special_tokens=[(token, ids[token]) for token in ('[CLS]', '[SEP]')],
+  )
+  tokenizer.enable_truncation(max_length, strategy='longest_first')
+  tokenizer.enable_padding(
+    length=max_length, pad_id=ids['[PAD]'], pad_token='[PAD]'
+  )
+  return tokenizer

@@ -1,0 +1,386 @@
+"""BERT's weights in Hugging Face's layout: to be read, and to be written.
+
+A folder with `config.json`, `vocab.txt` and `model.safetensors` (or its shards
+and their `model.safetensors.index.json`, or `pytorch_model.bin`), such as
+`BertModel`, `BertForPreTraining` and `BertForSequenceClassification` write it;
+or a name on the Hugging Face hub, such as 'google-bert/bert-base-uncased',
+which is downloaded once.
+"""
+
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from absl import logging
+from flax import traverse_util
+
+from margin_jax.models import bert, pretrained
+from margin_jax.models.pretrained import Path, PretrainedError, PyTree, State
+
+CONFIG, VOCABULARY = 'config.json', 'vocab.txt'
+WEIGHTS = 'model.safetensors'
+INDEX = f'{WEIGHTS}.index.json'
+PYTORCH = 'pytorch_model.bin'
+NEEDED = f'{CONFIG}, {VOCABULARY}, and {WEIGHTS} or {PYTORCH}'
+
+# Our names of the sizes, and theirs in `config.json`.
+_SIZES = {
+  'vocab_size': 'vocab_size',
+  'layers': 'num_hidden_layers',
+  'width': 'hidden_size',
+  'heads': 'num_attention_heads',
+  'hidden': 'intermediate_size',
+  'max_length': 'max_position_embeddings',
+  'segments': 'type_vocab_size',
+}
+# What else `config.json` says, with what its absence means.
+_NUMBERS = {
+  'epsilon': ('layer_norm_eps', 1e-12),
+  'dropout': ('hidden_dropout_prob', 0.1),
+}
+# What our BERT is; absence means the same.
+_KIND = {
+  'model_type': 'bert',
+  'hidden_act': 'gelu',
+  'position_embedding_type': 'absolute',
+  'is_decoder': False,
+}
+
+_MODULES = {
+  'embeddings/word': 'bert.embeddings.word_embeddings',
+  'embeddings/position': 'bert.embeddings.position_embeddings',
+  'embeddings/segment': 'bert.embeddings.token_type_embeddings',
+  'embeddings/norm': 'bert.embeddings.LayerNorm',
+  'pooler/dense': 'bert.pooler.dense',
+  'head': 'classifier',
+}
+_LAYER_MODULES = {
+  'attention/query': 'attention.self.query',
+  'attention/key': 'attention.self.key',
+  'attention/value': 'attention.self.value',
+  'attention/out': 'attention.output.dense',
+  'norm1': 'attention.output.LayerNorm',
+  'hidden': 'intermediate.dense',
+  'out': 'output.dense',
+  'norm2': 'output.LayerNorm',
+}
+# Other spellings: of the bare `BertModel`, and TensorFlow's of a norm.
+_SPELLINGS = (
+  (r'^(embeddings|encoder|pooler)\.', r'bert.\1.'),
+  (r'LayerNorm\.gamma$', 'LayerNorm.weight'),
+  (r'LayerNorm\.beta$', 'LayerNorm.bias'),
+)
+# The heads of pretraining, and a constant that old files have.
+_IGNORED = r'cls\..*|bert\.embeddings\.position_ids'
+
+
+def _hub_files(name: str) -> pathlib.Path:
+  """Downloads what is needed of a name on the hub, PyTorch's if need be."""
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise PretrainedError(
+      f'{name!r} is no local folder, and to download it the package '
+      'huggingface_hub is missing: pip install huggingface_hub, or give a '
+      f'folder with {NEEDED}'
+    ) from None
+  small = [CONFIG, VOCABULARY, INDEX]
+  try:
+    for weights in ([WEIGHTS, 'model-*.safetensors'], [PYTORCH]):
+      folder = pathlib.Path(
+        huggingface_hub.snapshot_download(
+          name, allow_patterns=[*small, *weights]
+        )
+      )
+      if _weights_file(folder):
+        return folder
+  except Exception as error:  # whatever networks and hubs come up with
+    first = str(error).strip().partition('\n')[0].rstrip('.')
+    first = first or type(error).__name__
+    raise PretrainedError(
+      f'{name!r} is no local folder, and cannot be downloaded from the Hugging '
+      f'Face hub: {first}; a local folder with {NEEDED} can be given instead'
+    ) from error
+  raise PretrainedError(
+    f'{name!r} on the Hugging Face hub has no weights: needed are {NEEDED}'
+  )
+
+
+def _weights_file(folder: pathlib.Path) -> pathlib.Path | None:
+  """The file that the weights are in, or the index of the files."""
+  for name in (WEIGHTS, INDEX, PYTORCH):
+    if (folder / name).is_file():
+      return folder / name
+  return None
+
+
+def resolve(name: str | os.PathLike) -> pathlib.Path:
+  """The folder of a model: `name` itself, or a download from the hub.
+
+  Args:
+    name: a local folder, "~" is expanded; or else a name on the Hugging Face
+      hub, 'owner/model' or 'model'. What was downloaded before is not
+      downloaded again, and does not need the network.
+
+  Raises:
+    PretrainedError: there is no such folder, and no such name or no network.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    return folder
+  name = os.fspath(name)
+  if folder.exists():
+    raise PretrainedError(
+      f'{name!r} is a file; of a BERT the folder is needed, with {NEEDED}'
+    )
+  # Names of the hub start with neither a dot nor a slash.
+  if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name):
+    raise PretrainedError(f'there is no folder {name!r}, with {NEEDED}')
+  return _hub_files(name)
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise PretrainedError(f'there is no file {str(path)!r}') from None
+  except (OSError, ValueError) as error:
+    raise PretrainedError(f'{str(path)!r} cannot be read: {error}') from error
+  if not isinstance(found, dict):
+    raise PretrainedError(f'{str(path)!r} is no JSON object')
+  return found
+
+
+def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
+  return isinstance(x, kind) and not isinstance(x, bool)
+
+
+def describe(folder: str | os.PathLike) -> dict[str, Any]:
+  """What `config.json` says, as the fields of `bert.Bert`.
+
+  Args:
+    folder: as `resolve` takes it.
+
+  Returns:
+    vocab_size, layers, width, heads, hidden, max_length, segments, epsilon,
+    dropout: `Bert(num_classes, **describe(folder))` computes what the file's
+    network does.
+
+  Raises:
+    PretrainedError: the file is missing or broken, or of another network: one
+      message lists all that is wrong.
+  """
+  path = resolve(folder) / CONFIG
+  found = _json(path)
+  wrong = [
+    f'{key} must be {value!r}, got {found[key]!r}'
+    for key, value in _KIND.items()
+    if found.get(key, value) != value
+  ]
+  sizes = {ours: found.get(theirs) for ours, theirs in _SIZES.items()}
+  wrong += [
+    f'{_SIZES[ours]} must be a positive integer, got {x!r}'
+    for ours, x in sizes.items()
+    if not (_is_number(x, int) and x > 0)
+  ]
+  for ours, (theirs, usual) in _NUMBERS.items():
+    sizes[ours] = found.get(theirs, usual)
+    if not (_is_number(sizes[ours], (int, float)) and 0 <= sizes[ours] < 1):
+      wrong.append(f'{theirs} must be in [0, 1), got {sizes[ours]!r}')
+  if not wrong and sizes['width'] % sizes['heads']:
+    wrong.append('hidden_size must be a multiple of num_attention_heads')
+  if wrong:
+    raise PretrainedError(
+      f'{str(path)!r} is of no BERT that can be read: {"; ".join(wrong)}'
+    )
+  return sizes
+
+
+def sizes_of(model: bert.Bert) -> dict[str, Any]:
+  """A model's own sizes, as `describe` returns them."""
+  sizes = {name: getattr(model, name) for name in (*_SIZES, *_NUMBERS)}
+  return {**sizes, 'hidden': model.hidden or 4 * model.width}
+
+
+def _name(place: Path) -> str:
+  """The name of a variable in a state dict."""
+  *module, leaf = place[1:]
+  if module[0].startswith('layer'):
+    rest = _LAYER_MODULES['/'.join(module[1:])]
+    known = f'bert.encoder.layer.{module[0].removeprefix("layer")}.{rest}'
+  else:
+    known = _MODULES['/'.join(module)]
+  return f'{known}.{"bias" if leaf == "bias" else "weight"}'
+
+
+def _state(folder: pathlib.Path) -> State:
+  """All tensors of a folder, by the names of a classifier."""
+  path = _weights_file(folder)
+  if path is None:
+    raise PretrainedError(
+      f'{str(folder)!r} has no weights: needed are {NEEDED}'
+    )
+  files = [path]
+  if path.name == INDEX:
+    shards = _json(path).get('weight_map')
+    if not isinstance(shards, dict):
+      raise PretrainedError(f'{str(path)!r} has no weight_map')
+    # By its last part: nothing outside the folder is read.
+    names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
+    files = [folder / name for name in names]
+  state = {}
+  for file in files:
+    for name, x in pretrained.read_state(str(file), 'bert').items():
+      for pattern, replacement in _SPELLINGS:
+        name = re.sub(pattern, replacement, name)
+      if not re.fullmatch(_IGNORED, name):
+        state[name] = x
+  return state
+
+
+def _check_name(folder: pathlib.Path, model_name: str) -> None:
+  """Raises unless the folder's network is the named one.
+
+  Neither the number of heads nor epsilon shows in a tensor's shape.
+  """
+  sizes = describe(folder)
+  found = tuple(sizes[key] for key in ('layers', 'width', 'heads'))
+  if found != bert.parse(model_name):
+    theirs = bert.PATTERN.format(**sizes)
+    raise PretrainedError(f'{str(folder)!r} has a {theirs}, not a {model_name}')
+  if sizes['epsilon'] != bert.Bert.epsilon:
+    raise PretrainedError(
+      f'{str(folder)!r} has layer_norm_eps={sizes["epsilon"]}, and '
+      f'{model_name} has {bert.Bert.epsilon}'
+    )
+
+
+def read(
+  folder: str | os.PathLike, variables: PyTree, model_name: str | None = None
+) -> dict[Path, Any]:
+  """What a folder has for a model; `pretrained.put` puts it in place.
+
+  A head of another number of classes, or none, is left out, and a line of the
+  log says so: that is how a network is fine-tuned.
+
+  Args:
+    folder: as `resolve` takes it.
+    variables: the model's, or their `jax.ShapeDtypeStruct`s.
+    model_name: one that `bert.parse` knows, of a model with the usual epsilon,
+      which `config.json` must fit; None looks at the tensors only.
+
+  Returns:
+    Arrays by path.
+
+  Raises:
+    PretrainedError: the folder or a file is missing, broken or of another
+      network, or tensors are missing, unexpected or of another shape: one
+      message lists them all.
+  """
+  folder = resolve(folder)
+  if model_name is not None:
+    _check_name(folder, model_name)
+  state = _state(folder)
+  shapes = traverse_util.flatten_dict(variables)
+  names = {place: _name(place) for place in shapes}
+  head = (pretrained.HEAD_KERNEL, pretrained.HEAD_BIAS)
+  if not any(names[place] in state for place in head):
+    logging.warning(
+      '%s has no classifier: the head stays as it is initialised', folder
+    )
+    for place in head:
+      del names[place]
+  label = model_name or 'the model'
+  return pretrained.fit(str(folder), label, state, names, shapes)
+
+
+def _write_file(
+  path: pathlib.Path, fill: Callable[[pathlib.Path], Any]
+) -> None:
+  """Makes a file by `fill(path of a file aside)`, whole or not at all."""
+  # Not tempfile: its files are for their owner only.
+  aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+  try:
+    fill(aside)
+    os.replace(aside, path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def _config(sizes: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+  """What `config.json` holds of a classifier."""
+  numbers = {theirs: sizes[ours] for ours, (theirs, _) in _NUMBERS.items()}
+  return {
+    'architectures': ['BertForSequenceClassification'],
+    **_KIND,
+    **{theirs: sizes[ours] for ours, theirs in _SIZES.items()},
+    **numbers,
+    'attention_probs_dropout_prob': numbers['hidden_dropout_prob'],
+    'initializer_range': 0.02,
+    'pad_token_id': 0,
+    'problem_type': 'single_label_classification',
+    'id2label': {str(i): label for i, label in enumerate(labels)},
+    'label2id': {label: i for i, label in enumerate(labels)},
+  }
+
+
+def write(
+  folder: str | os.PathLike,
+  variables: PyTree,
+  sizes: dict[str, Any],
+  vocab_path: str | os.PathLike | None = None,
+  labels: Sequence[str] | None = None,
+) -> None:
+  """Writes what transformers' `BertForSequenceClassification` loads.
+
+      BertForSequenceClassification.from_pretrained(folder)
+
+  `read` gives the same variables back, bit by bit. Each file is written aside
+  and renamed; others that are in the folder stay.
+
+  Args:
+    folder: made if it does not exist.
+    variables: of a `bert.Bert`.
+    sizes: as `describe` and `sizes_of` return them.
+    vocab_path: the `vocab.txt` to put beside; None leaves it out.
+    labels: a name of each class; None is 'LABEL_0', 'LABEL_1', ...
+
+  Raises:
+    ValueError: `labels` are not as many different names as there are classes.
+  """
+  flat = traverse_util.flatten_dict({'params': variables['params']})
+  classes = flat[pretrained.HEAD_BIAS].shape[0]
+  if labels is None:
+    labels = [f'LABEL_{i}' for i in range(classes)]
+  if len({*labels}) != classes or len(labels) != classes:
+    raise ValueError(f'labels must name {classes} classes, got {labels!r}')
+  state = {}
+  for place, x in flat.items():
+    x = np.asarray(x)
+    # A copy, because safetensors writes a transposed view's memory as it lies.
+    state[_name(place)] = np.ascontiguousarray(
+      x.T if place[-1] == 'kernel' else x
+    )
+  config = json.dumps(_config(sizes, labels), indent=2) + '\n'
+  folder = pathlib.Path(folder).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  _write_file(
+    folder / WEIGHTS,
+    lambda path: safetensors.numpy.save_file(
+      state, path, metadata={'format': 'pt'}
+    ),
+  )
+  if vocab_path is not None:
+    _write_file(
+      folder / VOCABULARY, lambda path: shutil.copyfile(vocab_path, path)
+    )
+  _write_file(
+    folder / CONFIG, lambda path: path.write_text(config, encoding='utf-8')
+  )

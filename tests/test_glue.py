@@ -1,0 +1,303 @@
+"""GLUE's tasks, real and made here; their cache; what is refused."""
+
+import os
+import pathlib
+import re
+import socket
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from margin_jax import data
+from margin_jax.data import cache, glue, prepare, tokenization
+from tests.test_data import command_of
+from tests.test_tokenization import VOCAB
+
+FIELDS = {
+  'glue/qnli': ('question', 'sentence'),
+  'glue/sst2': ('sentence',),
+  'glue/mrpc': ('sentence1', 'sentence2'),
+  'glue/rte': ('sentence1', 'sentence2'),
+  'glue/qqp': ('question1', 'question2'),
+  'glue/mnli': ('premise', 'hypothesis'),
+}
+SPLITS = {'train': 'train', 'test': 'validation'}
+MNLI = {
+  'train': 'train',
+  'test': 'validation_matched',
+  'test_mismatched': 'validation_mismatched',
+}
+LENGTH = 16
+
+
+def splits_of(name):
+  return MNLI if name == 'glue/mnli' else SPLITS
+
+
+def text_of(split, number, field):
+  """A sentence that no other example has, of 1 to 5 words."""
+  words = np.random.default_rng([len(split), number, len(field)])
+  words = words.choice(['the', 'cafe', 'Running', 'b', 'unaffable'], 4)
+  return ' '.join([str(number % 3), *words[: number % 5]])
+
+
+def write_task(folder, name, *, sizes=(30, 8, 7), labels=None, without=()):
+  """Prepares a GLUE task as TFDS would, and returns the files' folder.
+
+  Example i of a split has label i % classes, or labels[i].
+  """
+  classes = 3 if name == 'glue/mnli' else 2
+  texts = [x for x in FIELDS[name] if x not in without]
+  features = dict.fromkeys(texts, tfds.features.Text())
+  features |= {x: np.int32 for x in ('label', 'idx') if x not in without}
+
+  with tfds.core.registered.skip_registration():
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version('2.0.0')
+      BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=name.split('/')[1]),)
+
+      def _info(self):
+        return tfds.core.DatasetInfo(
+          builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+      def _split_generators(self, dl_manager):
+        names = splits_of(name).values()
+        return {
+          split: self._generate_examples(split, size)
+          for split, size in zip(names, sizes, strict=False)
+        }
+
+      def _generate_examples(self, split, size):
+        for i in range(size):
+          example = {x: text_of(split, i, x) for x in texts}
+          example['label'] = i % classes if labels is None else labels[i]
+          example['idx'] = 3 * i  # as in MRPC, there are gaps
+          yield i, {k: x for k, x in example.items() if k in features}
+
+  Builder.name = 'glue'
+  builder = Builder(
+    config=name.split('/')[1], data_dir=folder, file_format='array_record'
+  )
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_path)
+
+
+def load(folder, name='glue/rte', vocab=VOCAB, max_length=LENGTH):
+  return glue.load(name, str(folder), vocab, max_length)
+
+
+def assert_right(loaded, name, vocab=VOCAB, max_length=LENGTH):
+  splits, classes = loaded
+  assert classes == (3 if name == 'glue/mnli' else 2)
+  assert [*splits] == [*splits_of(name)]
+  sizes = (30, 8, 7)
+  for (ours, theirs), size in zip(splits_of(name).items(), sizes, strict=False):
+    texts = [
+      tuple(text_of(theirs, i, field) for field in FIELDS[name])
+      for i in range(size)
+    ]
+    expected = tokenization.encode(texts, vocab, max_length)
+    inputs, label = splits[ours]['inputs'], splits[ours]['label']
+    np.testing.assert_array_equal(inputs, expected)
+    assert (inputs.dtype, label.dtype) == (expected.dtype, np.int32)
+    assert label.tolist() == [i % classes for i in range(size)]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+  """The splits that were decoded, in order."""
+  splits = []
+  decode = glue._decode
+
+  def spy(name, builder, split, *rest):
+    splits.append(split)
+    return decode(name, builder, split, *rest)
+
+  monkeypatch.setattr(glue, '_decode', spy)
+  return splits
+
+
+def test_the_tasks_are_those_of_the_paper():
+  assert tuple(FIELDS) == glue.NAMES
+  assert {*glue.NAMES} < {*prepare.NAMES}
+  assert glue.F1_NAMES == ('glue/mrpc', 'glue/qqp')
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_task_comes_in_its_original_order(tmp_path, name, decoded):
+  folder = write_task(tmp_path, name)
+  stored = tfds.builder_from_directory(folder).as_data_source(split='train')
+  numbers = [int(record['idx']) for record in stored]
+  assert numbers != sorted(numbers)
+  for _ in range(2):
+    assert_right(load(tmp_path, name), name)
+  assert decoded == [*splits_of(name).values()]
+
+
+def test_more_examples_than_are_read_at_once(tmp_path):
+  write_task(tmp_path, 'glue/sst2', sizes=(1003, 2))
+  splits, _ = load(tmp_path, 'glue/sst2')
+  label = splits['train']['label']
+  assert label.tolist() == [i % 2 for i in range(1003)]
+
+
+def stored_names(folder):
+  return sorted(x.name for x in folder.glob('margin_jax-*'))
+
+
+def test_each_vocabulary_and_length_has_a_cache_of_its_own(tmp_path, decoded):
+  folder = write_task(tmp_path, 'glue/rte')
+  both = [*SPLITS.values()]
+  swapped = (*VOCAB[:5], *VOCAB[:4:-1])
+  large = (*VOCAB, *(f'w{i}' for i in range(2**16)))  # its ids are int32
+  settings = [(VOCAB, 16), (VOCAB, 12), (swapped, 16), (large, 16)]
+  for number, (vocab, length) in enumerate(settings, 1):
+    loaded = load(tmp_path, vocab=vocab, max_length=length)
+    assert_right(loaded, 'glue/rte', vocab, length)
+    assert decoded == number * both
+    assert len(stored_names(folder)) == 2 * number
+  digest = tokenization.fingerprint(VOCAB)[:16]
+  name = f'margin_jax-glue-rte-2.0.0-train-16-{digest}-30-v{cache.FORMAT}.npz'
+  assert name in stored_names(folder)
+  for vocab, length in settings:
+    loaded = load(tmp_path, vocab=vocab, max_length=length)
+    assert_right(loaded, 'glue/rte', vocab, length)
+  assert decoded == len(settings) * both
+
+
+def flip_a_bit(content):
+  place = len(content) // 2
+  return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize('spoil', [flip_a_bit, lambda content: content[:-1]])
+def test_a_broken_cache_is_replaced(tmp_path, decoded, spoil):
+  folder = write_task(tmp_path, 'glue/rte')
+  load(tmp_path)
+  train = next(folder.glob('margin_jax-*-train-*'))
+  train.write_bytes(spoil(train.read_bytes()))
+  for _ in range(2):
+    assert_right(load(tmp_path), 'glue/rte')
+  assert decoded == ['train', 'validation', 'train']
+
+
+def test_a_dataset_prepared_again_is_read_again(tmp_path, decoded):
+  folder = write_task(tmp_path, 'glue/rte')
+  load(tmp_path)
+  for path in folder.glob('glue-train*'):
+    os.utime(path, ns=(1, 1))
+  assert_right(load(tmp_path), 'glue/rte')
+  assert decoded == ['train', 'validation', 'train']
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_missing_task_is_an_answer_at_once(tmp_path, monkeypatch, name):
+  tries = []
+
+  def refuse(*args, **kwargs):
+    tries.append(args)
+    raise OSError('no network in this test')
+
+  monkeypatch.setattr(socket.socket, 'connect', refuse)
+  monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+  folder = str(tmp_path / 'my data')
+  with pytest.raises(data.DatasetError) as caught:
+    load(folder, name)
+  assert not tries
+  assert not os.path.exists(folder)
+  assert f'looked in {folder}/{name}/' in str(caught.value)
+  words = ['-m', 'margin_jax.data.prepare', name, f'--data_dir={folder}']
+  assert command_of(str(caught.value))[1:] == words
+
+
+def refused(folder, words, name='glue/rte'):
+  """Checks that loading is refused, with these words and the remedy."""
+  message = f"dataset '{name}' .*" + '.*'.join(map(re.escape, words))
+  with pytest.raises(data.DatasetError, match=message) as caught:
+    load(folder, name)
+  words = ['-m', 'margin_jax.data.prepare', name, f'--data_dir={folder}']
+  assert command_of(str(caught.value))[1:] == words
+
+
+@pytest.mark.parametrize(
+  ('name', 'label', 'run'),
+  [
+    ('glue/rte', -1, '-1 to 1, outside [0, 2)'),
+    ('glue/rte', 2, '0 to 2, outside [0, 2)'),
+    ('glue/mnli', 3, '0 to 3, outside [0, 3)'),
+  ],
+)
+def test_a_label_out_of_range_is_refused(tmp_path, name, label, run):
+  labels = [0, 1, label]
+  write_task(tmp_path, name, sizes=(3, 3, 3), labels=labels)
+  refused(tmp_path, ["split 'train'", run], name)
+
+
+@pytest.mark.parametrize(
+  ('without', 'words'),
+  [
+    (('idx',), 'an example has no idx.'),
+    (('label', 'sentence2'), 'an example has no sentence2, label.'),
+  ],
+)
+def test_a_missing_field_is_named(tmp_path, without, words):
+  write_task(tmp_path, 'glue/rte', without=without)
+  refused(tmp_path, [words])
+
+
+def test_a_missing_split_is_named(tmp_path):
+  write_task(tmp_path, 'glue/rte', sizes=(3,))
+  refused(tmp_path, ['broken', 'validation'])
+
+
+def cut(path):
+  os.truncate(path, 70_000)
+
+
+@pytest.mark.parametrize('spoil', [os.unlink, cut])
+def test_a_broken_task_is_named_with_the_remedy(tmp_path, spoil):
+  folder = write_task(tmp_path, 'glue/rte')
+  for path in folder.glob('glue-train*'):
+    spoil(path)
+  refused(tmp_path, ['broken'])
+
+
+def test_bad_arguments_are_refused_with_a_full_cache(tmp_path):
+  write_task(tmp_path, 'glue/rte')
+  load(tmp_path)
+  with pytest.raises(ValueError, match='max_length=4'):
+    load(tmp_path, max_length=4)
+  with pytest.raises(data.DatasetError, match=r'vocabulary has no \[SEP\]'):
+    load(tmp_path, vocab=tuple(x for x in VOCAB if x != '[SEP]'))
+
+
+def test_prepare_keeps_a_task_that_is_there(tmp_path):
+  folder = write_task(tmp_path, 'glue/rte')
+  assert prepare.prepare('glue/rte', str(tmp_path)) == str(folder)
+
+
+@pytest.mark.parametrize(
+  ('name', 'sizes', 'ones'),
+  [
+    ('glue/rte', (2490, 277), (1241, 131)),
+    ('glue/mrpc', (3668, 408), (2474, 279)),
+  ],
+)
+def test_real_tasks(data_dir, name, sizes, ones):
+  path = data_dir / 'vocab/bert-base-uncased-vocab.txt'
+  vocab = tokenization.read_vocab(path)
+  splits, classes = load(data_dir / 'tfds', name, vocab, 128)
+  assert classes == 2
+  started = time.perf_counter()
+  again, _ = load(data_dir / 'tfds', name, vocab, 128)
+  assert time.perf_counter() - started < 0.5
+  for split, size, one in zip(('train', 'test'), sizes, ones, strict=True):
+    assert splits[split]['inputs'].shape == (size, 128, 2)
+    assert splits[split]['inputs'].dtype == np.uint16
+    assert np.bincount(splits[split]['label']).tolist() == [size - one, one]
+    for key, value in splits[split].items():
+      np.testing.assert_array_equal(again[split][key], value)

@@ -1,0 +1,293 @@
+"""Sentences in the trainer: parts, exact selection, F1, resuming."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from sklearn import metrics as sklearn_metrics
+
+from margin_jax import (
+  analyze,
+  data,
+  evaluation,
+  export,
+  loop,
+  mms_scores,
+)
+from margin_jax import config as config_lib
+from margin_jax.checkpoints import Checkpoints
+from margin_jax.models import bert_weights
+from tests import helpers
+
+FIELDS = {
+  'data.name': 'entailment',
+  'data.max_length': 48,
+  'data.widths': (16, 24),
+  'data.fraction': 0.05,
+  'data.augmentations': (),
+  'data.crop_padding': 4,
+  'data.validation_examples': 100,
+  'model.name': 'bert1_16_2',
+  'model.dropout': 0.1,
+  'optimizer.name': 'adam',
+  'optimizer.learning_rates': (1e-3,),
+}
+
+
+@functools.cache
+def source():
+  """395 of the training pairs in three parts, 100 for validation."""
+  return data.load(
+    'entailment',
+    validation_examples=100,
+    fraction=0.05,
+    max_length=48,
+    widths=(16, 24),
+    draw_size=32,
+  )
+
+
+@functools.cache
+def setup(**fields):
+  """A compiled step on the pairs."""
+  return helpers.Setup(source=source(), **{**FIELDS, **fields})
+
+
+def whole_pool(this, step):
+  """The pool of a step, drawn by one lane, from the first state."""
+  part = this.method.part_of(step)
+  _, pool = this.method.at(None, part).draw(
+    this.first.stream,
+    source().parted('train')[part],
+    32,
+    key=jax.random.fold_in(jax.random.key(0), 2),
+    step=step,
+    lane=0,
+    lanes=1,
+  )
+  return pool
+
+
+def test_every_pair_is_in_one_part_that_holds_it():
+  assert source().widths == (16, 24, 48)
+  split = source().splits['train']
+  seen = []
+  for part in source().parted('train'):
+    seen.extend(part['row'])
+    width = part['inputs'].shape[1]
+    np.testing.assert_array_equal(
+      part['inputs'], split['inputs'][part['row'], :width]
+    )
+    assert not split['inputs'][part['row'], width:].any()
+    np.testing.assert_array_equal(part['label'], split['label'][part['row']])
+  assert sorted(seen) == list(range(source().counts['train']))
+
+
+def test_a_step_selects_the_lowest_of_a_pool_of_one_width():
+  this = setup()
+  pool = whole_pool(this, 0)
+  width = source().widths[this.method.part_of(0)]
+  assert pool['inputs'].shape == (32, width, 2)
+  logits, _ = this.method.model.apply(
+    {'params': this.first.params},
+    source().prepare(pool['inputs']),
+    train=False,
+  )
+  scores = mms_scores(logits, this.first.params['head']['kernel'])
+  counted = setup(**{'selection.log_counts': True})
+  state, _ = counted.run(1)
+  chosen = np.flatnonzero(state.counts)
+  np.testing.assert_array_equal(
+    chosen, np.sort(pool['index'][np.argsort(scores)[:8]])
+  )
+
+
+@pytest.mark.parametrize('rule', ['mms', 'uniform'])
+def test_devices_change_neither_selection_nor_update(rule):
+  """Token batches and dropout masks are those of one device."""
+  fields = {'selection.rule': rule, 'selection.log_counts': True}
+  one = setup(**fields)
+  two = setup(devices=2, **fields)
+  (state1, metrics1), (state2, metrics2) = one.run(6), two.run(6)
+  np.testing.assert_array_equal(state1.counts, state2.counts)
+  assert state1.counts.sum() == 6 * 8
+  assert len(one.program.programs) == 3
+  helpers.assert_trees_close(state1.params, state2.params, 2e-5)
+  np.testing.assert_allclose(metrics1['loss'], metrics2['loss'], rtol=1e-5)
+
+
+def test_a_reserve_keeps_sentences_whole():
+  this = setup(
+    **{'selection.reuse': 2, 'selection.log_counts': True, 'pool_size': 32}
+  )
+  pool = whole_pool(this, 0)
+  logits, _ = this.method.model.apply(
+    {'params': this.first.params},
+    source().prepare(pool['inputs']),
+    train=False,
+  )
+  scores = mms_scores(logits, this.first.params['head']['kernel'])
+  state, _ = this.run(2)
+  order = np.argsort(scores)[:16]
+  chosen = np.sort(pool['index'][order])
+  np.testing.assert_array_equal(np.flatnonzero(state.counts), chosen)
+  kept, width = state.reserve['inputs'], pool['inputs'].shape[1]
+  assert kept.shape == (16, 48, 2)
+  np.testing.assert_array_equal(kept[:, :width], pool['inputs'][order])
+  assert not kept[:, width:].any()
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_an_evaluation_in_parts_is_that_of_the_whole(devices):
+  this = setup(devices=devices, **{'selection.rule': 'uniform'})
+  method = dataclasses.replace(this.method, f1=True)
+  splits = evaluation.make_splits(
+    this.devices, source(), ('test', 'validation'), 64
+  )
+  evaluator = evaluation.Evaluator(method, splits)
+  for name in ('test', 'validation'):
+    split = source().splits[name]
+    logits, _ = method.model.apply(
+      {'params': this.first.params},
+      source().prepare(split['inputs']),
+      train=False,
+    )
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    found = evaluator(name, this.first)
+    predicted = log_p.argmax(axis=1)
+    assert found['count'] == len(predicted)
+    assert found['accuracy'] == pytest.approx(
+      sklearn_metrics.accuracy_score(split['label'], predicted)
+    )
+    assert found['f1'] == pytest.approx(
+      sklearn_metrics.f1_score(split['label'], predicted)
+    )
+    losses = -log_p[np.arange(len(predicted)), split['label']]
+    assert found['loss'] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize('positive', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize('devices', [1, 4])
+def test_f1_is_of_the_whole_split(devices, positive):
+  """Against scikit-learn, on random labels and predictions."""
+  rng = np.random.default_rng(3)
+  label = (rng.random(101) < positive).astype(np.int32)
+  predicted = (rng.random(101) < 0.5).astype(np.int32)
+  this = setup(devices=devices, **{'selection.rule': 'uniform'})
+
+  class Told:
+    """A model that predicts what its inputs say."""
+
+    @staticmethod
+    def apply(variables, inputs, train):
+      del variables, train
+      return jax.nn.one_hot(inputs['ids'][:, 0], 2), None
+
+  inputs = np.zeros((101, 4, 2), np.uint16)
+  inputs[:, 0, 0] = predicted
+  splits = evaluation.ResidentSplits(
+    this.devices,
+    {'test': [{'inputs': inputs, 'label': label, 'row': np.arange(101)}]},
+    16,
+  )
+  method = dataclasses.replace(this.method, f1=True, model=Told)
+  found = evaluation.Evaluator(method, splits)('test', this.first)
+  expected = sklearn_metrics.f1_score(label, predicted, zero_division=0)
+  assert found['f1'] == pytest.approx(expected)
+  assert found['accuracy'] == pytest.approx(np.mean(label == predicted))
+
+
+def test_a_run_resumes_bit_for_bit_is_analyzed_and_exported(tmp_path):
+  def run(workdir, steps):
+    config = helpers.small_config(**{**FIELDS, 'steps': steps})
+    return loop.train(config, str(workdir), log=lambda line: None)
+
+  whole = run(tmp_path / 'whole', 20)
+  run(tmp_path / 'parts', 10)
+  resumed = run(tmp_path / 'parts', 20)
+  assert resumed['test'] == whole['test']
+  assert resumed['validation'] == whole['validation']
+  folder = analyze.analyze(
+    str(tmp_path / 'parts'),
+    layer_names=('embeddings', 'features'),
+    log=lambda line: None,
+  )
+  assert len((folder / 'test.csv').read_text().splitlines()) == 1001
+  out = tmp_path / 'model'
+  export.main([f'--workdir={tmp_path / "parts"}', f'--out={out}'])
+  assert bert_weights.describe(out)['layers'] == 1
+  state, _ = restored(tmp_path / 'parts')
+  weights = bert_weights.read(out, {'params': state.params}, 'bert1_16_2')
+  flat = traverse_util.flatten_dict({'params': state.params})
+  assert {*weights} == {*flat}
+  for place, x in weights.items():
+    np.testing.assert_array_equal(x, flat[place])
+
+
+def restored(workdir):
+  """The last checkpoint of a run of the tests' model."""
+  with contextlib.closing(Checkpoints(str(workdir))) as checkpoints:
+    return checkpoints.restore(setup(**{'selection.rule': 'mms'}).first)
+
+
+def test_only_a_bert_is_exported(tmp_path):
+  config = helpers.small_config(steps=10)
+  loop.train(config, str(tmp_path), log=lambda line: None)
+  with pytest.raises(SystemExit, match=r"model.name='cnn'.*a BERT"):
+    export.main([f'--workdir={tmp_path}', f'--out={tmp_path / "out"}'])
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_falling_rate_cannot_be_prolonged():
+  def saved(steps, **fields):
+    config = helpers.small_config(**{**FIELDS, 'steps': steps, **fields})
+    return config_lib.as_json(config)
+
+  assert not config_lib.differences(saved(10), saved(20))
+  falls = {'optimizer.decay': 'linear'}
+  (line,) = config_lib.differences(saved(10, **falls), saved(20, **falls))
+  assert line == 'steps: 10 -> 20'
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'model.name': 'cnn'}, r"model.name='cnn'.*reads sentences"),
+    ({'selection.proxy': 'cnn'}, r"selection.proxy='cnn'.*reads sentences"),
+    ({'data.augmentations': ('flip',)}, r'data.augmentations.*sentences'),
+    ({'data.widths': (24, 16)}, r'data.widths=\(24, 16\).*increasing'),
+    ({'data.widths': (48,)}, r'data.widths=\(48,\).*below data.max_length=48'),
+    ({'data.max_length': 4}, r'data.max_length=4.*at least 5'),
+    ({'data.vocabulary': 'x'}, r"data.vocabulary='x'.*needs none"),
+    ({'model.name': 'bert1_16_3'}, r"model.name='bert1_16_3'"),
+    ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, r'attack.name'),
+    ({'data.name': 'digits'}, r"model.name='bert1_16_2'.*reads images"),
+    ({'optimizer.warmup': -1}, r'optimizer.warmup=-1'),
+    ({'optimizer.decay': 'cosine'}, r"optimizer.decay='cosine'"),
+    (
+      {'optimizer.decay': 'linear', 'optimizer.warmup': 20},
+      r'optimizer.warmup=20.*below steps=20',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    helpers.small_config(**{**FIELDS, **fields})
+
+
+def test_glue_needs_a_vocabulary():
+  config = helpers.small_config(**{**FIELDS, 'data.name': 'glue/rte'})
+  with pytest.raises(config_lib.ConfigError, match='vocabulary=None'):
+    loop.train(config, '/nonexistent', log=lambda line: None)
+
+
+def test_a_large_margin_at_the_input_lists_the_layers(tmp_path):
+  config = helpers.small_config(
+    **{**FIELDS, 'large_margin.weight': 1.0, 'mmr.alpha': 0.0}
+  )
+  with pytest.raises(config_lib.ConfigError, match=r'embeddings.*features'):
+    loop.train(config, str(tmp_path / 'run'), log=lambda line: None)
