@@ -10,6 +10,7 @@ import pytest
 
 from margin_jax import data
 from margin_jax.data import cache, tfds_images
+from tests import helpers
 from tests.test_data import image_of, write_dataset
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -208,3 +209,22 @@ def test_the_users_folder_without_xdg(monkeypatch, tmp_path, value):
   else:
     monkeypatch.setenv('XDG_CACHE_HOME', value)
   assert cache.user_folder() == tmp_path / '.cache/margin_jax/data'
+
+
+def test_the_second_start_does_not_import_tfds(tmp_path, decoded, monkeypatch):
+  make(tmp_path)
+  first = load(tmp_path)
+
+  def refuse(*args):
+    raise AssertionError('TFDS was asked')
+
+  monkeypatch.setattr(tfds_images, 'open_builder', refuse)
+  second = load(tmp_path)
+  helpers.assert_trees_equal(first[:2], second[:2])
+  assert first[2] == second[2]
+  # Where the folder is not just as expected, TFDS is asked.
+  info = next(tmp_path.glob('*/*/dataset_info.json'))
+  for spoilt in ('', '{}', '[]', '{"splits": [{"name": "train"}]}'):
+    info.write_text(spoilt)
+    with pytest.raises(AssertionError, match='TFDS was asked'):
+      load(tmp_path)

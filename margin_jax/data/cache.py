@@ -130,19 +130,41 @@ def cached(
   Returns:
     The split; its arrays are writable and nobody else's.
   """
+  split = stored(name, files, examples, dtype)
+  if split is not None:
+    return split
   try:
     source = fingerprint(files)
   except OSError:
     return decode()  # whose error says more
-  beside = pathlib.Path(os.fspath(files[0])).parent
-  file_name = f'margin_jax-{name}-{examples}-v{FORMAT}.npz'
-  paths = [beside / file_name, user_folder() / file_name]
-  for path in paths:
-    split = read(path, source, examples, dtype)
-    if split is not None:
-      return split
   split = decode()
-  if not _takes_files(beside):
+  paths = _places(name, files, examples)
+  if not _takes_files(paths[0].parent):
     paths = paths[1:]
   any(write(path, source, split) for path in paths)
   return split
+
+
+def stored(
+  name: str,
+  files: Sequence[os.PathLike | str],
+  examples: int,
+  dtype: np.dtype | type = np.uint8,
+) -> Split | None:
+  """What `cached` has put there for these files, or None."""
+  with contextlib.suppress(OSError):
+    source = fingerprint(files)
+    for path in _places(name, files, examples):
+      split = read(path, source, examples, dtype)
+      if split is not None:
+        return split
+  return None
+
+
+def _places(
+  name: str, files: Sequence[os.PathLike | str], examples: int
+) -> list[pathlib.Path]:
+  """Where a split is looked for: beside its files, in the `user_folder`."""
+  file_name = f'margin_jax-{name}-{examples}-v{FORMAT}.npz'
+  beside = pathlib.Path(os.fspath(files[0])).parent
+  return [beside / file_name, user_folder() / file_name]
