@@ -11,7 +11,6 @@ annotator should see next.
 """
 
 import argparse
-import csv
 import os
 import pathlib
 import sys
@@ -25,6 +24,7 @@ from margin_jax import (
   build,
   data,
   evaluation,
+  files,
   initial,
   layers,
   plots,
@@ -59,13 +59,7 @@ def _quantities(
 
 
 def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  """Writes a CSV file at once, or not at all."""
-  aside = path.with_suffix('.tmp')
-  with aside.open('w', newline='') as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-  os.replace(aside, path)
+  files.write_csv(path, list(rows[0]), rows)
 
 
 def _ranked(

@@ -308,11 +308,17 @@ def make_method(
     f1=source.f1,
     widths=source.widths,
   )
+  return _plan(method, source, config.steps)
+
+
+def _plan(
+  method: Method, source: data.Source | data.Streamed, steps: int
+) -> Method:
+  """The method with the parts' turns, where the data has several."""
   if len(source.widths) <= 1:
     return method
   sizes = [
-    method.examples_drawn(method.branch_of(step))
-    for step in range(config.steps)
+    method.examples_drawn(method.branch_of(step)) for step in range(steps)
   ]
   counts = [len(rows) for _, rows in source.parts['train']]
   return dataclasses.replace(

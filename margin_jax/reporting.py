@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorboardX
+
+from margin_jax import files
 
 Row = dict[str, float]
 
@@ -28,13 +29,7 @@ class _Table:
       rows = [row for row in reader if int(row['step']) <= after]
       self._fields = list(reader.fieldnames or ()) or None
     if self._fields:
-      # Written aside and renamed: a kill in between loses nothing.
-      aside = path.with_suffix('.tmp')
-      with aside.open('w', newline='') as file:
-        writer = csv.DictWriter(file, self._fields)
-        writer.writeheader()
-        writer.writerows(rows)
-      os.replace(aside, path)
+      files.write_csv(path, self._fields, rows)
 
   def add(self, row: dict[str, Any]) -> None:
     with self._path.open('a', newline='') as file:
@@ -163,9 +158,8 @@ class Silent(Reporter):
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
   """Writes a JSON file at once, or not at all."""
-  aside = path.with_suffix('.tmp')
-  aside.write_text(json.dumps(content, indent=2) + '\n')
-  os.replace(aside, path)
+  with files.whole(path) as aside:
+    aside.write_text(json.dumps(content, indent=2) + '\n')
 
 
 def versions() -> dict[str, str]:

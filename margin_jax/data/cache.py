@@ -10,10 +10,11 @@ import hashlib
 import logging
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from margin_jax import files as files_lib
 
 Split = dict[str, np.ndarray]
 
@@ -89,21 +90,13 @@ def _takes_files(folder: pathlib.Path) -> bool:
 
 def write(path: pathlib.Path, source: str, split: Split) -> bool:
   """Writes a file whole or not at all, and says which."""
-  # Not tempfile: its files are for their owner only.
-  temporary = path.with_name(
-    f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}'
-  )
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, 'xb') as file:
+    with files_lib.whole(path) as aside, open(aside, 'xb') as file:
       np.savez(file, source=np.array(source), **split)
-    os.replace(temporary, path)
   except OSError as error:  # not writable, or full
     _log.info('%s is not written: %s', path, error)
     return False
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
   return True
 
 

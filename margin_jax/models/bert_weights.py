@@ -11,9 +11,8 @@ import json
 import os
 import pathlib
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
+from margin_jax import files
 from margin_jax.models import bert, pretrained
 from margin_jax.models.pretrained import Path, PretrainedError, PyTree, State
 
@@ -301,19 +301,6 @@ def read(
   return pretrained.fit(str(folder), label, state, names, shapes)
 
 
-def _write_file(
-  path: pathlib.Path, fill: Callable[[pathlib.Path], Any]
-) -> None:
-  """Makes a file by `fill(path of a file aside)`, whole or not at all."""
-  # Not tempfile: its files are for their owner only.
-  aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-  try:
-    fill(aside)
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
-
-
 def _config(sizes: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
   """What `config.json` holds of a classifier."""
   numbers = {theirs: sizes[ours] for ours, (theirs, _) in _NUMBERS.items()}
@@ -371,16 +358,10 @@ def write(
   config = json.dumps(_config(sizes, labels), indent=2) + '\n'
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
-  _write_file(
-    folder / WEIGHTS,
-    lambda path: safetensors.numpy.save_file(
-      state, path, metadata={'format': 'pt'}
-    ),
-  )
+  with files.whole(folder / WEIGHTS) as path:
+    safetensors.numpy.save_file(state, path, metadata={'format': 'pt'})
   if vocab_path is not None:
-    _write_file(
-      folder / VOCABULARY, lambda path: shutil.copyfile(vocab_path, path)
-    )
-  _write_file(
-    folder / CONFIG, lambda path: path.write_text(config, encoding='utf-8')
-  )
+    with files.whole(folder / VOCABULARY) as path:
+      shutil.copyfile(vocab_path, path)
+  with files.whole(folder / CONFIG) as path:
+    path.write_text(config, encoding='utf-8')
