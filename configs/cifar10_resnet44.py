@@ -17,12 +17,13 @@ submission, Table 1):
 Ours: not run at full length yet.
 
 Cost, from XLA's FLOP count of the step: 34 GFLOP for a plain step (b=64), 149
-for an MMS step (B=640). So a run takes (calculated, in PFLOP):
+for an MMS step (B=640). So a run takes (calculated, in PFLOP, and in GPU-hours
+at 50 TFLOP/s):
 
-    baseline  standard    5.4
-    mms       early_drop  6.5
-    baseline  early_drop  1.5
-    mms       standard   23.2
+    baseline  standard    5.4  0.03
+    mms       early_drop  6.5  0.04
+    baseline  early_drop  1.5  0.01
+    mms       standard   23.2  0.13
 
 MMS needs 28% of the steps of the standard baseline and 1.2 times its FLOPs.
 """

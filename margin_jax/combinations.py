@@ -33,6 +33,9 @@ def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
 def _check_basics(flat: dict[str, Any]) -> None:
   if flat['mmr.alpha_end'] is not None and flat['steps'] < 2:
     require(False, 'steps', flat['steps'], 'at least 2 with mmr.alpha_end')
+  if flat['optimizer.name'] == 'adam':
+    because = "with optimizer.name='adam', which has its own"
+    _forbid(flat, ('optimizer.momentum',), because)
   if flat['optimizer.name'] != 'sgd':
     because = f'with optimizer.name={flat["optimizer.name"]!r}: SGD has it'
     _forbid(flat, ('optimizer.nesterov',), because)
@@ -53,9 +56,7 @@ def _check_basics(flat: dict[str, Any]) -> None:
     warmup, steps = flat['optimizer.warmup'], flat['steps']
     allowed = f'below steps={steps}, where the learning rate is 0'
     require(warmup < steps, 'optimizer.warmup', warmup, allowed)
-  if 'cutout' not in flat['data.augmentations']:
-    because = 'without the augmentation cutout'
-    _forbid(flat, ('data.cutout_size',), because)
+  _check_augmentations(flat)
   keep, every = flat['keep_every'], flat['checkpoint_every']
   if keep is not None:
     allowed = f'a multiple of checkpoint_every={every}, which saves them'
@@ -67,6 +68,24 @@ def _check_basics(flat: dict[str, Any]) -> None:
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
       divisor = f'a divisor of {name}={flat[name]}'
       require(flat[name] % call == 0, 'steps_per_call', call, divisor)
+
+
+def _check_augmentations(flat: dict[str, Any]) -> None:
+  names = flat['data.augmentations']
+  for name, field in (
+    ('cutout', 'data.cutout_size'),
+    ('crop', 'data.crop_padding'),
+  ):
+    if name not in names:
+      _forbid(flat, (field,), f'without the augmentation {name}')
+  if 'crop' in names:
+    padding = flat['data.crop_padding']
+    allowed = 'above 0 with the augmentation crop, or it does nothing'
+    require(padding > 0, 'data.crop_padding', padding, allowed)
+  if flat['data.name'] in data.STREAMED:
+    allowed = "without 'random_resized_crop': images are read as such crops"
+    holds = 'random_resized_crop' not in names
+    require(holds, 'data.augmentations', names, allowed)
 
 
 IMAGES_ONLY = (

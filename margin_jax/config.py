@@ -42,7 +42,8 @@ def _data() -> dict[str, Any]:
     'name': 'digits',
     # Where TFDS has prepared datasets; None is TFDS's own folder.
     'data_dir': config_dict.placeholder(str),
-    # The last training examples, in the original order, held out.
+    # The last training examples held out: in the original order where records
+    # tell it (CIFAR, GLUE), else as they are stored.
     'validation_examples': 0,
     # The share of the other training examples that is used, and the share of
     # those that gets a wrong label; `seed` decides which.
@@ -52,7 +53,8 @@ def _data() -> dict[str, Any]:
     'crop_padding': 4,
     # The side of the square that the augmentation cutout covers.
     'cutout_size': 16,
-    # Statistics of the training split ('dataset') or ImageNet's.
+    # Statistics of the training split ('dataset') or ImageNet's, which
+    # ImageNet has either way.
     'normalization': 'dataset',
     # Of ImageNet, whose JPEGs are decoded while training: the side that images
     # are cut to, and how many processes decode (0: the training process).

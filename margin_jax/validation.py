@@ -191,7 +191,8 @@ def _check_sequences(flat: dict[str, Any]) -> None:
     require(isinstance(flat[name], tuple), name, flat[name], 'a tuple')
   names = flat['data.augmentations']
   holds = all(name in AUGMENTATIONS for name in names)
-  require(holds, 'data.augmentations', names, f'of {AUGMENTATIONS}')
+  holds = holds and len({*names}) == len(names)
+  require(holds, 'data.augmentations', names, f'different of {AUGMENTATIONS}')
   widths, most = flat['data.widths'], flat['data.max_length']
   holds = all(_is_int(x) and 0 < x < most for x in widths)
   holds = holds and list(widths) == sorted(set(widths))

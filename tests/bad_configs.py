@@ -161,6 +161,23 @@ BAD = [
 
 # Fields that are good alone and bad together; the first is the one to blame.
 BAD_TOGETHER = [
+  ({'data.crop_padding': 8}, 'without the augmentation crop'),
+  (
+    {'data.crop_padding': 0, 'data.augmentations': ('crop',)},
+    'above 0 with the augmentation crop',
+  ),
+  ({'data.augmentations': ('flip', 'flip')}, 'different of'),
+  (
+    {
+      'data.augmentations': ('random_resized_crop',),
+      'data.name': 'imagenet2012',
+    },
+    'images are read as such crops',
+  ),
+  (
+    {'optimizer.momentum': 0.5, 'optimizer.name': 'adam'},
+    'which has its own',
+  ),
   ({'pool_size': 63, 'selection.rule': 'mms'}, 'selection.reuse = 64'),
   ({'steps_per_call': 3, 'steps': 1000}, 'a divisor of steps=1000'),
   ({'steps_per_call': 50, 'log_every': 20}, 'a divisor of log_every=20'),
@@ -264,7 +281,7 @@ GOOD = [
   {'steps_per_call': 100},
   {'data.data_dir': '/data', 'data.augmentations': ('flip', 'crop')},
   {'data.cutout_size': 1, 'data.augmentations': ('cutout', 'autoaugment')},
-  {'data.crop_padding': 0, 'data.validation_examples': 1},
+  {'data.crop_padding': 4, 'data.validation_examples': 1},
   {'optimizer.momentum': 0, 'optimizer.weight_decay': 5e-4},
   {BOUNDARIES: (1, 2), RATES: (1, 0.0, 1e-3)},
   {'steps': 2, 'mmr.alpha': 1e-3, 'mmr.alpha_end': 0.0},

@@ -38,6 +38,8 @@ def small_config(**fields):
   config.optimizer.weight_decay = 1e-4
   config.selection.rule = 'mms'
   config.mmr.alpha = 1e-4
+  if 'crop' not in fields.get('data.augmentations', ('crop',)):
+    config.data.crop_padding = 4  # its default
   with config.unlocked():
     for name, value in fields.items():
       config.update_from_flattened_dict({name: value})

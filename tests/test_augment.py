@@ -137,6 +137,35 @@ def drawn(count=20_000, seed=3):
   return jax.tree.map(np.asarray, jax.jit(jax.vmap(autoaugment.draw))(keys))
 
 
+POLICY_TABLE = """
+invert 1 7 contrast 2 6
+rotate 7 2 translate_x 3 9
+sharpness 8 1 sharpness 9 3
+shear_y 5 8 translate_y 7 9
+auto_contrast 5 8 equalize 9 2
+shear_y 2 7 posterize 3 7
+color 4 3 brightness 6 7
+sharpness 3 9 brightness 7 9
+equalize 6 5 equalize 5 1
+contrast 6 7 sharpness 6 5
+color 7 7 translate_x 5 8
+equalize 3 7 auto_contrast 4 8
+translate_y 4 3 sharpness 2 6
+brightness 9 6 color 2 8
+solarize 5 2 invert 0 3
+equalize 2 0 auto_contrast 6 0
+equalize 2 8 equalize 6 4
+color 9 9 equalize 6 6
+auto_contrast 8 4 solarize 2 8
+brightness 1 3 color 7 0
+solarize 4 5 auto_contrast 9 3
+translate_y 9 9 translate_y 7 9
+auto_contrast 9 2 solarize 8 3
+equalize 8 8 invert 1 3
+translate_y 7 9 auto_contrast 9 1
+"""
+
+
 def test_the_policy_has_the_papers_25_sub_policies():
   assert len(POLICY) == 25
   assert {len(pair) for pair in POLICY} == {2}
@@ -144,10 +173,16 @@ def test_the_policy_has_the_papers_25_sub_policies():
     assert name in OPERATIONS
     assert 0 <= probability <= 1
     assert level in range(10)
-  # Sums over the table guard its numbers against a slip of the finger.
-  entries = sum(POLICY, ())
-  assert round(sum(x[1] for x in entries), 6) == 26.5
-  assert sum(x[2] for x in entries) == 267
+  # The paper's table, typed again: operation, tenths, magnitude.
+  table = [
+    tuple(
+      (name, f'0.{tenths}', int(level))
+      for name, tenths, level in zip(*[iter(line.split())] * 3, strict=True)
+    )
+    for line in POLICY_TABLE.strip().splitlines()
+  ]
+  found = [tuple((n, f'{p:.1f}', m) for n, p, m in pair) for pair in POLICY]
+  assert found == table
 
 
 def test_sub_policies_are_uniform_and_signs_fair():

@@ -228,3 +228,17 @@ def test_the_second_start_does_not_import_tfds(tmp_path, decoded, monkeypatch):
     info.write_text(spoilt)
     with pytest.raises(AssertionError, match='TFDS was asked'):
       load(tmp_path)
+
+
+def test_copies_of_a_dataset_do_not_take_each_others_place(
+  tmp_path, decoded, user_folder
+):
+  for name in ('one', 'two'):
+    make(tmp_path / name).chmod(0o555)
+    load(tmp_path / name)
+  (tmp_path / 'link').symlink_to(tmp_path / 'one')
+  before = len(decoded)
+  for name in ('one', 'two', 'one', 'link'):
+    assert_right(load(tmp_path / name))
+  assert len(decoded) == before == 4
+  assert len(stored(user_folder)) == 4

@@ -12,7 +12,7 @@ import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
-from margin_jax import validation
+from margin_jax import data, sources, validation
 from margin_jax.config import ConfigError
 from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
 
@@ -318,3 +318,83 @@ def test_cifar10_resnet44_has_the_numbers_of_the_papers(method, regime):
     'data.augmentations': ('crop', 'flip'), 'data.crop_padding': 4,
   } | METHODS[method]  # fmt: skip
   assert config.items() >= expected.items()
+
+
+SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}
+# Design, section 6, for the other rows: file, argument, and what it must have.
+ROWS = [
+  (
+    'cifar100_wrn28_10', 'mms,regime=early_drop',
+    {
+      **SGD, 'steps': 80_000, BOUNDARIES: (39_050, 41_393, 43_736),
+      RATES: (0.1, 0.02, 0.004, 0.0008), 'optimizer.weight_decay': 5e-4,
+      'batch_size': 64, 'pool_size': 640, 'selection.rule': 'mms',
+      'data.name': 'cifar100', 'data.cutout_size': 16,
+      'data.augmentations': ('crop', 'flip', 'autoaugment', 'cutout'),
+    },
+  ),
+  (
+    'cifar100_wrn28_10', 'mmr',
+    {
+      **SGD, **MMR, 'steps': 156_200,
+      BOUNDARIES: (60 * 781, 120 * 781, 160 * 781),
+    },
+  ),
+  (
+    'imagenet_mobilenet', 'mmr',
+    {
+      **SGD, 'batch_size': 256, 'steps': 90 * 5004, 'mmr.alpha': 1e-5,
+      RATES: (0.1, 0.01, 0.001, 0.0001),
+      BOUNDARIES: (30 * 5004, 60 * 5004, 80 * 5004),
+      'optimizer.decayed': 'convolutions', 'model.name': 'mobilenet',
+    },
+  ),
+  (
+    'cifar_vgg', 'mmr,dataset=cifar10',
+    {**SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10'},
+  ),
+  (
+    'trimming', 'on,dataset=svhn_cropped,model=densenet121',
+    {
+      'optimizer.name': 'adam', RATES: (1e-3, 5e-4, 2.5e-4),
+      BOUNDARIES: (50 * 572, 100 * 572), 'steps': 150 * 572,
+      'optimizer.weight_decay': 1e-4, 'batch_size': 128,
+      'trimming.first': 1.0, 'trimming.last': 0.2,
+      'model.name': 'densenet121', 'model.stem': 'small',
+    },
+  ),
+  (
+    'glue_bert', 'mrpc',
+    {
+      'optimizer.name': 'adam', RATES: (2e-5,), 'model.dropout': 0.1,
+      'optimizer.decay': 'linear', 'mmr.alpha': 1e-5, 'batch_size': 32,
+      'steps': 3 * (3668 // 32), 'model.name': 'bert_base',
+      'data.name': 'glue/mrpc', 'data.max_length': 128,
+    },
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'argument', 'expected'), ROWS)
+def test_configs_have_the_numbers_of_the_papers(name, argument, expected):
+  module = load_config_file(REPOSITORY / f'configs/{name}.py')
+  config = config_lib.flatten(module.get_config(argument))
+  assert {k: config[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
+def test_a_missing_dataset_is_one_message(path, tmp_path, capfd):
+  config = load_config_file(path).get_config()
+  if config.data.name in ('digits', 'entailment'):
+    return  # always there
+  config.data.data_dir = str(tmp_path)
+  if config.data.name in data.VOCABULARY_NEEDED:
+    vocabulary = tmp_path / 'vocab.txt'
+    vocabulary.write_text('[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n')
+    config.data.vocabulary = str(vocabulary)
+  with pytest.raises(data.DatasetError) as caught:
+    sources.load(config, None)
+  words = f'margin_jax.data.prepare {config.data.name}'
+  assert words in str(caught.value)
+  assert '\n' not in str(caught.value)
+  assert not capfd.readouterr().err

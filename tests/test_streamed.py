@@ -244,11 +244,26 @@ def test_steps_of_streamed_data_are_called_one_by_one():
     build.steps_per_call(config(steps_per_call=3), 'gpu', chained=False)
 
 
+def sample(folder):
+  """The folder with a hundred images; the test skips where there is none."""
+  if not (folder / 'tfds_sample').is_dir():
+    pytest.skip('real data: MARGIN_JAX_TEST_DATA has no tfds_sample')
+  return str(folder / 'tfds_sample')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_jpeg_is_named(workers):
+  this = source(workers=workers)
+  this.records['train'][5]['image'] = b'no image'
+  with pytest.raises(data.DatasetError, match='record 5 cannot be decoded'):
+    list(this.training([30], 0, 0, ONE))
+
+
 def test_imagenet_goes_through_workers(data_dir):
   """100 real JPEGs, two workers, stopped in mid-epoch and restored."""
   load = lambda workers: data.load(  # noqa: E731
     'imagenet2012',
-    data_dir=str(data_dir / 'tfds_sample'),
+    data_dir=sample(data_dir),
     image_size=64,
     workers=workers,
     validation_examples=16,
@@ -279,7 +294,7 @@ def test_imagenet_that_is_not_there_is_an_answer(tmp_path):
 
 def test_wrong_labels_of_streamed_data(data_dir):
   load = lambda noise: data.load(  # noqa: E731
-    'imagenet2012', data_dir=str(data_dir / 'tfds_sample'), image_size=8,
+    'imagenet2012', data_dir=sample(data_dir), image_size=8,
     workers=0, label_noise=noise,
   )  # fmt: skip
   clean, noisy = (

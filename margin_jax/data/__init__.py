@@ -71,8 +71,9 @@ def load(
   Args:
     name: one of `NAMES`.
     data_dir: where TFDS has it prepared, or None for TFDS's own folder.
-    validation_examples: how many of the last training examples, in the
-      dataset's original order, are held out for validation.
+    validation_examples: how many of the last training examples are held out
+      for validation: in the original order where records tell it (CIFAR,
+      GLUE), else as they are stored.
     augmentations: names from `augment.AUGMENTATIONS`, applied in order.
     crop_padding: pixels of zeros around the image before a random crop.
     cutout_size: the side of the square that cutout covers.

@@ -134,8 +134,8 @@ def compose(
   """The named augmentations in order, as one function of (key, image).
 
   Args:
-    names: of `AUGMENTATIONS`. The order of the AutoAugment paper is
-      autoaugment, crop, flip, cutout.
+    names: of `AUGMENTATIONS`. The order of the AutoAugment paper is crop, flip,
+      autoaugment, cutout; its released code begins with autoaugment.
     crop_padding: of `crop`.
     cutout_size: of `cutout`.
     cutout_fill: of `cutout`.

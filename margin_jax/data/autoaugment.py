@@ -67,8 +67,8 @@ POLICY = (
 
 # The ten magnitudes are spread evenly over the ranges of the paper's table of
 # operations, both ends included. The released CIFAR code differs from the
-# table: it divides by 10, not 9, moves by at most 10 pixels, and leaves 4 to
-# 0 bits. Translations are shares of the side: the table's 150 pixels are of
+# table: it divides by 10, not 9, moves by at most 9 pixels, and leaves 4 to
+# 1 bits. Translations are shares of the side: the table's 150 pixels are of
 # images of 331.
 MAGNITUDES = 10
 SHEARS = np.linspace(0, 0.3, MAGNITUDES)
@@ -78,7 +78,8 @@ ROTATIONS = np.linspace(0, 30, MAGNITUDES)
 THRESHOLDS = np.ceil(np.linspace(256, 0, MAGNITUDES)).astype(np.int32)
 POSTERIZE_BITS = np.round(np.linspace(8, 4, MAGNITUDES)).astype(np.int32)
 FACTORS = tuple(float(x) for x in np.linspace(0.1, 1.9, MAGNITUDES))
-# What geometric operations draw in from outside: as in the authors' code.
+# What geometric operations draw in from outside: as usual reimplementations
+# have it. The released CIFAR code has the mean pixel there.
 FILL = 128
 
 _INDEX = {name: i for i, name in enumerate(OPERATIONS)}

@@ -39,7 +39,7 @@ def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
     OSError: a file is not there.
   """
   digest = hashlib.sha256()
-  for path in sorted(os.path.abspath(path) for path in paths):
+  for path in sorted(os.path.realpath(path) for path in paths):
     status = os.stat(path)
     line = f'{path}\0{status.st_size}\0{status.st_mtime_ns}\n'
     digest.update(line.encode(errors='surrogateescape'))
@@ -158,6 +158,11 @@ def _places(
   name: str, files: Sequence[os.PathLike | str], examples: int
 ) -> list[pathlib.Path]:
   """Where a split is looked for: beside its files, in the `user_folder`."""
-  file_name = f'margin_jax-{name}-{examples}-v{FORMAT}.npz'
-  beside = pathlib.Path(os.fspath(files[0])).parent
-  return [beside / file_name, user_folder() / file_name]
+  file_name = f'margin_jax-{name}-{examples}-v{FORMAT}'
+  beside = pathlib.Path(os.fspath(files[0])).resolve().parent
+  # Copies of a dataset must not take each other's place.
+  copy = hashlib.sha256(os.fsencode(beside)).hexdigest()[:8]
+  return [
+    beside / f'{file_name}.npz',
+    user_folder() / f'{file_name}-{copy}.npz',
+  ]

@@ -1,17 +1,18 @@
 """A generated entailment task: does the premise say what the hypothesis says?
 
-    on monday ann bought many old apples and bob found no tools
-    ann purchased some fruits                                      entailment
-    bob found hammers                                              not
+    on monday ann bought many old apples and bob saw pears     premise
+    ann purchased some fruits                                  follows
+    bob noticed coats                                          does not
 
-The premise says of several people what they did, the hypothesis of one of them.
-It follows if that person's clause has the same noun, or one of its kind, and is
-denied where the hypothesis is. Everything is drawn by a fixed seed; no network,
-no file.
+The premise says of one to four people what they did, the hypothesis of one of
+them. It follows if that person's clause has the same noun, or one of its kind,
+and is denied ('no') where the hypothesis is; a denied clause must have the
+wider noun. A premise is about one kind of things, and denied as a whole or not
+at all, so that a small transformer finds out within a minute or two on a CPU.
 
-Neither sentence tells the label: the hypothesis is drawn before it, and if it
-does not follow, then mostly because its noun is in somebody else's clause. So
-the two must be compared, person by person.
+Neither sentence tells the label, because the hypothesis is drawn before it; nor
+does any weighted sum of the words of both. They must be compared. Everything is
+drawn by a fixed seed; no network, no file.
 """
 
 import dataclasses
@@ -54,15 +55,15 @@ CIRCUMSTANCES = (
   'on monday', 'last week', 'before noon',
 )  # fmt: skip
 # How often a premise has 1, 2, 3 and 4 clauses.
-CLAUSES = (1, 1, 1, 2, 2, 2, 3, 3, 4)
+CLAUSES = (1, 1, 1, 2, 2, 3, 4)
 
-_KIND = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
-_ALL_NOUNS = (*NOUNS, *_KIND)
+_KINDS = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
+ALL_NOUNS = (*NOUNS, *_KINDS)
 
 
 def _vocab() -> tuple[str, ...]:
   verbs = [verb for pair in VERBS for verb in pair]
-  lists = (PEOPLE, verbs, _ALL_NOUNS, AMOUNTS, ADJECTIVES, CIRCUMSTANCES)
+  lists = (PEOPLE, verbs, ALL_NOUNS, AMOUNTS, ADJECTIVES, CIRCUMSTANCES)
   words = [w for each in lists for phrase in each for w in phrase.split()]
   special = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
   return tuple(dict.fromkeys([*special, ',', 'and', 'no', *words]))
@@ -81,11 +82,16 @@ class _Fact:
   denied: bool
 
 
+def kind_of(noun: str) -> str:
+  """'fruits' of 'apples' and of 'fruits'."""
+  return _KINDS.get(noun, noun)
+
+
 def follows(noun: str, hypothesis: str, denied: bool) -> bool:
   """Whether 'some apples' gives 'some fruits', and 'no fruits' 'no apples'."""
   if denied:
     noun, hypothesis = hypothesis, noun
-  return hypothesis in (noun, _KIND.get(noun))
+  return hypothesis in (noun, kind_of(noun))
 
 
 class _Writer:
@@ -101,37 +107,30 @@ class _Writer:
   def _shuffled(self, choices: Sequence) -> list:
     return sorted(choices, key=lambda _: self._random())
 
-  def _noun(self, hypothesis: _Fact, wanted: bool) -> str:
-    """A noun from which that of the hypothesis follows, or does not."""
-    return self._one_of(
-      [
-        noun
-        for noun in _ALL_NOUNS
-        if follows(noun, hypothesis.noun, hypothesis.denied) == wanted
-      ]
-    )
-
-  def _denied(self) -> bool:
-    return self._random() < 0.25
-
   def _facts(self, hypothesis: _Fact, label: int) -> list[_Fact]:
     """What the premise says; the person of the hypothesis comes first."""
-    clauses = self._one_of(CLAUSES)
-    others = [x for x in PEOPLE if x != hypothesis.person]
-    facts = [
-      _Fact(person, self._one_of(VERBS), noun, self._denied())
-      for person in self._shuffled(others)[: clauses - 1]
-      for noun in [self._noun(hypothesis, False)]
+    other_kind = label == NOT_ENTAILMENT and self._random() >= 0.2
+    noun = self._one_of(
+      [
+        noun
+        for noun in ALL_NOUNS
+        if (
+          kind_of(noun) != kind_of(hypothesis.noun)
+          if other_kind
+          else follows(noun, hypothesis.noun, hypothesis.denied)
+        )
+      ]
+    )
+    denied = hypothesis.denied
+    if label == NOT_ENTAILMENT and not other_kind:
+      denied = not denied
+    same = [x for x in ALL_NOUNS if kind_of(x) == kind_of(noun)]
+    people = self._shuffled([x for x in PEOPLE if x != hypothesis.person])
+    first = _Fact(hypothesis.person, hypothesis.verb, noun, denied)
+    return [first] + [
+      _Fact(person, self._one_of(VERBS), self._one_of(same), denied)
+      for person in people[: self._one_of(CLAUSES) - 1]
     ]
-    noun, denied = self._noun(hypothesis, True), hypothesis.denied
-    if label == NOT_ENTAILMENT:
-      if self._random() < 0.25:
-        denied = not denied
-      else:
-        if facts:  # somebody else has the right noun
-          facts[0] = dataclasses.replace(facts[0], noun=noun, denied=denied)
-        noun = self._noun(hypothesis, False)
-    return [_Fact(hypothesis.person, hypothesis.verb, noun, denied), *facts]
 
   def _premise(self, fact: _Fact) -> str:
     amount, adjective = self._one_of(AMOUNTS), self._one_of(ADJECTIVES)
@@ -151,8 +150,8 @@ class _Writer:
     hypothesis = _Fact(
       self._one_of(PEOPLE),
       self._one_of(VERBS),
-      self._one_of(_ALL_NOUNS),
-      self._denied(),
+      self._one_of(ALL_NOUNS),
+      self._random() < 0.25,
     )
     facts = self._shuffled(self._facts(hypothesis, label))
     *first, last = [self._premise(fact) for fact in facts]

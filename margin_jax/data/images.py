@@ -190,7 +190,7 @@ class Source:
     num_classes: C.
     splits: 'train', 'test' and, unless it is empty, 'validation'.
     rows: for each split, which rows of the dataset's own training or test
-      split, in its original order, these are.
+      split, in the order in which it is loaded, these are.
     augment: (key, image) -> image, for one training example.
     prepare: batch of inputs as stored -> what the model reads.
     parts: of sentences, for each split its parts: width, and examples in it;

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from margin_jax.data import augment as augment_lib
+from margin_jax.data.tfds_images import DatasetError
 
 PyTree = Any
 
@@ -132,10 +133,17 @@ class _Reader:
   ) -> dict[str, np.ndarray]:
     """The examples at positions of `rows`."""
     found = self._records.__getitems__([int(r) for r in self._rows[positions]])
-    inputs = [
-      decode(record['image'], self._image_size, rng)
-      for record, rng in zip(found, rngs, strict=True)
-    ]
+    inputs = []
+    for record, rng, row in zip(
+      found, rngs, self._rows[positions], strict=True
+    ):
+      try:
+        image = decode(record['image'], self._image_size, rng)
+      except OSError as error:  # Pillow's, of what is no image or half of one
+        raise DatasetError(
+          f'the JPEG of record {row} cannot be decoded ({error})'
+        ) from error
+      inputs.append(image)
     label = np.array([record['label'] for record in found], np.int32)
     label = (label + self._shift[positions]) % self._num_classes
     return {

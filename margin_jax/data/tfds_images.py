@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from absl import logging
 
 from margin_jax.data import cache
 
@@ -33,6 +34,8 @@ def open_builder(name: str, data_dir: str | None):
     f'{os.path.basename(sys.executable)} -m margin_jax.data.prepare {name} '
     f'--data_dir={shlex.quote(folder)}'
   )
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # of what our own message is about
   try:
     builder = tfds.builder(name, data_dir=folder, file_format='array_record')
   except ValueError as error:  # prepared, in another format
@@ -46,6 +49,8 @@ def open_builder(name: str, data_dir: str | None):
       f'dataset {name!r} in {folder} is broken ({error}). Remove it and '
       f'prepare it again with: {command}'
     ) from error
+  finally:
+    logging.set_verbosity(verbosity)
   if not builder.is_prepared():
     raise DatasetError(
       f'dataset {name!r} is not prepared: looked in {builder.data_path}. '
