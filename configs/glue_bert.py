@@ -11,8 +11,9 @@ Arguments: the task `rte`, `mrpc`, `sst2`, `qnli`, `qqp` or `mnli`;
 method=mmr or baseline; epochs=3; model=bert_base, or the sizes of the weights
 in DIR, as in bert6_384_12.
 
-Paper's results on the validation splits (Weinstein et al. 2020, Table 3),
-baseline and MMR:
+Paper's results (Weinstein et al. 2020, Table 1), baseline and MMR. It calls
+them test results; ours are of the validation splits, because the labels of
+GLUE's test splits are secret:
 
     qnli  accuracy  91.06  91.48      sst2  accuracy  92.08  92.43
     mrpc  F1        90.68  91.43      rte   accuracy  68.23  69.67
@@ -23,8 +24,8 @@ mismatched is --config.mmr.alpha=1e-6. The paper names neither batch size nor
 schedule: batches of 32, linear warm-up over a tenth of the steps and linear
 decay, clipping at norm 1 are BERT's own.
 
-Ours: not run with BERT-base yet; with a small pretrained BERT see
-benchmarks/glue_minilm.md.
+Ours: not run yet. `python -m benchmarks.glue_minilm` compares both methods with
+a small pretrained BERT.
 
 Cost, calculated from 6 FLOP a parameter and token at the full 128 tokens: 66
 GFLOP an example, 0.5 PFLOP for RTE, 78 PFLOP for MNLI: at 50 TFLOP/s from ten

@@ -7,7 +7,7 @@ from typing import Any
 
 from margin_jax import data, models
 from margin_jax.config import UNIFORM, default, flatten, require
-from margin_jax.models import pretrained
+from margin_jax.models import bert, pretrained
 
 SCORING = (
   'selection.scope',
@@ -53,9 +53,9 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if flat['optimizer.decay'] == 'linear':
     because = "with optimizer.decay='linear', which falls from one rate"
     _forbid(flat, ('optimizer.boundaries',), because)
-    warmup, steps = flat['optimizer.warmup'], flat['steps']
-    allowed = f'below steps={steps}, where the learning rate is 0'
-    require(warmup < steps, 'optimizer.warmup', warmup, allowed)
+  warmup, steps = flat['optimizer.warmup'], flat['steps']
+  allowed = f'below steps={steps}, or the learning rate is never reached'
+  require(warmup < steps, 'optimizer.warmup', warmup, allowed)
   _check_augmentations(flat)
   keep, every = flat['keep_every'], flat['checkpoint_every']
   if keep is not None:
@@ -110,6 +110,15 @@ def _check_sentences(flat: dict[str, Any]) -> None:
       require(holds, field, flat[field], allowed)
   because = f'with data.name={name!r}, which is of {kind}'
   _forbid(flat, IMAGES_ONLY if sentences else SENTENCES_ONLY, because)
+  if sentences:
+    most = bert.MAX_LENGTH
+    allowed = f'at most {most}, the places that BERT knows'
+    require(
+      flat['data.max_length'] <= most, 'data.max_length',
+      flat['data.max_length'], allowed,
+    )  # fmt: skip
+    because = f'with model.name={flat["model.name"]!r}, which has no BatchNorm'
+    _forbid(flat, ('model.batch_norm',), because)
   if name not in data.VOCABULARY_NEEDED:
     because = f'with data.name={name!r}, which needs none'
     _forbid(flat, ('data.vocabulary',), because)

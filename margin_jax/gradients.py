@@ -110,8 +110,9 @@ def _drop(
   places = first + jnp.arange(inputs.shape[0])
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
   shape = [1 if i in shared else n for i, n in enumerate(inputs.shape)]
-  # In 65,536ths; at least one is kept, and one dropped.
-  level = min(max(round((1 - module.rate) * 2**16), 1), 2**16 - 1)
+  level = max(round((1 - module.rate) * 2**16), 1)  # of 65,536
+  if level == 2**16:
+    return inputs
   mask = jax.vmap(lambda k: _below(k, level, shape[1:]))(keys)
   mask = jnp.broadcast_to(mask, inputs.shape)
   return jnp.where(mask, inputs / (level / 2**16), jnp.zeros_like(inputs))

@@ -25,35 +25,49 @@ def load(
   """
   validation.validate(config)
   _check_rule(config, rule)
-  scored = config.selection.rule != config_lib.UNIFORM
   try:
     devices = parallel.Devices(config.devices)
     if training:
       validation.validate_devices(config, devices.total)
-    source = data.load(
-      config.data.name,
-      data_dir=config.data.data_dir,
-      validation_examples=config.data.validation_examples,
-      augmentations=config.data.augmentations,
-      crop_padding=config.data.crop_padding,
-      cutout_size=config.data.cutout_size,
-      normalization=config.data.normalization,
-      fraction=config.data.fraction,
-      label_noise=config.data.label_noise,
-      seed=config.seed,
-      image_size=config.data.image_size,
-      workers=config.data.workers,
-      max_length=config.data.max_length,
-      widths=config.data.widths,
-      vocabulary=vocabulary(config),
-      draw_size=config.pool_size if scored else config.batch_size,
-    )
+    source = _source(config)
   except pretrained.PretrainedError as error:
     raise config_lib.ConfigError(f'model.pretrained: {error}') from error
   except ValueError as error:  # what only the machine or the data can tell
     raise config_lib.ConfigError(str(error)) from error
   validation.validate_data(config, source.counts['train'], source.input_shape)
   return devices, source
+
+
+def _source(
+  config: ml_collections.ConfigDict,
+) -> data.Source | data.Streamed:
+  common = {
+    'data_dir': config.data.data_dir,
+    'validation_examples': config.data.validation_examples,
+    'fraction': config.data.fraction,
+    'label_noise': config.data.label_noise,
+    'seed': config.seed,
+  }
+  if config.data.name in data.SENTENCES:
+    scored = config.selection.rule != config_lib.UNIFORM
+    return data.load_sentences(
+      config.data.name,
+      max_length=config.data.max_length,
+      widths=config.data.widths,
+      vocabulary=vocabulary(config),
+      draw_size=config.pool_size if scored else config.batch_size,
+      **common,
+    )
+  return data.load(
+    config.data.name,
+    augmentations=config.data.augmentations,
+    crop_padding=config.data.crop_padding,
+    cutout_size=config.data.cutout_size,
+    normalization=config.data.normalization,
+    image_size=config.data.image_size,
+    workers=config.data.workers,
+    **common,
+  )
 
 
 def _check_rule(

@@ -177,6 +177,7 @@ def _check_values(flat: dict[str, Any]) -> None:
   for name in ('data.data_dir', 'data.vocabulary', 'model.pretrained'):
     holds = flat[name] is None or isinstance(flat[name], str)
     require(holds, name, flat[name], 'None or a string')
+    require(flat[name] != '', name, flat[name], 'None or a string not empty')
 
 
 def _check_sequences(flat: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ FIELDS = {
 @functools.cache
 def source():
   """395 of the training pairs in three parts, 100 for validation."""
-  return data.load(
+  return data.load_sentences(
     'entailment',
     validation_examples=100,
     fraction=0.05,
@@ -262,6 +262,9 @@ def test_a_falling_rate_cannot_be_prolonged():
     ({'data.widths': (24, 16)}, r'data.widths=\(24, 16\).*increasing'),
     ({'data.widths': (48,)}, r'data.widths=\(48,\).*below data.max_length=48'),
     ({'data.max_length': 4}, r'data.max_length=4.*at least 5'),
+    ({'data.max_length': 513}, r'data.max_length=513.*at most 512'),
+    ({'model.batch_norm': 'device'}, r"model.batch_norm='device'.*BatchNorm"),
+    ({'model.pretrained': ''}, r"model.pretrained=''.*not empty"),
     ({'data.vocabulary': 'x'}, r"data.vocabulary='x'.*needs none"),
     ({'model.name': 'bert1_16_3'}, r"model.name='bert1_16_3'"),
     ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, r'attack.name'),

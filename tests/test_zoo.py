@@ -327,9 +327,10 @@ def test_dropout_masks_are_of_the_example_and_the_layer():
 
 def test_dropout_keeps_the_options_of_the_layer():
   x = jnp.ones((4, 30, 5))
-  for off in ({'deterministic': True}, {'rate': 0.0}):
+  for off in ({'deterministic': True}, {'rate': 0.0}, {'rate': 1e-9}):
     np.testing.assert_array_equal(drop(x, **off)[0], x)
   assert not np.any(drop(x, rate=1.0)[0])
+  assert np.mean(drop(x, rate=0.9999)[0] != 0) < 0.01
   dropped, _ = drop(x, broadcast_dims=(-1,))
   np.testing.assert_array_equal(dropped, dropped[..., :1] * x)
   assert not np.array_equal(dropped[0], dropped[1])

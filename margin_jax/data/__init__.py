@@ -23,6 +23,7 @@ from margin_jax.data.streamed import Streamed
 from margin_jax.data.tfds_images import DatasetError
 
 __all__ = [
+  'IMAGES',
   'NAMES',
   'SENTENCES',
   'VOCABULARY_NEEDED',
@@ -33,6 +34,7 @@ __all__ = [
   'Streamed',
   'draw',
   'load',
+  'load_sentences',
   'parts',
   'tokens',
 ]
@@ -41,7 +43,8 @@ __all__ = [
 SENTENCES = (*entailment.NAMES, *glue.NAMES)
 # Of sentences as people wrote them.
 VOCABULARY_NEEDED = glue.NAMES
-NAMES = ('digits', *tfds_images.NAMES, *imagenet.NAMES, *SENTENCES)
+IMAGES = ('digits', *tfds_images.NAMES, *imagenet.NAMES)
+NAMES = (*IMAGES, *SENTENCES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
@@ -61,15 +64,11 @@ def load(
   seed: int = 0,
   image_size: int = 224,
   workers: int = 8,
-  max_length: int = 128,
-  widths: tuple[int, ...] = (32, 64),
-  vocabulary: str | None = None,
-  draw_size: int = 1,
 ) -> Source | Streamed:
-  """Loads a dataset into host memory, or opens one that is too large for it.
+  """Loads images into host memory, or opens a dataset too large for it.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `IMAGES`.
     data_dir: where TFDS has it prepared, or None for TFDS's own folder.
     validation_examples: how many of the last training examples are held out
       for validation: in the original order where records tell it (CIFAR,
@@ -84,39 +83,23 @@ def load(
     seed: decides which.
     image_size: side of the images that those of `STREAMED` are cut to.
     workers: processes that decode those.
-    max_length: of `SENTENCES`: the most tokens an example has.
-    widths: of those: increasing, below `max_length`; see `parts`.
-    vocabulary: of GLUE: the path of a vocab.txt.
-    draw_size: how many training examples a step draws, at most.
 
   Returns:
-    The source, with splits 'train', 'test' and, if asked for, 'validation';
-    of GLUE's MNLI also 'test_mismatched'.
+    The source, with splits 'train', 'test' and, if asked for, 'validation'.
 
   Raises:
     ValueError: the name is unknown, or an argument does not fit the data.
     DatasetError: the dataset is missing or broken.
   """
-  _check_names(name, normalization)
+  _check_name(name, IMAGES)
+  if normalization not in NORMALIZATIONS:
+    raise ValueError(
+      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
+    )
   chosen = functools.partial(
     _training_rows, name, validation_examples=validation_examples,
     fraction=fraction, seed=seed,
   )  # fmt: skip
-  if name in SENTENCES:
-    whole, num_classes, size = _sentences(
-      name, data_dir, vocabulary, max_length
-    )
-    return _of_sentences(
-      name,
-      whole,
-      num_classes,
-      chosen(len(whole['train']['label'])),
-      label_noise=label_noise,
-      seed=seed,
-      widths=(*widths, max_length),
-      draw_size=draw_size,
-      vocabulary=size,
-    )
   if name in STREAMED:
     opened, num_classes = imagenet.load(name, data_dir)
     rows = chosen(len(opened['train']))
@@ -127,10 +110,10 @@ def load(
     whole, num_classes = _arrays(name, data_dir)
     rows, splits = _split(whole, chosen(len(whole['train']['label'])))
     prepare = images.normalizer(splits['train']['inputs'], normalization)
-  channels = 3 if name in STREAMED else splits['train']['inputs'].shape[-1]
   augmentation = _augmentation(
-    augmentations, crop_padding, cutout_size, prepare, channels
-  )
+    augmentations, crop_padding, cutout_size, prepare,
+    3 if name in STREAMED else splits['train']['inputs'].shape[-1],
+  )  # fmt: skip
   wrong = images.label_shift(len(rows['train']), label_noise, num_classes, seed)
   if name in STREAMED:
     return Streamed(
@@ -138,8 +121,7 @@ def load(
       num_classes=num_classes,
       records={k: opened['test' if k == 'test' else 'train'] for k in rows},
       rows=rows,
-      shift={k: np.zeros(len(x), np.int32) for k, x in rows.items()}
-      | {'train': wrong},
+      shift={k: np.zeros_like(x) for k, x in rows.items()} | {'train': wrong},
       image_size=image_size,
       workers=workers,
       augment=augmentation,
@@ -156,13 +138,9 @@ def load(
   )
 
 
-def _check_names(name: str, normalization: str) -> None:
-  if name not in NAMES:
-    raise ValueError(f'data.name: no dataset is called {name!r}; try {NAMES}')
-  if normalization not in NORMALIZATIONS:
-    raise ValueError(
-      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
-    )
+def _check_name(name: str, allowed: tuple[str, ...]) -> None:
+  if name not in allowed:
+    raise ValueError(f'data.name: no dataset is called {name!r}; try {allowed}')
 
 
 def _arrays(
@@ -222,23 +200,51 @@ def _sentences(
   return whole, num_classes, len(words)
 
 
-def _of_sentences(
+def load_sentences(
   name: str,
-  whole: dict[str, images.Split],
-  num_classes: int,
-  training: dict[str, np.ndarray],
   *,
-  label_noise: float,
-  seed: int,
-  widths: tuple[int, ...],
-  draw_size: int,
-  vocabulary: int,
+  data_dir: str | None = None,
+  validation_examples: int = 0,
+  fraction: float = 1.0,
+  label_noise: float = 0.0,
+  seed: int = 0,
+  max_length: int = 128,
+  widths: tuple[int, ...] = (32, 64),
+  vocabulary: str | None = None,
+  draw_size: int = 1,
 ) -> Source:
-  rows, splits = _split(whole, training)
+  """Loads sentences, or pairs of them, as tokens into host memory.
+
+  Args:
+    name: one of `SENTENCES`.
+    data_dir, validation_examples, fraction, label_noise, seed: as of `load`.
+    max_length: the most tokens an example has; GLUE's longer ones are cut.
+    widths: increasing, below `max_length`: those of the shorter parts; see
+      `parts`.
+    vocabulary: of GLUE: the path of a vocab.txt.
+    draw_size: how many training examples a step draws, at most.
+
+  Returns:
+    The source, with splits 'train', 'test' (GLUE's validation split; its own
+    test split has no labels), of MNLI also 'test_mismatched', and, if asked
+    for, 'validation'.
+
+  Raises:
+    ValueError: the name is unknown, or an argument does not fit the data.
+    DatasetError: the dataset or the vocabulary is missing or broken.
+  """
+  _check_name(name, SENTENCES)
+  whole, num_classes, words = _sentences(name, data_dir, vocabulary, max_length)
+  rows, splits = _split(
+    whole,
+    _training_rows(
+      name, len(whole['train']['label']),
+      validation_examples=validation_examples, fraction=fraction, seed=seed,
+    ),
+  )  # fmt: skip
   label = splits['train']['label']
   wrong = images.label_shift(len(label), label_noise, num_classes, seed)
   splits['train']['label'] = (label + wrong) % num_classes
-  lengths = {k: tokens.lengths(x['inputs']) for k, x in splits.items()}
   return Source(
     name=name,
     num_classes=num_classes,
@@ -247,10 +253,14 @@ def _of_sentences(
     augment=lambda key, sentence: sentence,
     prepare=tokens.unpack,
     parts={
-      k: parts.assign(x, widths, draw_size if k == 'train' else 1)
-      for k, x in lengths.items()
+      k: parts.assign(
+        tokens.lengths(x['inputs']),
+        (*widths, max_length),
+        draw_size if k == 'train' else 1,
+      )
+      for k, x in splits.items()
     },
-    vocabulary=vocabulary,
+    vocabulary=words,
     f1=name in glue.F1_NAMES,
   )
 

@@ -35,7 +35,7 @@ def num_classes(name: str) -> int:
 def split_names(name: str) -> dict[str, str]:
   """What TFDS calls each of our splits.
 
-  The labels of GLUE's own test split are secret; the papers report on
+  The labels of GLUE's own test split are secret, so everybody evaluates on
   'validation', of which MNLI has two: matched and mismatched.
   """
   if name == 'glue/mnli':

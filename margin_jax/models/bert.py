@@ -18,6 +18,9 @@ PATTERN = 'bert{layers}_{width}_{heads}'
 # Layers, width, heads.
 SIZES = {'bert_base': (12, 768, 12), 'bert_large': (24, 1024, 16)}
 
+# Of the published sizes.
+MAX_LENGTH = 512
+
 Inputs = dict[str, Array]
 
 _init = nn.initializers.truncated_normal(0.02)
@@ -200,7 +203,7 @@ class Bert(nn.Module):
   width: int = 768
   heads: int = 12
   hidden: int | None = None
-  max_length: int = 512
+  max_length: int = MAX_LENGTH
   segments: int = 2
   dropout: float = 0.1
   dtype: jnp.dtype = jnp.float32
