@@ -14,6 +14,7 @@ KINDS = {
 }
 SYNONYMS = {verb: pair for pair in entailment.VERBS for verb in pair}
 NOUNS = {*KINDS, *entailment.NOUNS}
+KINDS |= {kind: kind for kind in entailment.NOUNS}
 
 
 @functools.cache
@@ -27,28 +28,23 @@ def loaded():
 
 
 def facts(sentence):
-  """Person, verb, noun and whether denied, of every clause."""
+  """Person, verb and noun of every clause."""
   found = []
   for clause in sentence.replace(' and ', ' , ').split(' , '):
-    words = clause.split()
-    (person,) = {*words} & {*entailment.PEOPLE}
-    (verb,) = {*words} & {*SYNONYMS}
-    (noun,) = {*words} & NOUNS
-    found.append((person, verb, noun, 'no' in words))
+    words = {*clause.split()}
+    (person,) = words & {*entailment.PEOPLE}
+    (verb,) = words & {*SYNONYMS}
+    (noun,) = words & NOUNS
+    found.append((person, verb, noun))
   return found
 
 
 def label_of(premise, hypothesis):
   """0 if the premise says it, by looking for the clause that does."""
-  ((person, verb, noun, denied),) = facts(hypothesis)
-  for who, did, what, was_denied in facts(premise):
-    wider, narrower = (what, noun) if denied else (noun, what)
-    if (
-      who == person
-      and verb in SYNONYMS[did]
-      and denied == was_denied
-      and wider in (narrower, KINDS.get(narrower))
-    ):
+  ((person, verb, noun),) = facts(hypothesis)
+  assert 'many' not in hypothesis
+  for who, did, what in facts(premise):
+    if who == person and verb in SYNONYMS[did] and noun in (what, KINDS[what]):
       return 0
   return 1
 
@@ -84,11 +80,12 @@ def test_the_arrays_are_the_tokens_of_the_pairs():
 
 def test_lengths_are_spread():
   splits, _, _ = loaded()
-  counts = np.bincount(tokens.lengths(splits['train']['inputs']))
-  assert counts.nonzero()[0][0] <= 9
-  assert len(counts) <= entailment.LONGEST + 1
-  for low, high in ((0, 16), (16, 24), (24, 32), (32, 43)):
-    assert counts[low:high].sum() >= 400, (low, high)
+  found = [tokens.lengths(split['inputs']) for split in splits.values()]
+  counts = np.bincount(np.concatenate(found))
+  assert counts.nonzero()[0][0] == 9
+  assert len(counts) == entailment.LONGEST + 1
+  for low, high in ((0, 12), (12, 16), (16, 24), (24, 32), (32, 41)):
+    assert counts[low:high].sum() >= 200, (low, high)
 
 
 def test_it_is_the_same_everywhere():
@@ -99,7 +96,7 @@ def test_it_is_the_same_everywhere():
     digest.update(split['label'].astype('<i4').tobytes())
   digest = digest.hexdigest()
   assert digest == (
-    '8f90ac79c055a20c3840f1c3823ba1b893ccaaf54b08c7144aaabd964dec9450'
+    '7d6582aa6ef6267b0e3a5c438361d0b9b52c459322c8b9c817740e63edb09975'
   )
 
 
@@ -116,14 +113,16 @@ def linear_accuracy(texts):
   return model.score(inputs, [row[2] for row in test])
 
 
-def test_neither_sentence_tells_the_label():
-  assert linear_accuracy(lambda row: row[1]) < 0.55
-  assert linear_accuracy(lambda row: row[0]) < 0.6
-
-
-def test_the_words_of_both_do_not_tell_it_either():
-  both = linear_accuracy(lambda row: f'{row[0]} {row[1].upper()}')
-  assert both < 0.65
+@pytest.mark.parametrize(
+  'texts',
+  [
+    lambda row: row[0],
+    lambda row: row[1],
+    lambda row: f'{row[0]} {row[1].upper()}',
+  ],
+)
+def test_counting_words_does_not_tell_the_label(texts):
+  assert linear_accuracy(texts) < 0.55
 
 
 def test_a_length_that_cuts_a_pair_is_refused():
