@@ -68,7 +68,8 @@ def main() -> None:
       for method in METHODS:
         run = train(task, method, seed, args)
         results.setdefault((task, method), []).append(run)
-        print(task, method, seed, run['test'], f'{run["seconds"]:.0f} s')
+        seconds = f'{run["seconds"]:.0f} s'
+        print(task, method, seed, run['test'], seconds, flush=True)
   first = next(iter(results.values()))[0]
   lines = [
     '# MMR in fine-tuning all-MiniLM-L6-v2',

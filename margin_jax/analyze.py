@@ -5,9 +5,9 @@
 Writes to WORKDIR/analysis: distributions.csv (signed margins, MMS, and
 normalised margins at the layers, for every checkpoint that is kept),
 signatures.csv (of the normalised margins), margins.png, and for the last
-checkpoint train.csv and test.csv: every example, the most negative margin
-first. Those are candidates for label errors; the smallest MMS are what an
-annotator should see next.
+checkpoint train.csv and test.csv (of MNLI also test_mismatched.csv): every
+example, the most negative margin first. Those are candidates for label errors;
+the smallest MMS are what an annotator should see next.
 """
 
 import argparse
@@ -37,7 +37,6 @@ PyTree = Any
 
 # Where a run is analyzed unless it is said where, and the model has them.
 LAYERS = (layers.INPUT, layers.FEATURES)
-SPLITS = ('train', 'test')
 
 
 def _quantities(
@@ -161,8 +160,11 @@ def analyze(
   checkpoints = runs.checkpoints(workdir, steps)
   try:
     config = runs.saved_config(checkpoints.info(), data_dir)
-    devices, source = sources.load(config, None, training=False)
+    devices, source = sources.load(
+      config, None, training=False, workdir=workdir
+    )
     method = build.make_method(config, source, devices.total)
+    splits = tuple(name for name in source.counts if name != 'validation')
     known = build.layer_shapes(method.model, source)
     if layer_names is None:
       layer_names = tuple(name for name in LAYERS if name in known)
@@ -170,7 +172,7 @@ def analyze(
     measurer = evaluation.Measurer(
       method,
       evaluation.make_splits(
-        devices, source, SPLITS, config.eval_batch_size, examples, parted=False
+        devices, source, splits, config.eval_batch_size, examples, parted=False
       ),
       {name: known[name] for name in layer_names},
     )
@@ -184,12 +186,10 @@ def analyze(
       )
       accuracy = {
         split: report.add(step, split, measurer(split, variables))
-        for split in SPLITS
+        for split in splits
       }
-      log(
-        f'step {step:,}: accuracy {accuracy["train"]:.2%} of the training and '
-        f'{accuracy["test"]:.2%} of the test examples'
-      )
+      shown = ', '.join(f'{accuracy[k]:.2%} of {k}' for k in splits)
+      log(f'step {step:,}: accuracy {shown}')
   finally:
     checkpoints.close()
   report.write(folder)

@@ -3,8 +3,9 @@
     python -m margin_jax.export --workdir=/tmp/glue_rte --out=/tmp/rte_model
 
 writes config.json, model.safetensors and, if the run read words of a vocab.txt,
-vocab.txt: `BertForSequenceClassification.from_pretrained('/tmp/rte_model')`
-loads it, and so does `--config.model.pretrained=/tmp/rte_model`.
+vocab.txt and tokenizer_config.json:
+`BertForSequenceClassification.from_pretrained('/tmp/rte_model')` loads it, and
+so does `--config.model.pretrained=/tmp/rte_model`.
 """
 
 import argparse
@@ -47,7 +48,9 @@ def export(
       models.reads_sentences(config.model.name), 'model.name',
       config.model.name, 'a BERT to be exported',
     )  # fmt: skip
-    devices, source = sources.load(config, None, training=False)
+    devices, source = sources.load(
+      config, None, training=False, workdir=workdir
+    )
     method = build.make_method(config, source, devices.total)
     state = initial.init_state(config, source, method, restoring=True)
     state, _ = checkpoints.restore(state, step)
@@ -58,7 +61,7 @@ def export(
     folder,
     {'params': state.params},
     bert_weights.sizes_of(method.model),
-    sources.vocabulary(config),
+    sources.vocabulary(config, workdir),
   )
   return folder
 

@@ -1,16 +1,25 @@
 """Config -> the devices and the data of a run, both checked against it."""
 
+import os
+import pathlib
+import shutil
+
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import data, parallel, selection, validation
+from margin_jax import data, files, parallel, selection, validation
+from margin_jax.data import tokenization
 from margin_jax.models import bert_weights, pretrained
+
+# The copy that a run keeps in its workdir.
+VOCABULARY = 'vocab.txt'
 
 
 def load(
   config: ml_collections.ConfigDict,
   rule: selection.Rule | None,
   training: bool = True,
+  workdir: str | None = None,
 ) -> tuple[parallel.Devices, data.Source | data.Streamed]:
   """Checks the config against itself, the data and, to train, the devices.
 
@@ -18,6 +27,7 @@ def load(
     config: of the run.
     rule: a rule of the caller's own, or None.
     training: whether steps will be run, and not only examples measured.
+    workdir: of the run, where it may keep its vocabulary.
 
   Raises:
     ConfigError: a field is bad, or does not fit the data or the devices.
@@ -29,7 +39,7 @@ def load(
     devices = parallel.Devices(config.devices)
     if training:
       validation.validate_devices(config, devices.total)
-    source = _source(config)
+    source = _source(config, workdir)
   except pretrained.PretrainedError as error:
     raise config_lib.ConfigError(f'model.pretrained: {error}') from error
   except ValueError as error:  # what only the machine or the data can tell
@@ -39,7 +49,7 @@ def load(
 
 
 def _source(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, workdir: str | None
 ) -> data.Source | data.Streamed:
   common = {
     'data_dir': config.data.data_dir,
@@ -54,7 +64,7 @@ def _source(
       config.data.name,
       max_length=config.data.max_length,
       widths=config.data.widths,
-      vocabulary=vocabulary(config),
+      vocabulary=vocabulary(config, workdir),
       draw_size=config.pool_size if scored else config.batch_size,
       **common,
     )
@@ -87,10 +97,54 @@ def _check_rule(
     )
 
 
-def vocabulary(config: ml_collections.ConfigDict) -> str | None:
-  """The vocab.txt that sentences are read with: weights bring their own."""
-  if config.data.vocabulary is not None or config.model.pretrained is None:
-    return config.data.vocabulary
+def vocabulary(
+  config: ml_collections.ConfigDict, workdir: str | None
+) -> str | None:
+  """The vocab.txt that sentences are read with, None where none is needed.
+
+  The one that `data.vocabulary` names, else that of `model.pretrained`; where
+  they are gone, the copy in the workdir, so that a run outlives its sources.
+
+  Raises:
+    ValueError: there are two, and they differ.
+    PretrainedError: the weights' folder is missing, or of cased words.
+    DatasetError: one cannot be read.
+  """
   if config.data.name not in data.VOCABULARY_NEEDED:
     return None
-  return str(bert_weights.resolve(config.model.pretrained) / 'vocab.txt')
+  named, weights = config.data.vocabulary, config.model.pretrained
+  kept = pathlib.Path(workdir or '', VOCABULARY)
+  is_kept = workdir is not None and kept.is_file()
+  found = {}
+  if named is not None and not (is_kept and _gone(named)):
+    found['data.vocabulary'] = os.path.expanduser(named)
+  if weights is not None and not (is_kept and _gone(weights)):
+    path = bert_weights.vocabulary(weights)
+    if named is None or path.is_file():
+      found['model.pretrained'] = str(path)
+  if is_kept:
+    found['workdir'] = str(kept)
+  digests = {
+    field: tokenization.fingerprint(tokenization.read_vocab(path))
+    for field, path in found.items()
+  }
+  if len({*digests.values()}) > 1:
+    raise ValueError(
+      f'data.vocabulary={named!r} is not allowed: the tokens must be the same '
+      f'in {" and ".join(found.values())}'
+    )
+  return next(iter(found.values()), None)
+
+
+def _gone(path: str) -> bool:
+  """Whether there is no such file, or it would have to be downloaded."""
+  return not os.path.exists(os.path.expanduser(path))
+
+
+def keep_vocabulary(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Copies the vocabulary into the workdir, unless it has it."""
+  path = vocabulary(config, workdir)
+  kept = pathlib.Path(workdir, VOCABULARY)
+  if path is not None and not kept.exists():
+    with files.whole(kept) as aside:
+      shutil.copyfile(path, aside)

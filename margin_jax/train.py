@@ -81,11 +81,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     last = str(error).strip().splitlines()[-1]
     sys.exit('error: ' + last.removeprefix('margin_jax.config.ConfigError: '))
   except AttributeError as error:
-    if not re.match(r"'\\?'?\w+", str(error.args[0])):
+    if not re.match(r"""['"\\]+\w+""", str(error.args[0])):
       raise  # a mistake in the config file's own code: show where
     text = str(error.args[0]).replace('\\n', ' ')
     name, *hint = re.findall(r'\w+(?: \w+)*', text)
-    sys.exit(f'error: unknown config field {name!r}. {" ".join(hint)}')
+    sys.exit(f'error: unknown config field {name!r}. {" ".join(hint)}'.strip())
   except OSError as error:
     sys.exit(f'error: --config: {str(error).strip().splitlines()[-1].strip()}')
   return rest

@@ -195,9 +195,9 @@ def _check_sequences(flat: dict[str, Any]) -> None:
   holds = holds and len({*names}) == len(names)
   require(holds, 'data.augmentations', names, f'different of {AUGMENTATIONS}')
   widths, most = flat['data.widths'], flat['data.max_length']
-  holds = all(_is_int(x) and 0 < x < most for x in widths)
+  holds = all(_is_int(x) and 2 < x < most for x in widths)
   holds = holds and list(widths) == sorted(set(widths))
-  allowed = f'increasing integers below data.max_length={most}'
+  allowed = f'increasing integers above 2 and below data.max_length={most}'
   require(holds, 'data.widths', widths, allowed)
   names = flat['large_margin.layers']
   holds = bool(names) and all(isinstance(name, str) for name in names)

@@ -87,7 +87,7 @@ def test_what_is_written_is_read_back(folder):
   loaded = pretrained.load(str(folder), NAME, shapes())
   jax.tree.map(np.testing.assert_array_equal, loaded, variables())
   assert sorted(path.name for path in folder.iterdir()) == [
-    'config.json', 'model.safetensors', 'vocab.txt',
+    'config.json', 'model.safetensors', 'tokenizer_config.json', 'vocab.txt',
   ]  # fmt: skip
   assert (folder / 'vocab.txt').read_text('utf-8') == '[PAD]\nübung\n'
   config = json.loads((folder / 'config.json').read_text())
@@ -125,7 +125,8 @@ def test_a_second_time_the_files_are_replaced(folder):
   for place, x in found.items():
     np.testing.assert_array_equal(x, expected[place])
   assert sorted(path.name for path in folder.iterdir()) == [
-    'README.md', 'config.json', 'model.safetensors', 'vocab.txt',
+    'README.md', 'config.json', 'model.safetensors', 'tokenizer_config.json',
+    'vocab.txt',
   ]  # fmt: skip
   config = json.loads((folder / 'config.json').read_text())
   assert config['id2label'] == {'0': 'LABEL_0', '1': 'LABEL_1', '2': 'LABEL_2'}

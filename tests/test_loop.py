@@ -234,6 +234,12 @@ def test_command_line_errors_are_one_line(tmp_path):
     '--config=configs/digits.py', workdir, '--config.model.name=resnet9'
   )
   assert "error: model.name='resnet9' is not allowed" in message
+  digits = '--config=configs/digits.py'
+  message = error_of(digits, workdir, '--config.workdir=x')
+  assert "unknown config field 'workdir'" in message
+  message = error_of(digits, workdir, '--config.stepz=3')
+  assert "unknown config field 'stepz'" in message
+  assert 'Did you mean steps' in message
   message = error_of('--config=configs/cifar10_resnet44.py:mmx', workdir)
   assert "method='mmx' must be one of" in message
   message = error_of(

@@ -87,7 +87,8 @@ def test_an_epoch_of_a_part_draws_each_of_its_examples_once(lanes):
       shares.extend(np.asarray(pool['index']))
     streams = after
     seen.append(shares)
-  assert int(streams.epoch) == 1
+  assert int(streams.parts[1].epoch) == 1
+  assert (int(streams.epoch), int(streams.drawn)) == (1, 16 - 13)
   assert int(streams.parts[0].epoch) == -1
   for epoch in (seen[:2], seen[2:]):
     assert sorted(np.concatenate(epoch)) == sorted(rows)

@@ -84,18 +84,22 @@ class Streams(flax.struct.PyTreeNode):
   """A place in the stream of epochs of every part.
 
   Attributes:
-    epoch: () int32, of the last draw in its part; -1 before the first.
+    epoch: () int32: how often as many examples as the split has were drawn,
+      of any part; a small part's own epochs, which end with the last whole
+      draw, run ahead of that.
+    drawn: () int32, since this epoch began.
     parts: a stream each.
   """
 
   epoch: Array
+  drawn: Array
   parts: tuple[images.Stream, ...]
 
   @classmethod
   def create(cls, counts: Sequence[int]) -> 'Streams':
     """The streams before the first draw, of parts of so many examples."""
     streams = tuple(images.Stream.create(count) for count in counts)
-    return cls(epoch=jnp.int32(-1), parts=streams)
+    return cls(epoch=jnp.int32(0), drawn=jnp.int32(0), parts=streams)
 
 
 def draw(
@@ -128,4 +132,12 @@ def draw(
   pool['index'] = split['row'][pool['index']]
   after = list(streams.parts)
   after[part] = stream
-  return Streams(epoch=stream.epoch, parts=tuple(after)), pool
+  examples = sum(one.order.shape[0] for one in after)
+  drawn = streams.drawn + size
+  passed = drawn > examples
+  moved = Streams(
+    epoch=streams.epoch + passed,
+    drawn=drawn - passed * examples,
+    parts=tuple(after),
+  )
+  return moved, pool

@@ -25,6 +25,7 @@ from margin_jax.models import bert, pretrained
 from margin_jax.models.pretrained import Path, PretrainedError, PyTree, State
 
 CONFIG, VOCABULARY = 'config.json', 'vocab.txt'
+TOKENIZER = 'tokenizer_config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = f'{WEIGHTS}.index.json'
 PYTORCH = 'pytorch_model.bin'
@@ -51,6 +52,12 @@ _KIND = {
   'hidden_act': 'gelu',
   'position_embedding_type': 'absolute',
   'is_decoder': False,
+}
+# What `tokenizer_config.json` says of words as we read them.
+_WORDS = {
+  'do_lower_case': True,
+  'strip_accents': True,
+  'tokenize_chinese_chars': True,
 }
 
 _MODULES = {
@@ -91,7 +98,7 @@ def _hub_files(name: str) -> pathlib.Path:
       'huggingface_hub is missing: pip install huggingface_hub, or give a '
       f'folder with {NEEDED}'
     ) from None
-  small = [CONFIG, VOCABULARY, INDEX]
+  small = [CONFIG, VOCABULARY, TOKENIZER, INDEX]
   try:
     for weights in ([WEIGHTS, 'model-*.safetensors'], [PYTORCH]):
       folder = pathlib.Path(
@@ -156,6 +163,29 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise PretrainedError(f'{str(path)!r} is no JSON object')
   return found
+
+
+def vocabulary(folder: str | os.PathLike) -> pathlib.Path:
+  """Where a folder's vocab.txt is, or would be.
+
+  Args:
+    folder: as `resolve` takes it.
+
+  Raises:
+    PretrainedError: there is no such folder, or its words are not those of
+      `data.tokenization`: in lower case, without accents.
+  """
+  folder = resolve(folder)
+  if (folder / TOKENIZER).is_file():
+    found = _json(folder / TOKENIZER)
+    for key, ours in _WORDS.items():
+      # For accents, null is "as for the case".
+      if found.get(key) not in (ours, None):
+        raise PretrainedError(
+          f'{str(folder / TOKENIZER)!r} has {key}={found[key]!r}: such words '
+          f'are not read here, only those of an uncased BERT ({ours!r})'
+        )
+  return folder / VOCABULARY
 
 
 def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
@@ -336,7 +366,8 @@ def write(
     folder: made if it does not exist.
     variables: of a `bert.Bert`.
     sizes: as `describe` and `sizes_of` return them.
-    vocab_path: the `vocab.txt` to put beside; None leaves it out.
+    vocab_path: the `vocab.txt` to put beside, with a `tokenizer_config.json`;
+      None leaves both out.
     labels: a name of each class; None is 'LABEL_0', 'LABEL_1', ...
 
   Raises:
@@ -363,5 +394,8 @@ def write(
   if vocab_path is not None:
     with files.whole(folder / VOCABULARY) as path:
       shutil.copyfile(vocab_path, path)
+    words = {'tokenizer_class': 'BertTokenizer', **_WORDS}
+    with files.whole(folder / TOKENIZER) as path:
+      path.write_text(json.dumps(words, indent=2) + '\n', encoding='utf-8')
   with files.whole(folder / CONFIG) as path:
     path.write_text(config, encoding='utf-8')
