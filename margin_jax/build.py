@@ -14,6 +14,7 @@ import numpy as np
 
 from margin_jax import (
   attacks,
+  cpu,
   data,
   feeding,
   layers,
@@ -152,6 +153,7 @@ def _selection(
     stop=config.selection.stop,
     scorer=scorer,
     resolution=config.selection.score_resolution,
+    rows=cpu.scored_rows(config.pool_size // lanes),
     pool_statistics=config.selection.batch_stats == 'pool',
   )
 

@@ -34,6 +34,7 @@ class Selection:
     scorer: the module that scores: the model itself, in `score_dtype`, or the
       proxy.
     resolution: side of the images that are scored, or None for their own.
+    rows: how many rows of a device's share are scored at a time; None is all.
     pool_statistics: whether BatchNorm's running statistics follow the pool:
       scoring is then one train-mode forward, without dropout.
   """
@@ -48,6 +49,7 @@ class Selection:
   stop: int | None
   scorer: nn.Module
   resolution: int | None
+  rows: int | None
   pool_statistics: bool
 
 
@@ -149,6 +151,13 @@ class Method:
     if self.widths:
       draw = functools.partial(draw, part=part)
     return dataclasses.replace(self, branch=branch, part=part, draw=draw)
+
+  def at_once(self) -> 'Method':
+    """The method that scores all rows at a time; with the same results."""
+    if self.selection is None or self.selection.rows is None:
+      return self
+    whole = dataclasses.replace(self.selection, rows=None)
+    return dataclasses.replace(self, selection=whole)
 
   def part_of(self, step: int) -> int:
     """Which part of the data a step draws from."""

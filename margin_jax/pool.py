@@ -67,21 +67,41 @@ def _without_dropout(next_function, args, kwargs, context):
   return next_function(*args, **kwargs)
 
 
+def _seen(method: Method, inputs: PyTree) -> PyTree:
+  """What the scorer reads of a pool as stored."""
+  inputs = method.prepare(inputs)
+  side = method.selection.resolution
+  if side is None:
+    return inputs
+  shape = (inputs.shape[0], side, side, inputs.shape[-1])
+  return jax.image.resize(inputs, shape, 'linear')
+
+
+def _by_rows(function: Any, inputs: PyTree, rows: int | None) -> Array:
+  """`function(inputs)`, of so many rows at a time."""
+  if rows is None:
+    return function(inputs)
+  parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), inputs)
+  found = jax.lax.map(function, parts)
+  return found.reshape(-1, *found.shape[2:])
+
+
 def _score(
   method: Method, state: PyTree, inputs: PyTree
 ) -> tuple[Array, Array, PyTree]:
   """Logits of this device's pool, the kernel, the model's batch_stats."""
   chosen = method.selection
-  inputs = method.prepare(inputs)
-  if chosen.resolution is not None:
-    side = chosen.resolution
-    shape = (inputs.shape[0], side, side, inputs.shape[-1])
-    inputs = jax.image.resize(inputs, shape, 'linear')
   params, batch_stats = state.params, state.batch_stats
   if method.proxy is not None:
     params, batch_stats = state.proxy['params'], state.proxy['batch_stats']
   variables = {'params': params, 'batch_stats': batch_stats}
+
+  def forward(inputs: PyTree) -> Array:
+    inputs = _seen(method, inputs)
+    return chosen.scorer.apply(variables, inputs, train=False)[0]
+
   if chosen.pool_statistics:
+    inputs = _seen(method, inputs)
     with nn.intercept_methods(_without_dropout):
       (logits, _), updates = chosen.scorer.apply(
         variables, inputs, train=True, mutable=['batch_stats']
@@ -90,7 +110,7 @@ def _score(
     if method.average_batch_stats:
       batch_stats = jax.lax.pmean(batch_stats, method.axis)
   else:
-    logits, _ = chosen.scorer.apply(variables, inputs, train=False)
+    logits = _by_rows(forward, inputs, chosen.rows)
     batch_stats = state.batch_stats
   return logits.astype(jnp.float32), head_kernel(params), batch_stats
 

@@ -6,7 +6,7 @@ import time
 
 from margin_jax import feeding, parallel
 from margin_jax import step as step_lib
-from margin_jax.method import Method
+from margin_jax.method import FRESH, Method
 
 # The kind of a program that switches between branches itself.
 SWITCH = (None, 0)
@@ -62,7 +62,7 @@ class Program:
     streamed = isinstance(feed, feeding.Streamed)
     sharded = (1,) if streamed else ()
 
-    def per_device(kind: tuple[int | None, int], times: int):
+    def per_device(method: Method, kind: tuple[int | None, int], times: int):
       step = functools.partial(step_lib.train_step, method.at(*kind))
       return step_lib.repeat(step, times)
 
@@ -78,7 +78,7 @@ class Program:
     compiled = [SWITCH] if self._switching else kinds
     self._programs = {
       kind: devices.compile(
-        per_device(kind, steps_per_call),
+        per_device(method, kind, steps_per_call),
         state,
         feed.example(kind),
         donate_first=True,
@@ -86,13 +86,15 @@ class Program:
       )
       for kind in compiled
     }
-    # XLA's analysis counts the body of a loop once, so a program of many steps
-    # gives the cost of one; of a switch it cannot tell which branch runs.
+    # XLA's analysis counts the body of a loop once: a program of many steps
+    # gives the cost of one, and one that scores some rows at a time too little.
+    # Of a switch it cannot tell which branch runs.
+    whole = method.at_once()
     self._flops = {
       kind: devices.flops(
-        per_device(kind, 1), state, feed.example(kind), sharded=sharded
+        per_device(whole, kind, 1), state, feed.example(kind), sharded=sharded
       )
-      if self._switching
+      if self._switching or (whole is not method and kind[0] == FRESH)
       else self._programs[kind].flops
       for kind in kinds
     }

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from margin_jax import config as config_lib
-from margin_jax import data, loop, metrics, parallel
+from margin_jax import cpu, data, loop, metrics, parallel
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 _WORKDIR = flags.DEFINE_string(
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)
+  cpu.tune()
   if _COORDINATOR.value is not None:
     try:
       parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from margin_jax import cpu
+
 STEMS = ('imagenet', 'small')
 
 # "fan_out" keeps the variance of the gradients; He et al. 2015, Eq. 14.
@@ -47,7 +49,11 @@ def make_conv(model: Any) -> Callable[..., nn.Module]:
     Takes what else `nn.Conv` takes: channels, kernel, strides, padding, name.
   """
   return functools.partial(
-    nn.Conv, use_bias=False, kernel_init=conv_init, dtype=model.dtype
+    nn.Conv,
+    use_bias=False,
+    kernel_init=conv_init,
+    dtype=model.dtype,
+    conv_general_dilated=cpu.conv_general_dilated,
   )
 
 

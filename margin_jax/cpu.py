@@ -1,0 +1,91 @@
+"""What XLA:CPU needs to be fast; nothing here reaches an accelerator.
+
+Each is measured in benchmarks/NOTES.md: what was predicted, and what came out.
+"""
+
+import ctypes
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Rows of a pool that are scored at a time: what a layer makes of them stays in
+# the cache.
+SCORED_ROWS = 32
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
+
+
+def tune() -> None:
+  """Sets up the process; before JAX starts its backend, or half is lost.
+
+  XLA:CPU takes its temporary memory anew for every step. Of so large a block,
+  glibc gives the pages back to the system at once and gets them one by one,
+  zeroed: 25,000 page faults a step of ResNet-20. Here it keeps them. And
+  jax 0.11 multiplies matrices with oneDNN, if it is told to.
+
+  What the environment says of either (`MALLOC_*`, that flag) has precedence.
+  Without glibc there is no first part. On a machine with an accelerator this
+  changes nothing but where the host's memory comes from.
+  """
+  if not any(name.startswith('MALLOC_') for name in os.environ):
+    _keep_pages()
+  flags = os.environ.get('XLA_FLAGS', '')
+  if jax.__version_info__ >= (0, 11) and _ONEDNN.partition('=')[0] not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {_ONEDNN}'.strip()
+
+
+def _keep_pages() -> None:
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+    return
+  mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+  mallopt(_MMAP_MAX, 0)
+  mallopt(_ARENA_MAX, 1)
+
+
+def is_default() -> bool:
+  """Whether it is CPUs that programs are compiled for."""
+  return jax.default_backend() == 'cpu'
+
+
+def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):
+  """`jax.lax.conv_general_dilated`, faster in the backward pass on CPUs.
+
+  The gradient of a kernel needs the convolution's input, transposed. XLA:CPU
+  fuses into that transposition all that made the input, normalisations and
+  whole chains of residual sums, and so computes them again with a stride for
+  every element; the input itself lay in memory all the time. What it must not
+  look through is a barrier, from jax 0.11 on; before, barriers are gone when it
+  fuses, but not a division, which it thinks too dear to repeat: by a 1 that
+  it cannot know. The values are the same to the bit.
+  """
+  if is_default():
+    if jax.__version_info__ < (0, 11):
+      # NaN where a kernel is not finite, which its outputs then are too.
+      lhs = lhs / jnp.exp(jax.lax.stop_gradient(rhs.ravel()[0]) * 0)
+    else:
+      lhs = jax.lax.optimization_barrier(lhs)
+  return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+
+def scored_rows(share: int) -> int | None:
+  """How many rows of a device's share of a pool to score at a time.
+
+  Args:
+    share: its rows.
+
+  Returns:
+    A divisor of `share`, the same for all numbers of devices that it can be
+    the same for; or None for all at once, as on accelerators.
+  """
+  rows = math.gcd(share, SCORED_ROWS)
+  if not is_default() or rows == share or 2 * rows < SCORED_ROWS:
+    return None
+  return rows

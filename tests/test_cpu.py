@@ -1,0 +1,164 @@
+"""What is there for speed on CPUs changes no result."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from margin_jax import cpu, feeding, pool, program
+from tests import helpers
+
+
+def images(rows=4):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((rows, 6, 6, 3), np.float32)
+  kernel = rng.standard_normal((3, 3, 3, 5), np.float32)
+  return x, kernel
+
+
+def convolve(function, x, kernel):
+  return function(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+def both(transform, *args):
+  """The same of our convolution and of JAX's."""
+  return [
+    jax.jit(transform(lambda *a, f=f: convolve(f, *a)))(*args)
+    for f in (cpu.conv_general_dilated, jax.lax.conv_general_dilated)
+  ]
+
+
+@pytest.mark.parametrize('version', [(0, 10, 1), (0, 11, 2)])
+def test_a_convolution_is_that_of_jax(version, monkeypatch):
+  monkeypatch.setattr(jax, '__version_info__', version)
+  x, kernel = images()
+  np.testing.assert_array_equal(*both(lambda f: f, x, kernel))
+
+  def gradients(f):
+    return jax.grad(lambda *a: (f(*a) ** 3).sum(), argnums=(0, 1))
+
+  def second(f):
+    return jax.grad(lambda *a: (gradients(f)(*a)[0] ** 2).sum(), argnums=(0, 1))
+
+  def forward(f):
+    return lambda *a: jax.jvp(f, a, (x[::-1], kernel[::-1]))[1]
+
+  def mapped(f):
+    return jax.vmap(lambda image, k: f(image[None], k), (0, None))
+
+  for transform in (gradients, second, forward, mapped):
+    ours, theirs = both(transform, x, kernel)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-4, atol=1e-5 * abs(b).max()
+      ),
+      ours,
+      theirs,
+    )
+
+
+def test_what_is_not_finite_stays_so():
+  x, kernel = images()
+  x[1, 2, 3] = np.nan
+  ours, theirs = both(lambda f: f, x, kernel)
+  np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+
+
+@pytest.mark.parametrize(
+  ('share', 'rows'),
+  [(640, 32), (320, 32), (160, 32), (80, 16), (40, None), (32, None)],
+)
+def test_how_many_rows_are_scored_at_a_time(share, rows):
+  assert cpu.scored_rows(share) == rows
+
+
+def test_accelerators_score_all_at_once(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert cpu.scored_rows(640) is None
+
+
+@pytest.fixture(scope='module')
+def large():
+  """A step that scores 96 digits, 32 at a time."""
+  return helpers.Setup(pool_size=96)
+
+
+def test_scores_do_not_depend_on_the_rows_at_a_time(large):
+  method = large.method
+  assert method.selection.rows == 32
+  inputs = helpers.digits().splits['train']['inputs'][:96]
+  logits = [
+    jax.jit(lambda x, m=m: pool._score(m, large.first, x)[0])(inputs)
+    for m in (method, method.at_once())
+  ]
+  np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_all_that_is_scored_is_counted(large):
+  """XLA counts the body of a loop once."""
+  whole = program.Program(
+    large.method.at_once(),
+    large.devices,
+    1,
+    large.devices.replicate(large.first),
+    feeding.Resident(large.devices, large.source, large.method),
+  )
+  assert large.program.cost(0, 3) == whole.cost(0, 3)
+  compiled = large.program.programs[0].flops
+  assert compiled < 0.6 * large.program.cost(0, 1).flops
+
+
+def run(code, **environment):
+  environment = {
+    **{k: x for k, x in os.environ.items() if not k.startswith('MALLOC_')},
+    'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=true',
+    **environment,
+  }
+  return subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=helpers.ROOT, env=environment, capture_output=True, text=True,
+    check=True,
+  ).stdout.strip()  # fmt: skip
+
+
+FLAGS = """
+import os
+from margin_jax import cpu
+cpu.tune()
+print(os.environ['XLA_FLAGS'])
+import jax
+assert jax.numpy.ones(3).sum() == 3
+"""
+
+
+def test_tuning_keeps_the_flags_that_are_set():
+  flags = run(FLAGS)
+  assert flags.startswith('--xla_cpu_multi_thread_eigen=true')
+  assert (cpu._ONEDNN in flags) == (jax.__version_info__ >= (0, 11))
+  off = '--xla_cpu_experimental_onednn_custom_call=false'
+  assert run(FLAGS, XLA_FLAGS=off) == off
+
+
+FAULTS = """
+import resource
+import numpy as np
+from margin_jax import cpu
+cpu.tune()
+np.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+  np.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def test_tuning_keeps_pages():
+  kept = int(run(FAULTS))
+  given_back = int(run(FAULTS, MALLOC_ARENA_MAX='8'))
+  assert kept < 0.1 * given_back
