@@ -1,0 +1,234 @@
+"""The steps that benchmarks/step_time.py compares, each as a function of time.
+
+A `Run` takes so many steps, waits for them and returns the seconds of one.
+"""
+
+import dataclasses
+import subprocess
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from margin_jax import (
+  build,
+  data,
+  feeding,
+  initial,
+  margins,
+  parallel,
+  pool,
+  program,
+  selection,
+  step,
+  validation,
+)
+from margin_jax import config as config_lib
+
+LENGTH, WORDS = 128, 30_522
+
+Run = Callable[[int], float]
+
+
+def make_sentences(examples: int) -> data.Source:
+  """Random tokens without padding."""
+  rng = np.random.default_rng(0)
+  inputs = np.zeros((examples, LENGTH, 2), np.uint16)
+  inputs[..., 0] = rng.integers(0, WORDS, (examples, LENGTH))
+  ones = np.ones((examples, LENGTH), np.uint16)
+  split = {
+    'inputs': data.tokens.pack(inputs[..., 0], 0 * ones, ones),
+    'label': rng.integers(0, 2, examples).astype(np.int32),
+  }
+  rows = np.arange(examples)
+  return data.Source(
+    name='random',
+    num_classes=2,
+    splits={'train': split, 'test': split},
+    rows={'train': rows, 'test': rows},
+    augment=lambda key, sentence: sentence,
+    prepare=data.tokens.unpack,
+    parts={'train': [(LENGTH, rows)], 'test': [(LENGTH, rows)]},
+    vocabulary=WORDS,
+  )
+
+
+def make_config(
+  model: str, batch: int, pool_size: int, rule: str, dtype: str
+) -> ml_collections.ConfigDict:
+  """The recipe of ResNet-44, or of GLUE."""
+  config = config_lib.default()
+  config.model.name = model
+  config.model.dtype = dtype
+  config.batch_size, config.pool_size = batch, pool_size
+  config.selection.rule = rule
+  config.devices = 1
+  if model.startswith('bert'):
+    config.data.name = 'entailment'  # only for the checks of the config
+    config.data.augmentations = ()
+    config.data.widths = ()
+    config.data.max_length = LENGTH
+    config.model.dropout = 0.1
+    config.optimizer.name = 'adam'
+    config.optimizer.learning_rates = (2e-5,)
+  else:
+    config.optimizer.weight_decay = 1e-4
+  validation.validate(config)
+  return config
+
+
+class Fused:
+  """Steps of the trainer's own program."""
+
+  def __init__(self, config: ml_collections.ConfigDict, source: data.Source):
+    """Compiles them."""
+    self.devices = parallel.Devices(1)
+    self.method = build.make_method(config, source, 1)
+    self.first = initial.init_state(config, source, self.method)
+    self.state = self.devices.replicate(self.first)
+    self.feed = feeding.Resident(self.devices, source, self.method)
+    self.count = build.steps_per_call(
+      config, self.devices.platform, 0, build.chained(source)
+    )
+    self.program = program.Program(
+      self.method, self.devices, self.count, self.state, self.feed
+    )
+
+  @property
+  def flops(self) -> float:
+    """Of a step, by XLA's count."""
+    return self.program.cost(0, 1).flops
+
+  def run(self, steps: int) -> float:
+    """Seconds a step."""
+    started = time.perf_counter()
+    calls = -(-steps // self.count)
+    for call in range(calls):
+      at = call * self.count
+      self.state, metrics = self.program(at, self.state, self.feed(at))
+    jax.block_until_ready((self.state, metrics))
+    return (time.perf_counter() - started) / (calls * self.count)
+
+
+def in_two_programs(fused: Fused) -> tuple[Run, Run]:
+  """MMS as it is usually written, and its forward alone.
+
+  One jitted program scores a pool; the host ranks the scores; another program
+  trains on the rows that the host names.
+  """
+  method, arrays = fused.method, fused.feed(0)
+  whole = method.at(None, 0)
+  plain = dataclasses.replace(method, selection=None)
+  key = jax.random.key(0)
+
+  @jax.jit
+  def forward(state, arrays):
+    stream, found = whole.draw(
+      state.stream, arrays, method.selection.pool_size, key=key,
+      step=state.step, lane=jnp.int32(0), lanes=1,
+    )  # fmt: skip
+    logits, kernel, _ = pool._score(method, state, found['inputs'])
+    return stream, found, margins.mms_scores(logits, kernel)
+
+  def update(state, batch, lane):
+    def drawn(stream, data, size, **kwargs):
+      del data, size, kwargs
+      return stream, batch
+
+    one = dataclasses.replace(plain, draw=drawn, widths=())
+    return step.train_step(one, state, {}, lane)
+
+  train = jax.jit(
+    jax.vmap(
+      update, in_axes=(None, None, 0), out_axes=None, axis_name=method.axis
+    ),
+    donate_argnums=0,
+  )
+  holder = [jax.tree.map(jnp.array, fused.first)]  # a copy: it is donated
+  lane = jnp.zeros(1, jnp.int32)
+
+  def run(steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+      stream, found, scores = forward(holder[0], arrays)
+      chosen = np.argsort(np.asarray(scores))[: method.batch_size]
+      batch = jax.tree.map(lambda x, rows=chosen: x[rows], found)
+      state = holder[0].replace(stream=stream)
+      holder[0], metrics = train(state, batch, lane)
+    jax.block_until_ready((holder[0], metrics))
+    return (time.perf_counter() - started) / steps
+
+  def run_forward(steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+      found = forward(holder[0], arrays)
+    jax.block_until_ready(found)
+    return (time.perf_counter() - started) / steps
+
+  return run, run_forward
+
+
+def selection_alone(fused: Fused) -> Run:
+  """Scores, top-k and gather, of logits and a pool that are there."""
+  method = fused.method
+  kernel = pool.head_kernel(fused.first.params)
+  rng = np.random.default_rng(0)
+  size = method.selection.pool_size
+  shape = (size, kernel.shape[1])
+  logits = jnp.asarray(rng.standard_normal(shape, np.float32))
+  drawn = jax.tree.map(lambda x: x[:size], fused.feed(0))
+  drawn = {k: drawn[k] for k in ('inputs', 'label')}
+
+  @jax.jit
+  def select(logits, kernel, drawn):
+    scores = margins.mms_scores(logits, kernel)
+    return selection.take_lowest(scores, drawn, method.batch_size, None)
+
+  def run(steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+      found = select(logits, kernel, drawn)
+    jax.block_until_ready(found)
+    return (time.perf_counter() - started) / steps
+
+  return run
+
+
+class Torch:
+  """The process that runs PyTorch."""
+
+  def __init__(self, python: str, model: str, sizes: tuple[int, int], *more):
+    """Starts it."""
+    batch, pool_size = sizes
+    command = [
+      python, '-m', 'benchmarks.torch_steps', model, f'--batch={batch}',
+      f'--pool={pool_size}', *more,
+    ]  # fmt: skip
+    self.process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    self.version = self._answer()
+
+  def _answer(self) -> str:
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError('PyTorch stopped; see above')
+    return line.strip()
+
+  def run(self, kind: str) -> Run:
+    """Steps of a kind."""
+
+    def run(steps: int) -> float:
+      self.process.stdin.write(f'{kind} {steps}\n')
+      self.process.stdin.flush()
+      return float(self._answer())
+
+    return run
+
+  def close(self) -> None:
+    """Ends it."""
+    self.process.stdin.close()
+    self.process.wait()
