@@ -22,22 +22,23 @@ _ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
 
 
 def tune() -> None:
-  """Sets up the process; before JAX starts its backend, or half is lost.
+  """Sets up the process, and starts JAX's backend.
 
   XLA:CPU takes its temporary memory anew for every step. Of so large a block,
   glibc gives the pages back to the system at once and gets them one by one,
   zeroed: 25,000 page faults a step of ResNet-20. Here it keeps them. And
-  jax 0.11 multiplies matrices with oneDNN, if it is told to.
+  jax 0.11 multiplies matrices with oneDNN, if it is told to before it starts.
 
   What the environment says of either (`MALLOC_*`, that flag) has precedence.
-  Without glibc there is no first part. On a machine with an accelerator this
-  changes nothing but where the host's memory comes from.
+  Without glibc there is no first part, and on an accelerator neither has an
+  effect.
   """
-  if not any(name.startswith('MALLOC_') for name in os.environ):
-    _keep_pages()
   flags = os.environ.get('XLA_FLAGS', '')
   if jax.__version_info__ >= (0, 11) and _ONEDNN.partition('=')[0] not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {_ONEDNN}'.strip()
+  mine = not any(name.startswith('MALLOC_') for name in os.environ)
+  if mine and is_default():
+    _keep_pages()
 
 
 def _keep_pages() -> None:

@@ -51,7 +51,6 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)
-  cpu.tune()
   if _COORDINATOR.value is not None:
     try:
       parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -59,6 +58,7 @@ def main(argv: list[str]) -> None:
       sys.exit(f'error: {error}')
   elif (_PROCESSES.value, _PROCESS.value) != (None, None):
     sys.exit('error: --num_processes and --process_id need --coordinator')
+  cpu.tune()
   _use_compilation_cache()
   try:
     # Flushed, so that a pipe or a log file shows each line at once.

@@ -99,6 +99,15 @@ def test_scores_do_not_depend_on_the_rows_at_a_time(large):
   np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_share_has_the_scores_that_it_has_in_the_whole():
+  """To the bit: each device runs programs of the same shapes."""
+  one = helpers.Setup(pool_size=128)
+  inputs = helpers.digits().splits['train']['inputs'][:128]
+  score = jax.jit(lambda x: pool._score(one.method, one.first, x)[0])
+  shares = [score(inputs[:64]), score(inputs[64:])]
+  np.testing.assert_array_equal(score(inputs), np.concatenate(shares))
+
+
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
   whole = program.Program(

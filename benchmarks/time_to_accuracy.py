@@ -1,0 +1,286 @@
+"""Test error against steps, FLOPs and seconds: does MMS pay?
+
+    python -m benchmarks.time_to_accuracy --data_dir=DIR
+    python -m benchmarks.time_to_accuracy --size=paper --data_dir=DIR
+
+'small' is ResNet-8 on CIFAR-10 for two CPU cores. 'paper' is ResNet-44 with the
+papers' regimes for one GPU. The baseline has a long schedule; everything else,
+`uniform` and `random` among it, has a short one that drops the learning rate
+early, and should reach the baseline's error in less. Every run is kept in
+WORKDIR: started again, the benchmark goes on where it was; with --minutes it
+stops after so many, which no run outlives by more than its next checkpoint.
+Writes benchmarks/time_to_accuracy_SIZE.md, .csv and .png.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import os
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from margin_jax import config as config_lib
+from margin_jax import cpu, files, loop
+from margin_jax.checkpoints import Checkpoints
+from margin_jax.config import UNIFORM
+from margin_jax.reporting import versions
+
+BASELINE = 'uniform, long'
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A size of the benchmark: model, schedules, variants.
+
+  Attributes:
+    model: its name.
+    long: steps of the baseline, and where its learning rate drops by 10.
+    short: of everything else.
+    evaluations: per run; as many checkpoints.
+    proxy: of the variants that score with one.
+    seeds: how many.
+  """
+
+  model: str
+  long: tuple[int, ...]
+  short: tuple[int, ...]
+  evaluations: int
+  proxy: str
+  seeds: int
+
+
+SIZES = {
+  'small': Size(
+    'resnet8', (2400, 1440, 2040), (1200, 720, 1020), 12, 'resnet8', 3
+  ),
+  'paper': Size(
+    'resnet44',
+    (156_200, 63_261, 95_282, 128_084),
+    (44_000, 24_992, 27_335, 29_678),
+    40,
+    'resnet8',
+    1,
+  ),
+}
+
+
+def variants(size: Size) -> dict[str, dict[str, Any]]:
+  """Fields by name; all but the baseline have the short schedule."""
+  half = {'selection.score_resolution': 16}
+  found = {
+    BASELINE: {'selection.rule': UNIFORM},
+    'uniform': {'selection.rule': UNIFORM},
+    'random': {'selection.rule': 'random'},
+    'loss, ramp=0.1': {'selection.rule': 'loss', 'selection.ramp': 0.1},
+    'mms': {},
+    'mms, B=128': {'pool_size': 128},
+    'mms, score_resolution=16': half,
+    'mms, reuse=5': {'selection.reuse': 5},
+    'mms, every=5': {'selection.every': 5},
+  }
+  if size.proxy != size.model:
+    proxy = {'selection.proxy': size.proxy}
+    found[f'mms, proxy={size.proxy}'] = proxy
+  return found
+
+
+def make_config(
+  size: Size, name: str, seed: int, data_dir: str
+) -> ml_collections.ConfigDict:
+  """The recipe of configs/cifar10_resnet44.py, scaled."""
+  steps, *boundaries = size.long if name == BASELINE else size.short
+  config = config_lib.default()
+  config.seed = seed
+  config.steps = steps
+  config.eval_every = config.checkpoint_every = steps // size.evaluations
+  config.log_every = min(100, config.eval_every)
+  config.data.name = 'cifar10'
+  config.data.data_dir = data_dir
+  config.data.validation_examples = 0
+  config.data.augmentations = ('crop', 'flip')
+  config.model.name = size.model
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.learning_rates = tuple(
+    0.1 / 10**i for i in range(len(boundaries) + 1)
+  )
+  config.optimizer.boundaries = tuple(boundaries)
+  config.selection.rule = 'mms'
+  config.update_from_flattened_dict(variants(size)[name])
+  return config
+
+
+def steps_done(workdir: pathlib.Path) -> int:
+  """How far a run is."""
+  if not (workdir / 'checkpoints').is_dir():
+    return 0
+  with contextlib.closing(Checkpoints(str(workdir))) as checkpoints:
+    info = checkpoints.info()
+    return 0 if info is None else info['step']
+
+
+def advance(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, deadline: float
+) -> bool:
+  """Runs to the end, or from checkpoint to checkpoint until the deadline."""
+  end = config.steps
+  while True:
+    done = steps_done(workdir)
+    if done == end and (workdir / 'result.json').exists():
+      return True
+    if time.time() > deadline:
+      return False
+    part = config.copy_and_resolve_references()
+    if deadline < float('inf'):
+      part.steps = min(end, done + config.checkpoint_every)
+    loop.train(part, str(workdir), log=lambda line: None)
+
+
+def curve(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """Test error, and what it had cost, at every evaluation."""
+  with (workdir / 'eval.csv').open(newline='') as file:
+    rows = [row for row in csv.DictReader(file) if row['split'] == 'test']
+  found = {}
+  for row in rows:  # the last of a step counts
+    found[int(row['step'])] = {
+      'step': int(row['step']),
+      'flops': float(row['flops']),
+      'seconds': float(row['seconds']),
+      'error': 1 - float(row['accuracy']),
+    }
+  return [found[step] for step in sorted(found)]
+
+
+def reached(rows: list[dict[str, float]], error: float) -> dict | None:
+  """The first evaluation with at most this error."""
+  return next((row for row in rows if row['error'] <= error), None)
+
+
+def table(curves: dict[tuple[str, int], list[dict]], seeds: int) -> list[str]:
+  """Final errors, costs, and when the baseline's error was reached."""
+  names = list(dict.fromkeys(name for name, _ in curves))
+  goal = statistics.mean(
+    curves[BASELINE, seed][-1]['error'] for seed in range(seeds)
+  )
+  lines = [
+    f'The error to reach is the mean of the baseline: {goal:.2%}.',
+    '',
+    '| variant | steps | test error | PFLOP | seconds | seeds that reach it '
+    '| after seconds |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name in names:
+    runs = [curves[name, seed] for seed in range(seeds)]
+    errors = [rows[-1]['error'] for rows in runs]
+    spread = statistics.stdev(errors) if seeds > 1 else 0.0
+    hits = [row for rows in runs if (row := reached(rows, goal))]
+    when = statistics.mean(row['seconds'] for row in hits) if hits else None
+    seconds = statistics.mean(rows[-1]['seconds'] for rows in runs)
+    lines.append(
+      f'| {name} | {runs[0][-1]["step"]:,} '
+      f'| {statistics.mean(errors):.2%} ± {100 * spread:.2f} '
+      f'| {runs[0][-1]["flops"] / 1e15:.3f} | {seconds:.0f} '
+      f'| {len(hits)} of {seeds} | '
+      + ('' if when is None else f'{when:.0f}')
+      + ' |'
+    )
+  return lines
+
+
+def plot(path: pathlib.Path, curves: dict[tuple[str, int], list[dict]]) -> None:
+  """Error against steps, FLOPs and seconds; the mean over the seeds."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure((15, 4.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  names = list(dict.fromkeys(name for name, _ in curves))
+  for axes, cost in zip(
+    figure.subplots(1, 3), ('step', 'flops', 'seconds'), strict=True
+  ):
+    for index, name in enumerate(names):
+      runs = [rows for (other, _), rows in curves.items() if other == name]
+      x = np.mean([[row[cost] for row in rows] for rows in runs], axis=0)
+      y = np.mean([[row['error'] for row in rows] for rows in runs], axis=0)
+      axes.plot(x, 100 * y, label=name, marker='.', color=f'C{index}')
+    axes.set_xlabel({'step': 'steps', 'flops': 'FLOPs'}.get(cost, cost))
+    axes.set_ylabel('test error, %')
+    axes.set_yscale('log')
+    axes.grid(alpha=0.3, which='both')
+  axes.legend(fontsize=8)
+  figure.savefig(path, dpi=100)
+
+
+def report(
+  args: argparse.Namespace, curves: dict[tuple[str, int], list[dict]]
+) -> None:
+  """Writes the table, the curves and the picture."""
+  base = pathlib.Path(__file__).with_name(f'time_to_accuracy_{args.size}')
+  rows = [
+    {'variant': name, 'seed': seed, **row}
+    for (name, seed), found in curves.items()
+    for row in found
+  ]
+  files.write_csv(base.with_suffix('.csv'), list(rows[0]), rows)
+  plot(base.with_suffix('.png'), curves)
+  device, size = jax.devices()[0], SIZES[args.size]
+  text = [
+    '# Time to accuracy',
+    '',
+    f'`python -m benchmarks.time_to_accuracy --size={args.size} '
+    f'--seeds={args.seeds}`: {size.model} on CIFAR-10, b=64, B=640 unless '
+    'said, the augmentation and optimizer of configs/cifar10_resnet44.py, '
+    f'{args.seeds} seed(s); 1 x {device.device_kind} ({os.cpu_count()} host '
+    f'cores), jax {versions()["jax"]}. Seconds are of training, without '
+    'evaluation and compilation.',
+    '',
+    *table(curves, args.seeds),
+    '',
+    f'![curves]({base.name}.png)',
+  ]
+  base.with_suffix('.md').write_text('\n'.join(text) + '\n')
+  print('\n'.join(text))
+
+
+def main() -> None:
+  """Trains what is missing and, once nothing is, writes the report."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--size', choices=[*SIZES], default='small')
+  parser.add_argument('--data_dir')
+  parser.add_argument('--seeds', type=int)
+  parser.add_argument('--minutes', type=float, default=float('inf'))
+  parser.add_argument('--workdir', help='default: /tmp/time_to_accuracy_SIZE')
+  args = parser.parse_args()
+  cpu.tune()
+  size = SIZES[args.size]
+  args.seeds = size.seeds if args.seeds is None else args.seeds
+  root = pathlib.Path(args.workdir or f'/tmp/time_to_accuracy_{args.size}')
+  deadline = time.time() + 60 * args.minutes
+  curves = {}
+  for seed in range(args.seeds):
+    for name in variants(size):
+      folder = name.replace(', ', '_').replace('=', '')
+      workdir = root / f'{folder}_{seed}'
+      config = make_config(size, name, seed, args.data_dir)
+      if not advance(config, workdir, deadline):
+        done = steps_done(workdir)
+        print(f'{name}, seed {seed}: step {done:,}; run it again to go on')
+        return
+      curves[name, seed] = curve(workdir)
+      last = curves[name, seed][-1]
+      print(
+        f'{name}, seed {seed}: error {last["error"]:.2%} after '
+        f'{last["step"]:,} steps and {last["seconds"]:.0f} s',
+        flush=True,
+      )
+  report(args, curves)
+
+
+if __name__ == '__main__':
+  main()
