@@ -131,6 +131,10 @@ def measure_model(
 ) -> tuple[list[str], list[str], str]:
   """Table rows, ratios and the version of PyTorch."""
   batch, pool_size = sizes
+  torch = None
+  if args.torch_python != 'none':  # first: there may be none
+    more = ['--compile'] if args.torch_compile else []
+    torch = steps.Torch(args.torch_python, model, sizes, *more)
   source = (
     steps.make_sentences(4 * pool_size)
     if model.startswith('bert')
@@ -143,6 +147,7 @@ def measure_model(
     for rule in ('uniform', 'mms')
   )
   two, forward = steps.in_two_programs(fused)
+  names = ('plain', 'forward', 'mms')
   runs = {
     'plain': plain.run,
     'forward': forward,
@@ -150,16 +155,12 @@ def measure_model(
     'mms': fused.run,
     'two': two,
   }
-  torch = None
-  if args.torch_python != 'none':
-    more = ['--compile'] if args.torch_compile else []
-    torch = steps.Torch(args.torch_python, model, sizes, *more)
-    for kind in ('plain', 'forward', 'mms'):
-      runs[f'torch {kind}'] = torch.run(kind)
+  if torch is not None:
+    runs |= {f'torch {kind}': torch.run(kind) for kind in names}
   times = measure(runs, args.rounds)
   flops = {'plain': plain.flops, 'mms': fused.flops, 'two': fused.flops}
   flops['forward'] = fused.flops - plain.flops
-  flops |= {f'torch {k}': flops[k] for k in ('plain', 'forward', 'mms')}
+  flops |= {f'torch {k}': flops[k] for k in names}
   version = ''
   if torch is not None:
     version = torch.version
@@ -176,10 +177,14 @@ def main() -> None:
   parser.add_argument('--models', nargs='*', default=[*table])
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--dtype', default='bfloat16' if gpu else 'float32')
-  parser.add_argument('--torch_python', default=sys.executable)
+  parser.add_argument(
+    '--torch_python', default=sys.executable, help='or none, to leave it out'
+  )
   parser.add_argument('--torch_compile', action='store_true')
   parser.add_argument('--out', help='default: beside this file')
   args = parser.parse_args()
+  if args.rounds < 2:
+    parser.error('--rounds must be at least 2')
   top = peak(args.dtype)
   found, compared, torch = [], [], ''
   for model in args.models:
@@ -194,11 +199,13 @@ def main() -> None:
     '# Step times',
     '',
     f'`python -m benchmarks.step_time --models {chosen} '
-    f'--rounds={args.rounds}`: 1 x {device.device_kind} ({os.cpu_count()} host '
-    f'cores), jax {jax_version}, {torch or "no PyTorch"}, {args.dtype}. '
+    f'--rounds={args.rounds} --dtype={args.dtype}'
+    f'{" --torch_compile" if args.torch_compile else ""}`: 1 x {device.device_kind} '
+    f'({os.cpu_count()} host cores), jax {jax_version}, {torch or "no PyTorch"}, {args.dtype}. '
     f'Medians and quartiles of {args.rounds} rounds, all of a model in turns. '
     f'The matrix product of this machine reaches {top / 1e9:.0f} GFLOP/s. '
-    "FLOPs are XLA's count, for PyTorch too.",
+    "FLOPs are XLA's count, for PyTorch too, whose allocator keeps its pages "
+    'as ours does.',
     '',
     '| model | what | ms | quartiles | GFLOP/s | of the peak |',
     '|---|---|---|---|---|---|',
@@ -206,7 +213,8 @@ def main() -> None:
     '',
     *compared,
   ]
-  name = f'step_time_{device.platform}_jax{jax_version}.md'
+  compiled = '_compiled' if args.torch_compile else ''
+  name = f'step_time_{device.platform}_jax{jax_version}{compiled}.md'
   path = pathlib.Path(args.out or pathlib.Path(__file__).with_name(name))
   path.write_text('\n'.join(text) + '\n')
   print(f'written to {path}')

@@ -4,6 +4,7 @@ A `Run` takes so many steps, waits for them and returns the seconds of one.
 """
 
 import dataclasses
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -133,7 +134,9 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
     logits, kernel, _ = pool._score(method, state, found['inputs'])
     return stream, found, margins.mms_scores(logits, kernel)
 
-  def update(state, batch, lane):
+  def update(state, found, chosen, lane):
+    batch = jax.tree.map(lambda x: x[chosen], found)
+
     def drawn(stream, data, size, **kwargs):
       del data, size, kwargs
       return stream, batch
@@ -143,7 +146,10 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
 
   train = jax.jit(
     jax.vmap(
-      update, in_axes=(None, None, 0), out_axes=None, axis_name=method.axis
+      update,
+      in_axes=(None, None, None, 0),
+      out_axes=None,
+      axis_name=method.axis,
     ),
     donate_argnums=0,
   )
@@ -155,9 +161,8 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
     for _ in range(steps):
       stream, found, scores = forward(holder[0], arrays)
       chosen = np.argsort(np.asarray(scores))[: method.batch_size]
-      batch = jax.tree.map(lambda x, rows=chosen: x[rows], found)
       state = holder[0].replace(stream=stream)
-      holder[0], metrics = train(state, batch, lane)
+      holder[0], metrics = train(state, found, chosen, lane)
     jax.block_until_ready((holder[0], metrics))
     return (time.perf_counter() - started) / steps
 
@@ -198,7 +203,11 @@ def selection_alone(fused: Fused) -> Run:
 
 
 class Torch:
-  """The process that runs PyTorch."""
+  """The process that runs PyTorch, with pages kept as `cpu.tune` does.
+
+  Attributes:
+    version: what it says it is.
+  """
 
   def __init__(self, python: str, model: str, sizes: tuple[int, int], *more):
     """Starts it."""
@@ -207,15 +216,24 @@ class Torch:
       python, '-m', 'benchmarks.torch_steps', model, f'--batch={batch}',
       f'--pool={pool_size}', *more,
     ]  # fmt: skip
+    kept = {
+      'MALLOC_MMAP_MAX_': '0',
+      'MALLOC_TRIM_THRESHOLD_': str(2**31 - 1),
+      'MALLOC_ARENA_MAX': '1',
+    }
     self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      env={**kept, **os.environ},
+    )  # fmt: skip
     self.version = self._answer()
 
   def _answer(self) -> str:
     line = self.process.stdout.readline()
     if not line:
-      raise RuntimeError('PyTorch stopped; see above')
+      raise SystemExit(
+        'error: the process with PyTorch stopped, see above; --torch_python '
+        'names a Python that has it, and none leaves it out'
+      )
     return line.strip()
 
   def run(self, kind: str) -> Run:

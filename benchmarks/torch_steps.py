@@ -19,7 +19,10 @@ from torch import nn
 
 
 class Block(nn.Module):
-  """Two 3x3 convolutions, after BatchNorm and ReLU (WRN) or before (ResNet)."""
+  """Two 3x3 convolutions, after BatchNorm and ReLU (WRN) or before (ResNet).
+
+  Where the shape changes, WRN has a 1x1 convolution, ResNet nothing to learn.
+  """
 
   def __init__(self, inside: int, outside: int, stride: int, wide: bool):
     """Creates the layers."""
@@ -29,23 +32,22 @@ class Block(nn.Module):
     self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
     self.norm1 = nn.BatchNorm2d(inside if wide else outside)
     self.norm2 = nn.BatchNorm2d(outside)
-    self.shortcut = nn.Identity()
-    if stride != 1 or inside != outside:
-      conv = nn.Conv2d(inside, outside, 1, stride, bias=False)
-      norm = nn.BatchNorm2d(outside)
-      self.shortcut = conv if wide else nn.Sequential(conv, norm)
+    self.stride, self.more = stride, outside - inside
+    if wide and self.more:
+      self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) to (N, C', H', W')."""
     if self.wide:
       y = F.relu(self.norm1(x))
-      skipped = x
-      if not isinstance(self.shortcut, nn.Identity):
-        skipped = self.shortcut(y)
+      skipped = self.shortcut(y) if self.more else x
       y = F.relu(self.norm2(self.conv1(y)))
       return skipped + self.conv2(y)
     y = F.relu(self.norm1(self.conv1(x)))
-    return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+    if self.more:  # fewer pixels, more channels
+      x = x[:, :, :: self.stride, :: self.stride]
+      x = F.pad(x, (0, 0, 0, 0, 0, self.more))
+    return F.relu(self.norm2(self.conv2(y)) + x)
 
 
 class ImageNetwork(nn.Module):
@@ -220,7 +222,8 @@ def main() -> None:
   parser.add_argument('--compile', action='store_true')
   args = parser.parse_args()
   steps = Steps(args)
-  print(f'torch {torch.__version__}', flush=True)
+  mode = 'torch.compile' if args.compile else 'eager'
+  print(f'PyTorch {torch.__version__}, {mode}', flush=True)
   for line in sys.stdin:
     kind, count = line.split()
     print(steps.time(kind, int(count)), flush=True)

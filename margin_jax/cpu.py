@@ -34,7 +34,9 @@ def tune() -> None:
   effect.
   """
   flags = os.environ.get('XLA_FLAGS', '')
-  if jax.__version_info__ >= (0, 11) and _ONEDNN.partition('=')[0] not in flags:
+  # XLA aborts where it does not know a flag, and this is an experimental one.
+  knows = (0, 11) <= jax.__version_info__ < (0, 12)
+  if knows and _ONEDNN.partition('=')[0] not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {_ONEDNN}'.strip()
   mine = not any(name.startswith('MALLOC_') for name in os.environ)
   if mine and is_default():
@@ -65,11 +67,13 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):
   every element; the input itself lay in memory all the time. What it must not
   look through is a barrier, from jax 0.11 on; before, barriers are gone when it
   fuses, but not a division, which it thinks too dear to repeat: by a 1 that
-  it cannot know. The values are the same to the bit.
+  it cannot know. Finite values are the same to the bit.
+
+  Convolutions by groups are left alone: there the division would count.
   """
-  if is_default():
+  if is_default() and kwargs.get('feature_group_count', 1) == 1:
     if jax.__version_info__ < (0, 11):
-      # NaN where a kernel is not finite, which its outputs then are too.
+      # NaN where the kernel begins with what is not finite: so the run is lost.
       lhs = lhs / jnp.exp(jax.lax.stop_gradient(rhs.ravel()[0]) * 0)
     else:
       lhs = jax.lax.optimization_barrier(lhs)

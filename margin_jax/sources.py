@@ -8,6 +8,7 @@ import ml_collections
 
 from margin_jax import config as config_lib
 from margin_jax import data, files, parallel, selection, validation
+from margin_jax.checkpoints import FOLDER
 from margin_jax.data import tokenization
 from margin_jax.models import bert_weights, pretrained
 
@@ -103,7 +104,8 @@ def vocabulary(
   """The vocab.txt that sentences are read with, None where none is needed.
 
   The one that `data.vocabulary` names, else that of `model.pretrained`; where
-  they are gone, the copy in the workdir, so that a run outlives its sources.
+  they are gone, the copy that a run with checkpoints has in its workdir, so
+  that it outlives its sources.
 
   Raises:
     ValueError: there are two, and they differ.
@@ -113,25 +115,24 @@ def vocabulary(
   if config.data.name not in data.VOCABULARY_NEEDED:
     return None
   named, weights = config.data.vocabulary, config.model.pretrained
-  kept = pathlib.Path(workdir or '', VOCABULARY)
-  is_kept = workdir is not None and kept.is_file()
+  kept = _kept(workdir)
   found = {}
-  if named is not None and not (is_kept and _gone(named)):
+  if named is not None and not (kept and _gone(named)):
     found['data.vocabulary'] = os.path.expanduser(named)
-  if weights is not None and not (is_kept and _gone(weights)):
+  if weights is not None and not (kept and _gone(weights)):
     path = bert_weights.vocabulary(weights)
-    if named is None or path.is_file():
+    if path.is_file() or not (named or kept):
       found['model.pretrained'] = str(path)
-  if is_kept:
-    found['workdir'] = str(kept)
+  if kept:
+    found['the workdir'] = kept
   digests = {
-    field: tokenization.fingerprint(tokenization.read_vocab(path))
-    for field, path in found.items()
+    tokenization.fingerprint(tokenization.read_vocab(path))
+    for path in found.values()
   }
-  if len({*digests.values()}) > 1:
+  if len(digests) > 1:
     raise ValueError(
-      f'data.vocabulary={named!r} is not allowed: the tokens must be the same '
-      f'in {" and ".join(found.values())}'
+      f'the tokens of {" and ".join(found)} must be the same: they differ '
+      f'between {" and ".join(found.values())}'
     )
   return next(iter(found.values()), None)
 
@@ -141,10 +142,21 @@ def _gone(path: str) -> bool:
   return not os.path.exists(os.path.expanduser(path))
 
 
+def _kept(workdir: str | None) -> str | None:
+  """The copy in the workdir, of a run that has begun: what else is there may
+  be of a start that came to nothing."""
+  path = pathlib.Path(workdir or '', VOCABULARY)
+  folder = pathlib.Path(workdir or '', FOLDER)
+  if workdir is None or not (path.is_file() and folder.is_dir()):
+    return None
+  begun = any(entry.name.isdigit() for entry in folder.iterdir())
+  return str(path) if begun else None
+
+
 def keep_vocabulary(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Copies the vocabulary into the workdir, unless it has it."""
+  """Copies the vocabulary into the workdir."""
   path = vocabulary(config, workdir)
   kept = pathlib.Path(workdir, VOCABULARY)
-  if path is not None and not kept.exists():
+  if path is not None and path != str(kept):
     with files.whole(kept) as aside:
       shutil.copyfile(path, aside)

@@ -6,12 +6,9 @@ Any field can be set on the command line: --config.steps=300.
 """
 
 import functools
-import os
-import pathlib
 import re
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -32,20 +29,6 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator.')
 _PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator.')
 
 
-def _use_compilation_cache() -> None:
-  """Keeps compiled programs for the next start, where that is quiet."""
-  if jax.config.jax_compilation_cache_dir is None:
-    # XLA:CPU of jax 0.10 logs false alarms about the processor, ten lines a
-    # start, for every program it loads. JAX_COMPILATION_CACHE_DIR overrides.
-    if jax.default_backend() == 'cpu' and jax.__version_info__ < (0, 11):
-      return
-    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    folder = pathlib.Path(home) / 'margin_jax' / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
 def main(argv: list[str]) -> None:
   """Runs the trainer; what the user can mend is one line, not a traceback."""
   if len(argv) > 1:
@@ -59,7 +42,7 @@ def main(argv: list[str]) -> None:
   elif (_PROCESSES.value, _PROCESS.value) != (None, None):
     sys.exit('error: --num_processes and --process_id need --coordinator')
   cpu.tune()
-  _use_compilation_cache()
+  parallel.use_compilation_cache()
   try:
     # Flushed, so that a pipe or a log file shows each line at once.
     log = functools.partial(print, flush=True)

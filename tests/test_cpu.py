@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import cpu, feeding, pool, program
+from margin_jax import cpu, feeding, models, pool, program
 from tests import helpers
 
 
@@ -67,6 +67,31 @@ def test_what_is_not_finite_stays_so():
   x[1, 2, 3] = np.nan
   ours, theirs = both(lambda f: f, x, kernel)
   np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+
+
+@pytest.mark.parametrize(
+  ('version', 'primitive'),
+  [((0, 10, 1), ' div '), ((0, 11, 2), 'optimization_barrier')],
+)
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_models_use_it_on_cpus(version, primitive, backend, monkeypatch):
+  """Once for each of the first layer's and the six blocks' convolutions."""
+  monkeypatch.setattr(jax, '__version_info__', version)
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  found = str(_gradient()).count(primitive)
+  monkeypatch.setattr(cpu, 'is_default', lambda: False)
+  without = str(_gradient()).count(primitive)
+  assert (found >= without + 7) == (backend == 'cpu')
+
+
+def _gradient():
+  model = models.build('resnet8', 10)
+  x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+  key = jax.eval_shape(jax.random.key, 0)
+  variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, x)
+  return jax.make_jaxpr(
+    jax.grad(lambda v, x: model.apply(v, x, train=False)[0].sum())
+  )(variables, x)
 
 
 @pytest.mark.parametrize(

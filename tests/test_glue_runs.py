@@ -79,6 +79,7 @@ def test_a_run_outlives_the_weights_that_it_began_with(tmp_path, weights):
   whole, lines = begin(tmp_path / 'whole', steps=20)
   begin(tmp_path / 'parts', steps=10)
   shutil.rmtree(weights)
+  weights.mkdir()  # and one that is emptied
   resumed, _ = begin(tmp_path / 'parts', steps=20)
   for name in ('test', 'test_mismatched', 'test_mean', 'validation'):
     assert resumed[name] == whole[name]
@@ -117,7 +118,7 @@ def test_two_vocabularies_must_be_one(tmp_path, weights):
   swapped = (*VOCAB[:5], *VOCAB[:4:-1])
   other = write_vocabulary(tmp_path / 'other.txt', swapped)
   fields = {'model.pretrained': str(weights), 'data.vocabulary': str(other)}
-  with pytest.raises(ConfigError, match=r'other\.txt.*must be the same'):
+  with pytest.raises(ConfigError, match=r'must be the same.*other\.txt'):
     run(tmp_path / 'run', 'glue/rte', 10, **fields)
   assert not (tmp_path / 'run').exists()
 
@@ -130,6 +131,18 @@ def test_a_workdir_of_another_vocabulary_is_refused(tmp_path):
   write_vocabulary(path, (*VOCAB[:5], *VOCAB[:4:-1]))
   with pytest.raises(ConfigError, match=r'words\.txt.*run/vocab\.txt'):
     run(tmp_path / 'run', 'glue/sst2', 20, **fields)
+
+
+def test_a_start_that_came_to_nothing_leaves_no_vocabulary(tmp_path):
+  write_task(tmp_path, 'glue/sst2', sizes=(120, 20))
+  swapped = (*VOCAB[:5], *VOCAB[:4:-1])
+  (tmp_path / 'run').mkdir()
+  left = write_vocabulary(tmp_path / 'run' / 'vocab.txt', swapped)
+  with pytest.raises(ConfigError, match='vocabulary=None'):
+    run(tmp_path / 'run', 'glue/sst2', 10)
+  path = write_vocabulary(tmp_path / 'words.txt', VOCAB)
+  run(tmp_path / 'run', 'glue/sst2', 10, **{'data.vocabulary': str(path)})
+  assert left.read_text() == path.read_text()
 
 
 @pytest.mark.parametrize(
