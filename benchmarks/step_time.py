@@ -168,6 +168,41 @@ def measure_model(
   return rows(model, times, flops, top), ratios(model, times), version
 
 
+def write(
+  args: argparse.Namespace,
+  top: float,
+  torch: str,
+  found: list[str],
+  compared: list[str],
+) -> None:
+  """Writes the table and the ratios."""
+  device, version = jax.devices()[0], versions()['jax']
+  compiled = '_compiled' if args.torch_compile else ''
+  text = [
+    '# Step times',
+    '',
+    f'`python -m benchmarks.step_time --models {" ".join(args.models)} '
+    f'--rounds={args.rounds} --dtype={args.dtype}'
+    f'{" --torch_compile" if compiled else ""}`: '
+    f'1 x {device.device_kind} ({os.cpu_count()} host cores), jax {version}, '
+    f'{torch or "no PyTorch"}, {args.dtype}. Medians and quartiles of '
+    f'{args.rounds} rounds, all of a model in turns. The matrix product of '
+    f'this machine reaches {top / 1e9:.0f} GFLOP/s. '
+    "FLOPs are XLA's count, for PyTorch too, whose allocator keeps its pages "
+    'as ours does.',
+    '',
+    '| model | what | ms | quartiles | GFLOP/s | of the peak |',
+    '|---|---|---|---|---|---|',
+    *found,
+    '',
+    *compared,
+  ]
+  name = f'step_time_{device.platform}_jax{version}{compiled}.md'
+  path = pathlib.Path(args.out or pathlib.Path(__file__).with_name(name))
+  path.write_text('\n'.join(text) + '\n')
+  print(f'written to {path}')
+
+
 def main() -> None:
   """Measures one model after the other."""
   cpu.tune()  # as the trainer does, before JAX starts
@@ -193,31 +228,7 @@ def main() -> None:
     found += lines
     compared += more
     print('\n'.join([*lines, *more]), flush=True)
-  device, jax_version = jax.devices()[0], versions()['jax']
-  chosen = ' '.join(args.models)
-  text = [
-    '# Step times',
-    '',
-    f'`python -m benchmarks.step_time --models {chosen} '
-    f'--rounds={args.rounds} --dtype={args.dtype}'
-    f'{" --torch_compile" if args.torch_compile else ""}`: 1 x {device.device_kind} '
-    f'({os.cpu_count()} host cores), jax {jax_version}, {torch or "no PyTorch"}, {args.dtype}. '
-    f'Medians and quartiles of {args.rounds} rounds, all of a model in turns. '
-    f'The matrix product of this machine reaches {top / 1e9:.0f} GFLOP/s. '
-    "FLOPs are XLA's count, for PyTorch too, whose allocator keeps its pages "
-    'as ours does.',
-    '',
-    '| model | what | ms | quartiles | GFLOP/s | of the peak |',
-    '|---|---|---|---|---|---|',
-    *found,
-    '',
-    *compared,
-  ]
-  compiled = '_compiled' if args.torch_compile else ''
-  name = f'step_time_{device.platform}_jax{jax_version}{compiled}.md'
-  path = pathlib.Path(args.out or pathlib.Path(__file__).with_name(name))
-  path.write_text('\n'.join(text) + '\n')
-  print(f'written to {path}')
+  write(args, top, torch, found, compared)
 
 
 if __name__ == '__main__':

@@ -109,8 +109,8 @@ def vocabulary(
 
   Raises:
     ValueError: there are two, and they differ.
-    PretrainedError: the weights' folder is missing, or of cased words.
-    DatasetError: one cannot be read.
+    PretrainedError: the weights' folder is missing.
+    DatasetError: one cannot be read, or the weights are of cased words.
   """
   if config.data.name not in data.VOCABULARY_NEEDED:
     return None
@@ -120,7 +120,9 @@ def vocabulary(
   if named is not None and not (kept and _gone(named)):
     found['data.vocabulary'] = os.path.expanduser(named)
   if weights is not None and not (kept and _gone(weights)):
-    path = bert_weights.vocabulary(weights)
+    folder = bert_weights.resolve(weights)
+    tokenization.check_words(folder)
+    path = folder / bert_weights.VOCABULARY
     if path.is_file() or not (named or kept):
       found['model.pretrained'] = str(path)
   if kept:

@@ -10,6 +10,7 @@ import pytest
 
 from margin_jax import analyze, export, loop
 from margin_jax.config import ConfigError
+from margin_jax.data import DatasetError
 from margin_jax.models import bert, bert_weights
 from tests import helpers
 from tests.test_glue import write_task
@@ -153,7 +154,10 @@ def test_cased_weights_are_refused(tmp_path, weights, field):
   path = weights / 'tokenizer_config.json'
   path.write_text(json.dumps({field: False}))
   fields = {'model.pretrained': str(weights)}
-  with pytest.raises(ConfigError, match=f'{field}=False'):
+  with pytest.raises(DatasetError, match=f'{field}=False'):
+    run(tmp_path / 'run', 'glue/rte', 10, **fields)
+  path.write_text('[1]')
+  with pytest.raises(DatasetError, match=r'tokenizer_config.*cannot be read'):
     run(tmp_path / 'run', 'glue/rte', 10, **fields)
 
 

@@ -2,7 +2,9 @@
 
 import collections
 import hashlib
+import json
 import os
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +15,13 @@ from margin_jax.data.tfds_images import DatasetError
 # One sentence, or two that belong together.
 Sentences = Sequence[str | tuple[str, ...]]
 
+# What is published beside a vocab.txt, and what it says of words as ours are.
+CONFIG = 'tokenizer_config.json'
+WORDS = {
+  'do_lower_case': True,
+  'strip_accents': True,
+  'tokenize_chinese_chars': True,
+}
 NEEDED = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 # [CLS] a [SEP] b [SEP].
 SHORTEST = 5
@@ -38,6 +47,28 @@ def read_vocab(path: os.PathLike | str) -> tuple[str, ...]:
     ) from error
   _check(vocab, f'vocabulary {str(path)!r}')
   return vocab
+
+
+def check_words(folder: pathlib.Path) -> None:
+  """Raises where a folder's tokenizer_config.json asks for words unlike ours.
+
+  Raises:
+    DatasetError: it does, or cannot be read; there may be none.
+  """
+  path = folder / CONFIG
+  if not path.exists():
+    return
+  try:
+    found = dict(json.loads(path.read_text(encoding='utf-8')))
+  except (OSError, ValueError, TypeError) as error:
+    raise DatasetError(f'{str(path)!r} cannot be read: {error}') from error
+  for key, ours in WORDS.items():
+    # For accents, null is "as for the case".
+    if found.get(key) not in (ours, None):
+      raise DatasetError(
+        f'{str(path)!r} has {key}={found[key]!r}: such words are not read '
+        f'here, only those of an uncased BERT ({ours!r})'
+      )
 
 
 def _check(vocab: Sequence[str], name: str) -> None:

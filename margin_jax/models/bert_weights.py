@@ -21,11 +21,11 @@ from absl import logging
 from flax import traverse_util
 
 from margin_jax import files
+from margin_jax.data import tokenization
 from margin_jax.models import bert, pretrained
 from margin_jax.models.pretrained import Path, PretrainedError, PyTree, State
 
 CONFIG, VOCABULARY = 'config.json', 'vocab.txt'
-TOKENIZER = 'tokenizer_config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = f'{WEIGHTS}.index.json'
 PYTORCH = 'pytorch_model.bin'
@@ -52,12 +52,6 @@ _KIND = {
   'hidden_act': 'gelu',
   'position_embedding_type': 'absolute',
   'is_decoder': False,
-}
-# What `tokenizer_config.json` says of words as we read them.
-_WORDS = {
-  'do_lower_case': True,
-  'strip_accents': True,
-  'tokenize_chinese_chars': True,
 }
 
 _MODULES = {
@@ -98,7 +92,7 @@ def _hub_files(name: str) -> pathlib.Path:
       'huggingface_hub is missing: pip install huggingface_hub, or give a '
       f'folder with {NEEDED}'
     ) from None
-  small = [CONFIG, VOCABULARY, TOKENIZER, INDEX]
+  small = [CONFIG, VOCABULARY, tokenization.CONFIG, INDEX]
   try:
     for weights in ([WEIGHTS, 'model-*.safetensors'], [PYTORCH]):
       folder = pathlib.Path(
@@ -163,29 +157,6 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise PretrainedError(f'{str(path)!r} is no JSON object')
   return found
-
-
-def vocabulary(folder: str | os.PathLike) -> pathlib.Path:
-  """Where a folder's vocab.txt is, or would be.
-
-  Args:
-    folder: as `resolve` takes it.
-
-  Raises:
-    PretrainedError: there is no such folder, or its words are not those of
-      `data.tokenization`: in lower case, without accents.
-  """
-  folder = resolve(folder)
-  if (folder / TOKENIZER).is_file():
-    found = _json(folder / TOKENIZER)
-    for key, ours in _WORDS.items():
-      # For accents, null is "as for the case".
-      if found.get(key) not in (ours, None):
-        raise PretrainedError(
-          f'{str(folder / TOKENIZER)!r} has {key}={found[key]!r}: such words '
-          f'are not read here, only those of an uncased BERT ({ours!r})'
-        )
-  return folder / VOCABULARY
 
 
 def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
@@ -348,6 +319,11 @@ def _config(sizes: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  with files.whole(path) as aside:
+    aside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
 def write(
   folder: str | os.PathLike,
   variables: PyTree,
@@ -386,7 +362,6 @@ def write(
     state[_name(place)] = np.ascontiguousarray(
       x.T if place[-1] == 'kernel' else x
     )
-  config = json.dumps(_config(sizes, labels), indent=2) + '\n'
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   with files.whole(folder / WEIGHTS) as path:
@@ -394,8 +369,6 @@ def write(
   if vocab_path is not None:
     with files.whole(folder / VOCABULARY) as path:
       shutil.copyfile(vocab_path, path)
-    words = {'tokenizer_class': 'BertTokenizer', **_WORDS}
-    with files.whole(folder / TOKENIZER) as path:
-      path.write_text(json.dumps(words, indent=2) + '\n', encoding='utf-8')
-  with files.whole(folder / CONFIG) as path:
-    path.write_text(config, encoding='utf-8')
+    words = {'tokenizer_class': 'BertTokenizer', **tokenization.WORDS}
+    _write_json(folder / tokenization.CONFIG, words)
+  _write_json(folder / CONFIG, _config(sizes, labels))
