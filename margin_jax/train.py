@@ -64,7 +64,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # Errors inside a config file arrive as text that ends a traceback.
     last = str(error).strip().splitlines()[-1]
     sys.exit('error: ' + last.removeprefix('margin_jax.config.ConfigError: '))
-  except AttributeError as error:
+  except (AttributeError, KeyError) as error:  # of a field, of a group
     if not re.match(r"""['"\\]+\w+""", str(error.args[0])):
       raise  # a mistake in the config file's own code: show where
     text = str(error.args[0]).replace('\\n', ' ')

@@ -240,6 +240,9 @@ def test_command_line_errors_are_one_line(tmp_path):
   message = error_of(digits, workdir, '--config.stepz=3')
   assert "unknown config field 'stepz'" in message
   assert 'Did you mean steps' in message
+  message = error_of(digits, workdir, '--config.selektion.rule=mms')
+  assert "unknown config field 'selektion'" in message
+  assert 'Did you mean selection' in message
   message = error_of('--config=configs/cifar10_resnet44.py:mmx', workdir)
   assert "method='mmx' must be one of" in message
   message = error_of(
