@@ -10,24 +10,17 @@ quartiles. Writes benchmarks/selection_cost.md.
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import statistics
-import time
 
 import jax
 import numpy as np
 
-from margin_jax import (
-  build,
-  data,
-  feeding,
-  initial,
-  parallel,
-  program,
-  validation,
-)
+from benchmarks import steps
 from margin_jax import config as config_lib
+from margin_jax import data, validation
 from margin_jax.reporting import versions
 
 RULES = ('random', 'mms', 'loss', 'entropy', 'margin', 'selective_backprop')
@@ -80,22 +73,9 @@ def make_run(fields: dict, model: str, source: data.Source):
   config.devices = 1
   config.update_from_flattened_dict(fields)
   validation.validate(config)
-  devices = parallel.Devices(1)
-  method = build.make_method(config, source, 1)
-  state = devices.replicate(initial.init_state(config, source, method))
-  feed = feeding.Resident(devices, source, method)
-  arrays = feed(0)
-  steps = program.Program(method, devices, 1, state, feed)
-  holder = {'state': state}
-
-  def run() -> float:
-    started = time.perf_counter()
-    for step in range(STEPS):
-      holder['state'], metrics = steps(step, holder['state'], arrays)
-    jax.block_until_ready((holder['state'], metrics))
-    return (time.perf_counter() - started) / STEPS
-
-  return run, dataclasses.asdict(steps.cost(0, STEPS))
+  fused = steps.Fused(config, source)
+  cost = fused.program.cost(0, STEPS)
+  return functools.partial(fused.run, STEPS), dataclasses.asdict(cost)
 
 
 def table(times: dict[str, list[float]], costs: dict[str, dict]) -> list[str]:

@@ -1,5 +1,6 @@
 """Exact evaluation of whole splits on the device."""
 
+import abc
 import contextlib
 import functools
 import itertools
@@ -60,7 +61,7 @@ def _chunk_size(
   return math.ceil(size / devices.total) * devices.total
 
 
-class Splits:
+class Splits(abc.ABC):
   """Whole splits, gone through in chunks; one program for each width.
 
   Attributes:
@@ -72,12 +73,13 @@ class Splits:
   counts: dict[str, int]
   _devices: parallel.Devices
 
+  @abc.abstractmethod
   def compile(
     self, make_step: Callable, variables: PyTree, *rest: PyTree
   ) -> list[parallel.Compiled]:
     """Compiles `make_step(size)(variables, split, chunk, *rest, lane)`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
     """The chunks of a split: what to call, and with what.
 
@@ -85,7 +87,6 @@ class Splits:
       The program's place, its arguments `split` and `chunk`, and which
       examples of the split its rows are, without the padding at their end.
     """
-    raise NotImplementedError
 
   def run(
     self,

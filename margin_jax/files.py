@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import pathlib
 import secrets
@@ -33,3 +34,9 @@ def write_csv(
     writer = csv.DictWriter(file, fields)
     writer.writeheader()
     writer.writerows(rows)
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes a JSON file at once, or not at all."""
+  with whole(path) as aside:
+    aside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

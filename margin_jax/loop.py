@@ -18,6 +18,7 @@ from margin_jax import (
   data,
   evaluation,
   feeding,
+  files,
   initial,
   parallel,
   selection,
@@ -28,7 +29,7 @@ from margin_jax.checkpoints import Checkpoints
 from margin_jax.method import Method
 from margin_jax.metrics import summarize
 from margin_jax.program import Counters, Program
-from margin_jax.reporting import Reporter, Silent, versions, write_json
+from margin_jax.reporting import Reporter, Silent, versions
 
 PyTree = Any
 
@@ -372,4 +373,4 @@ def _write_result(
   if trainer.config.selection.log_counts:
     counts = np.asarray(trainer.state.counts)
     np.save(workdir / 'selection_counts.npy', counts)
-  write_json(workdir / 'result.json', result)
+  files.write_json(workdir / 'result.json', result)

@@ -1,7 +1,6 @@
 """What a run tells: progress lines, CSV files, TensorBoard, result.json."""
 
 import csv
-import json
 import math
 import pathlib
 import sys
@@ -154,12 +153,6 @@ class Silent(Reporter):
 
   def close(self) -> None:
     """Does nothing."""
-
-
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Writes a JSON file at once, or not at all."""
-  with files.whole(path) as aside:
-    aside.write_text(json.dumps(content, indent=2) + '\n')
 
 
 def versions() -> dict[str, str]:

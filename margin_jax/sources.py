@@ -12,9 +12,6 @@ from margin_jax.checkpoints import FOLDER
 from margin_jax.data import tokenization
 from margin_jax.models import bert_weights, pretrained
 
-# The copy that a run keeps in its workdir.
-VOCABULARY = 'vocab.txt'
-
 
 def load(
   config: ml_collections.ConfigDict,
@@ -147,7 +144,7 @@ def _gone(path: str) -> bool:
 def _kept(workdir: str | None) -> str | None:
   """The copy in the workdir, of a run that has begun: what else is there may
   be of a start that came to nothing."""
-  path = pathlib.Path(workdir or '', VOCABULARY)
+  path = pathlib.Path(workdir or '', bert_weights.VOCABULARY)
   folder = pathlib.Path(workdir or '', FOLDER)
   if workdir is None or not (path.is_file() and folder.is_dir()):
     return None
@@ -158,7 +155,7 @@ def _kept(workdir: str | None) -> str | None:
 def keep_vocabulary(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Copies the vocabulary into the workdir."""
   path = vocabulary(config, workdir)
-  kept = pathlib.Path(workdir, VOCABULARY)
+  kept = pathlib.Path(workdir, bert_weights.VOCABULARY)
   if path is not None and path != str(kept):
     with files.whole(kept) as aside:
       shutil.copyfile(path, aside)

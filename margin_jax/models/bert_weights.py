@@ -319,11 +319,6 @@ def _config(sizes: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  with files.whole(path) as aside:
-    aside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-
-
 def write(
   folder: str | os.PathLike,
   variables: PyTree,
@@ -370,5 +365,5 @@ def write(
     with files.whole(folder / VOCABULARY) as path:
       shutil.copyfile(vocab_path, path)
     words = {'tokenizer_class': 'BertTokenizer', **tokenization.WORDS}
-    _write_json(folder / tokenization.CONFIG, words)
-  _write_json(folder / CONFIG, _config(sizes, labels))
+    files.write_json(folder / tokenization.CONFIG, words)
+  files.write_json(folder / CONFIG, _config(sizes, labels))
