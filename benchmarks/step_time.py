@@ -5,10 +5,11 @@
 
 All of one model in one process tree, in turns, so that whatever else the
 machine does hits all of them; medians over the rounds, quartiles beside. On a
-GPU the same command measures larger models in bfloat16. PyTorch runs in a
-process of its own (benchmarks/torch_steps.py) that sleeps while JAX measures;
---torch_python names a Python that has it, if this one has not. Prints a table
-and writes it to benchmarks/step_time_DEVICE.md.
+GPU the same command measures larger models in bfloat16. PyTorch runs in
+processes of its own (benchmarks/torch_steps.py) that sleep while another
+measures: as it comes, with pages kept by the allocator as `cpu.tune` keeps
+ours, and compiled. --torch_python names a Python that has it, if this one has
+not. Prints a table and writes it to benchmarks/step_time_DEVICE.md.
 """
 
 import argparse
@@ -45,9 +46,11 @@ NAMES = {
   'select': 'scores, top-k and gather alone',
   'mms': 'MMS step, fused',
   'two': 'MMS step, two programs and the host between them',
-  'torch plain': 'PyTorch, plain step',
-  'torch forward': 'PyTorch, forward on B',
-  'torch mms': 'PyTorch, MMS step',
+}
+TORCH = {
+  'plain': 'plain step',
+  'forward': 'forward on B',
+  'mms': 'MMS step',
 }
 
 
@@ -84,7 +87,7 @@ def rows(
   lines = []
   for name, values in times.items():
     low, middle, high = statistics.quantiles(values, n=4)
-    line = f'| {model} | {NAMES[name]} | {1e3 * middle:.1f} | '
+    line = f'| {model} | {NAMES.get(name, name)} | {1e3 * middle:.1f} | '
     line += f'{1e3 * low:.1f} to {1e3 * high:.1f} |'
     if name in flops:
       rate = flops[name] / middle
@@ -117,11 +120,12 @@ def ratios(model: str, times: dict[str, list[float]]) -> list[str]:
     f'- {model}: two programs / fused: '
     + ratio(lambda t: t['two'], lambda t: t['mms']),
   ]
-  for kind in ('plain', 'mms'):
-    if f'torch {kind}' in times:
+  for name in times:
+    if name.startswith('PyTorch') and not name.endswith(TORCH['forward']):
+      kind = next(k for k, v in TORCH.items() if name.endswith(v))
       lines.append(
-        f'- {model}: PyTorch / ours, {kind} step: '
-        + ratio(lambda t, k=kind: t[f'torch {k}'], lambda t, k=kind: t[k])
+        f'- {model}: {name} / ours: '
+        + ratio(lambda t, n=name: t[n], lambda t, k=kind: t[k])
       )
   return lines
 
@@ -131,10 +135,14 @@ def measure_model(
 ) -> tuple[list[str], list[str], str]:
   """Table rows, ratios and the version of PyTorch."""
   batch, pool_size = sizes
-  torch = None
+  torch = {}
   if args.torch_python != 'none':  # first: there may be none
-    more = ['--compile'] if args.torch_compile else []
-    torch = steps.Torch(args.torch_python, model, sizes, *more)
+    torch = {
+      f'PyTorch {variant}': steps.Torch(
+        args.torch_python, model, sizes, variant
+      )
+      for variant in args.torch
+    }
   source = (
     steps.make_sentences(4 * pool_size)
     if model.startswith('bert')
@@ -147,7 +155,6 @@ def measure_model(
     for rule in ('uniform', 'mms')
   )
   two, forward = steps.in_two_programs(fused)
-  names = ('plain', 'forward', 'mms')
   runs = {
     'plain': plain.run,
     'forward': forward,
@@ -155,16 +162,17 @@ def measure_model(
     'mms': fused.run,
     'two': two,
   }
-  if torch is not None:
-    runs |= {f'torch {kind}': torch.run(kind) for kind in names}
-  times = measure(runs, args.rounds)
+  version = ''
   flops = {'plain': plain.flops, 'mms': fused.flops, 'two': fused.flops}
   flops['forward'] = fused.flops - plain.flops
-  flops |= {f'torch {k}': flops[k] for k in names}
-  version = ''
-  if torch is not None:
-    version = torch.version
-    torch.close()
+  for name, process in torch.items():
+    for kind, what in TORCH.items():
+      runs[f'{name}, {what}'] = process.run(kind)
+      flops[f'{name}, {what}'] = flops[kind]
+  times = measure(runs, args.rounds)
+  for process in torch.values():
+    version = process.version
+    process.close()
   return rows(model, times, flops, top), ratios(model, times), version
 
 
@@ -177,19 +185,16 @@ def write(
 ) -> None:
   """Writes the table and the ratios."""
   device, version = jax.devices()[0], versions()['jax']
-  compiled = '_compiled' if args.torch_compile else ''
   text = [
     '# Step times',
     '',
     f'`python -m benchmarks.step_time --models {" ".join(args.models)} '
-    f'--rounds={args.rounds} --dtype={args.dtype}'
-    f'{" --torch_compile" if compiled else ""}`: '
+    f'--rounds={args.rounds} --dtype={args.dtype}`: '
     f'1 x {device.device_kind} ({os.cpu_count()} host cores), jax {version}, '
     f'{torch or "no PyTorch"}, {args.dtype}. Medians and quartiles of '
     f'{args.rounds} rounds, all of a model in turns. The matrix product of '
     f'this machine reaches {top / 1e9:.0f} GFLOP/s. '
-    "FLOPs are XLA's count, for PyTorch too, whose allocator keeps its pages "
-    'as ours does.',
+    "FLOPs are XLA's count, for PyTorch too.",
     '',
     '| model | what | ms | quartiles | GFLOP/s | of the peak |',
     '|---|---|---|---|---|---|',
@@ -197,7 +202,7 @@ def write(
     '',
     *compared,
   ]
-  name = f'step_time_{device.platform}_jax{version}{compiled}.md'
+  name = f'step_time_{device.platform}_jax{version}.md'
   path = pathlib.Path(args.out or pathlib.Path(__file__).with_name(name))
   path.write_text('\n'.join(text) + '\n')
   print(f'written to {path}')
@@ -215,7 +220,14 @@ def main() -> None:
   parser.add_argument(
     '--torch_python', default=sys.executable, help='or none, to leave it out'
   )
-  parser.add_argument('--torch_compile', action='store_true')
+  parser.add_argument(
+    '--torch',
+    nargs='*',
+    choices=[*steps.VARIANTS],
+    default=['as it comes', 'compiled']
+    if gpu
+    else ['as it comes', 'pages kept', 'compiled, pages kept'],
+  )
   parser.add_argument('--out', help='default: beside this file')
   args = parser.parse_args()
   if args.rounds < 2:

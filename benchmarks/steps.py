@@ -33,6 +33,21 @@ LENGTH, WORDS = 128, 30_522
 
 Run = Callable[[int], float]
 
+# What `cpu.tune` asks of the allocator, for another process.
+KEPT_PAGES = {
+  'MALLOC_MMAP_MAX_': '0',
+  'MALLOC_TRIM_THRESHOLD_': str(2**31 - 1),
+  'MALLOC_ARENA_MAX': '1',
+}
+
+# Of PyTorch: are pages kept, is the model compiled?
+VARIANTS = {
+  'as it comes': (False, False),
+  'pages kept': (True, False),
+  'compiled': (False, True),
+  'compiled, pages kept': (True, True),
+}
+
 
 def make_sentences(examples: int) -> data.Source:
   """Random tokens without padding."""
@@ -203,27 +218,27 @@ def selection_alone(fused: Fused) -> Run:
 
 
 class Torch:
-  """The process that runs PyTorch, with pages kept as `cpu.tune` does.
+  """A process that runs PyTorch.
 
   Attributes:
     version: what it says it is.
   """
 
-  def __init__(self, python: str, model: str, sizes: tuple[int, int], *more):
-    """Starts it."""
+  def __init__(
+    self, python: str, model: str, sizes: tuple[int, int], variant: str
+  ):
+    """Starts it; `variant` is one of VARIANTS."""
     batch, pool_size = sizes
     command = [
       python, '-m', 'benchmarks.torch_steps', model, f'--batch={batch}',
-      f'--pool={pool_size}', *more,
+      f'--pool={pool_size}',
     ]  # fmt: skip
-    kept = {
-      'MALLOC_MMAP_MAX_': '0',
-      'MALLOC_TRIM_THRESHOLD_': str(2**31 - 1),
-      'MALLOC_ARENA_MAX': '1',
-    }
+    kept, compiled = VARIANTS[variant]
+    if compiled:
+      command.append('--compile')
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-      env={**kept, **os.environ},
+      env={**os.environ, **(KEPT_PAGES if kept else {})},
     )  # fmt: skip
     self.version = self._answer()
 

@@ -9,7 +9,8 @@ papers' regimes for one GPU. The baseline has a long schedule; everything else,
 early, and should reach the baseline's error in less. Every run is kept in
 WORKDIR: started again, the benchmark goes on where it was; with --minutes it
 stops after so many, which no run outlives by more than its next checkpoint.
-Writes benchmarks/time_to_accuracy_SIZE.md, .csv and .png.
+Writes benchmarks/time_to_accuracy_SIZE.md, .csv and .png. `--scale=0.001` takes
+a thousandth of the steps, to see that all of it runs, and writes into WORKDIR.
 """
 
 import argparse
@@ -58,7 +59,7 @@ class Size:
 
 SIZES = {
   'small': Size(
-    'resnet8', (2400, 1440, 2040), (1200, 720, 1020), 100, 'resnet8', 3
+    'resnet8', (1500, 900, 1275), (750, 450, 640), 125, 'resnet8', 3
   ),
   'paper': Size(
     'resnet44',
@@ -69,6 +70,20 @@ SIZES = {
     1,
   ),
 }
+
+
+def scaled(size: Size, scale: float) -> Size:
+  """The same in fewer steps, with two evaluations of the short runs."""
+
+  def times(steps: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, round(scale * x)) for x in steps)
+
+  if scale == 1:
+    return size
+  short = times(size.short)
+  return dataclasses.replace(
+    size, long=times(size.long), short=short, interval=-(-short[0] // 2)
+  )
 
 
 def variants(size: Size) -> dict[str, dict[str, Any]]:
@@ -82,6 +97,7 @@ def variants(size: Size) -> dict[str, dict[str, Any]]:
     'mms': {},
     'mms, B=128': {'pool_size': 128},
     'mms, score_resolution=16': half,
+    'mms, B=128, score_resolution=16': {'pool_size': 128, **half},
     'mms, reuse=5': {'selection.reuse': 5},
     'mms, every=5': {'selection.every': 5},
   }
@@ -191,7 +207,7 @@ def table(curves: dict[tuple[str, int], list[dict]], seeds: int) -> list[str]:
     lines.append(
       f'| {name} | {runs[0][-1]["step"]:,} '
       f'| {statistics.mean(errors):.2%} ± {100 * spread:.2f} '
-      f'| {runs[0][-1]["flops"] / 1e15:.3f} | {seconds:.0f} '
+      f'| {runs[0][-1]["flops"] / 1e15:.3g} | {seconds:.0f} '
       f'| {len(hits)} of {seeds} | '
       + ('' if when is None else f'{when:.0f}')
       + ' |'
@@ -224,10 +240,13 @@ def plot(path: pathlib.Path, curves: dict[tuple[str, int], list[dict]]) -> None:
 
 
 def report(
-  args: argparse.Namespace, curves: dict[tuple[str, int], list[dict]]
+  args: argparse.Namespace,
+  root: pathlib.Path,
+  curves: dict[tuple[str, int], list[dict]],
 ) -> None:
   """Writes the table, the curves and the picture."""
-  base = pathlib.Path(__file__).with_name(f'time_to_accuracy_{args.size}')
+  here = pathlib.Path(__file__).parent if args.scale == 1 else root
+  base = here / f'time_to_accuracy_{args.size}'
   rows = [
     {'variant': name, 'seed': seed, **row}
     for (name, seed), found in curves.items()
@@ -240,10 +259,11 @@ def report(
     '# Time to accuracy',
     '',
     f'`python -m benchmarks.time_to_accuracy --size={args.size} '
-    f'--seeds={args.seeds}`: {size.model} on CIFAR-10, b=64, B=640 unless '
-    'said, the augmentation and optimizer of configs/cifar10_resnet44.py, '
-    f'{args.seeds} seed(s); 1 x {device.device_kind} ({os.cpu_count()} host '
-    f'cores), jax {versions()["jax"]}. Seconds are of training, without '
+    f'--scale={args.scale:g} --seeds={args.seeds}`: {size.model} on CIFAR-10, '
+    'b=64, B=640 unless said, the augmentation and optimizer of '
+    f'configs/cifar10_resnet44.py, {args.seeds} seed(s); '
+    f'1 x {device.device_kind} ({os.cpu_count()} host cores), '
+    f'jax {versions()["jax"]}. Seconds are of training, without '
     'evaluation and compilation.',
     '',
     *table(curves, args.seeds),
@@ -260,14 +280,16 @@ def main() -> None:
   parser.add_argument('--size', choices=[*SIZES], default='small')
   parser.add_argument('--data_dir')
   parser.add_argument('--seeds', type=int)
+  parser.add_argument('--scale', type=float, default=1)
   parser.add_argument('--minutes', type=float, default=float('inf'))
   parser.add_argument('--workdir', help='default: /tmp/time_to_accuracy_SIZE')
   args = parser.parse_args()
   cpu.tune()
   parallel.use_compilation_cache()
-  size = SIZES[args.size]
+  size = scaled(SIZES[args.size], args.scale)
   args.seeds = size.seeds if args.seeds is None else args.seeds
   root = pathlib.Path(args.workdir or f'/tmp/time_to_accuracy_{args.size}')
+  root.mkdir(parents=True, exist_ok=True)
   deadline = time.time() + 60 * args.minutes
   curves = {}
   for seed in range(args.seeds):
@@ -286,7 +308,7 @@ def main() -> None:
         f'{last["step"]:,} steps and {last["seconds"]:.0f} s',
         flush=True,
       )
-  report(args, curves)
+  report(args, root, curves)
 
 
 if __name__ == '__main__':

@@ -222,8 +222,7 @@ def main() -> None:
   parser.add_argument('--compile', action='store_true')
   args = parser.parse_args()
   steps = Steps(args)
-  mode = 'torch.compile' if args.compile else 'eager'
-  print(f'PyTorch {torch.__version__}, {mode}', flush=True)
+  print(f'PyTorch {torch.__version__}', flush=True)
   for line in sys.stdin:
     kind, count = line.split()
     print(steps.time(kind, int(count)), flush=True)
