@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import steps
 from margin_jax import config as config_lib
-from margin_jax import data, validation
+from margin_jax import cpu, data, parallel, validation
 from margin_jax.reporting import versions
 
 RULES = ('random', 'mms', 'loss', 'entropy', 'margin', 'selective_backprop')
@@ -104,6 +104,8 @@ def main() -> None:
   parser.add_argument('--model', default='resnet20')
   parser.add_argument('--rounds', type=int, default=7)
   args = parser.parse_args()
+  cpu.tune()  # as the trainer does, before JAX starts
+  parallel.use_compilation_cache()
   source = make_source()
   runs, costs = {}, {}
   for name, fields in VARIANTS.items():

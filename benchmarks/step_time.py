@@ -158,7 +158,7 @@ def measure_model(
   runs = {
     'plain': plain.run,
     'forward': forward,
-    'select': steps.selection_alone(fused),
+    'select': steps.Selection.of(fused).run,
     'mms': fused.run,
     'two': two,
   }

@@ -191,30 +191,48 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
   return run, run_forward
 
 
-def selection_alone(fused: Fused) -> Run:
+class Selection:
   """Scores, top-k and gather, of logits and a pool that are there."""
-  method = fused.method
-  kernel = pool.head_kernel(fused.first.params)
-  rng = np.random.default_rng(0)
-  size = method.selection.pool_size
-  shape = (size, kernel.shape[1])
-  logits = jnp.asarray(rng.standard_normal(shape, np.float32))
-  drawn = jax.tree.map(lambda x: x[:size], fused.feed(0))
-  drawn = {k: drawn[k] for k in ('inputs', 'label')}
 
-  @jax.jit
-  def select(logits, kernel, drawn):
-    scores = margins.mms_scores(logits, kernel)
-    return selection.take_lowest(scores, drawn, method.batch_size, None)
+  def __init__(
+    self, sizes: tuple[int, int, int], batch: int, drawn: dict[str, jax.Array]
+  ):
+    """Compiles it for B examples, C classes, D features, and this pool."""
+    examples, classes, features = sizes
+    rng = np.random.default_rng(0)
+    self.args = (
+      jnp.asarray(rng.standard_normal((examples, classes), np.float32)),
+      jnp.asarray(rng.standard_normal((features, classes), np.float32)),
+      drawn,
+    )
 
-  def run(steps: int) -> float:
+    @jax.jit
+    def select(logits, kernel, drawn):
+      scores = margins.mms_scores(logits, kernel)
+      return selection.take_lowest(scores, drawn, batch, None)
+
+    self.compiled = select.lower(*self.args).compile()
+
+  @classmethod
+  def of(cls, fused: Fused) -> 'Selection':
+    """As in this step."""
+    size = fused.method.selection.pool_size
+    features, classes = pool.head_kernel(fused.first.params).shape
+    drawn = {k: fused.feed(0)[k][:size] for k in ('inputs', 'label')}
+    return cls((size, classes, features), fused.method.batch_size, drawn)
+
+  @property
+  def temporary_bytes(self) -> int:
+    """What it needs beside its arguments and its result."""
+    return self.compiled.memory_analysis().temp_size_in_bytes
+
+  def run(self, steps: int) -> float:
+    """Seconds a step."""
     started = time.perf_counter()
     for _ in range(steps):
-      found = select(logits, kernel, drawn)
+      found = self.compiled(*self.args)
     jax.block_until_ready(found)
     return (time.perf_counter() - started) / steps
-
-  return run
 
 
 class Torch:
