@@ -53,6 +53,7 @@ def piped(data_dir: str, images: int, workers: int) -> Iterator[float]:
 def measure(times: Iterator[float], images: int) -> tuple[float, float]:
   """Seconds until the first time, and images a second from there on."""
   started = time.perf_counter()
+  images = images // BATCH * BATCH  # whole batches
   found = list(times)
   return found[0] - started, images / (found[-1] - found[0])
 
@@ -81,6 +82,8 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--workers', type=int, nargs='*', default=[0, 1, 2])
   args = parser.parse_args()
+  if args.images < BATCH:
+    parser.error(f'--images must be at least {BATCH}')
   variants = {
     'decoding alone, one process': lambda: decoded(args.data_dir, args.images)
   }

@@ -5,8 +5,8 @@
 Choosing by itself (scores, top-k and gather, from logits that are there) for
 pools, classes and features of several sizes: time, and the memory beside
 arguments and result. Then whole MMS steps of ResNet-20 as the pool grows: time,
-memory, and the part of a step that Python spends on data. Writes
-benchmarks/scaling.md.
+memory, and the part of a step that Python spends on the data, which is on the
+device. Writes benchmarks/scaling_DEVICE.md.
 """
 
 import os
@@ -92,10 +92,10 @@ def step_rows() -> list[str]:
     more = statistics.median(
       x - y for x, y in zip(times[size], times[None], strict=True)
     )
-    scoring = f'{1e3 * more / size:.2f}' if size else ''
+    scoring = f'{1e3 * more / size:.3g}' if size else ''
     memory = one.program.programs[0].lowered.compile().memory_analysis()
     lines.append(
-      f'| {size or "plain"} | {1e3 * seconds:.0f} | {scoring} '
+      f'| {size or "plain"} | {1e3 * seconds:.3g} | {scoring} '
       f'| {memory.temp_size_in_bytes / 1e6:.1f} '
       f'| {waited(one) / seconds:.4%} |'
     )
@@ -126,7 +126,7 @@ def main() -> None:
     '',
     *step_rows(),
   ]
-  path = pathlib.Path(__file__).with_suffix('.md')
+  path = pathlib.Path(__file__).with_name(f'scaling_{device.platform}.md')
   path.write_text('\n'.join(text) + '\n')
 
 

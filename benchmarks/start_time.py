@@ -3,8 +3,9 @@
     python -m benchmarks.start_time --data_dir=DIR
 
 ResNet-44 on CIFAR-10 with MMS, as users start it: a new process each time,
-first with an empty compilation cache, then with the one that it left. Stops
-each once it says that the first step is done. Writes benchmarks/start_time.md.
+first with an empty compilation cache, then with the one that it left. On CPU
+also without oneDNN, whose convolutions cannot be kept there. Stops each once it
+says that the first step is done. Writes benchmarks/start_time.md.
 """
 
 import argparse
@@ -22,9 +23,12 @@ import jax
 from margin_jax.reporting import versions
 
 CONFIG = 'configs/cifar10_resnet44.py:mms'
+OFF = {'XLA_FLAGS': '--xla_cpu_experimental_onednn_custom_call=false'}
 
 
-def start(folder: str, cache: str, data_dir: str) -> tuple[float, float]:
+def start(
+  folder: str, cache: str, data_dir: str, flags: dict[str, str]
+) -> tuple[float, float]:
   """Seconds to the end of the first step, and those spent on compiling it."""
   command = [
     sys.executable, '-m', 'margin_jax.train', f'--config={CONFIG}',
@@ -37,6 +41,7 @@ def start(folder: str, cache: str, data_dir: str) -> tuple[float, float]:
     command, stdout=subprocess.PIPE, text=True,
     env={
       **os.environ,
+      **flags,
       'JAX_COMPILATION_CACHE_DIR': cache,
       'PYTHONUNBUFFERED': '1',
     },
@@ -57,11 +62,17 @@ def main() -> None:
   parser.add_argument('--data_dir', required=True)
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
-  found = {'empty': [], 'warm': []}
+  variants = {'': {}}
+  if jax.default_backend() == 'cpu' and jax.__version_info__ >= (0, 11):
+    variants[', without oneDNN'] = OFF
+  found = {f'{x}{name}': [] for name in variants for x in ('empty', 'warm')}
   for _ in range(args.rounds):
     with tempfile.TemporaryDirectory() as folder:
       for name in found:
-        times = start(f'{folder}/{name}', f'{folder}/cache', args.data_dir)
+        flags = variants[name.removeprefix('empty').removeprefix('warm')]
+        times = start(
+          f'{folder}/{name}', f'{folder}/cache', args.data_dir, flags
+        )
         found[name].append(times)
         print(name, times, flush=True)
   device = jax.devices()[0]

@@ -1,7 +1,7 @@
 """What a step costs: plain, MMS fused, MMS in two programs, and in PyTorch.
 
     python -m benchmarks.step_time
-    python -m benchmarks.step_time --models=resnet20 --torch_python=PYTHON
+    python -m benchmarks.step_time --models resnet20 --torch_python=PYTHON
 
 All of one model in one process tree, in turns, so that whatever else the
 machine does hits all of them; medians over the rounds, quartiles beside. On a
@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import selection_cost, steps
 from benchmarks.steps import Run
-from margin_jax import cpu
+from margin_jax import cpu, parallel
 from margin_jax.reporting import versions
 
 # Name: b and B.
@@ -36,6 +35,7 @@ CPU_MODELS = {
   'bert4_256_4': (8, 80),
 }
 GPU_MODELS = {
+  'resnet20': (64, 640),
   'resnet44': (64, 640),
   'wrn28_10': (64, 640),
   'bert_base': (32, 320),
@@ -46,6 +46,8 @@ NAMES = {
   'select': 'scores, top-k and gather alone',
   'mms': 'MMS step, fused',
   'two': 'MMS step, two programs and the host between them',
+  'plain many': 'plain step, many a call',
+  'mms many': 'MMS step, fused, many a call',
 }
 TORCH = {
   'plain': 'plain step',
@@ -57,7 +59,7 @@ TORCH = {
 def peak(dtype: str) -> float:
   """FLOP/s of the machine's matrix product, the best of ten."""
   side = 2048 if jax.default_backend() == 'cpu' else 8192
-  x = jnp.ones((side, side), dtype)
+  x = jax.random.normal(jax.random.key(0), (side, side), dtype)
   product = jax.jit(lambda x: x @ x)
   best = float('inf')
   for _ in range(11):
@@ -86,11 +88,11 @@ def rows(
   """The model's part of the table."""
   lines = []
   for name, values in times.items():
-    low, middle, high = statistics.quantiles(values, n=4)
-    line = f'| {model} | {NAMES.get(name, name)} | {1e3 * middle:.1f} | '
-    line += f'{1e3 * low:.1f} to {1e3 * high:.1f} |'
+    low, middle, high = (1e3 * x for x in statistics.quantiles(values, n=4))
+    line = f'| {model} | {NAMES.get(name, name)} | {middle:.4g} | '
+    line += f'{low:.4g} to {high:.4g} |'
     if name in flops:
-      rate = flops[name] / middle
+      rate = 1e3 * flops[name] / middle
       line += f' {rate / 1e9:.0f} | {rate / top:.0%} |'
     else:
       line += ' | |'
@@ -101,7 +103,7 @@ def rows(
 def ratios(model: str, times: dict[str, list[float]]) -> list[str]:
   """What the table is for: medians of the ratios within each round."""
 
-  def ratio(above: Callable, below: Callable) -> str:
+  def ratio(above: Callable, below: Callable, form: str = '.2f') -> str:
     found = [
       above(*x) / below(*x)
       for x in (
@@ -110,23 +112,25 @@ def ratios(model: str, times: dict[str, list[float]]) -> list[str]:
       )
     ]
     low, middle, high = statistics.quantiles(found, n=4)
-    return f'{middle:.2f} ({low:.2f} to {high:.2f})'
+    return f'{middle:{form}} ({low:{form}} to {high:{form}})'
 
   lines = [
     f'- {model}: MMS step / (forward on B + plain step): '
     + ratio(lambda t: t['mms'], lambda t: t['forward'] + t['plain']),
     f'- {model}: scores, top-k and gather / MMS step: '
-    + ratio(lambda t: t['select'], lambda t: t['mms']),
+    + ratio(lambda t: t['select'], lambda t: t['mms'], '.3%'),
     f'- {model}: two programs / fused: '
     + ratio(lambda t: t['two'], lambda t: t['mms']),
   ]
   for name in times:
     if name.startswith('PyTorch') and not name.endswith(TORCH['forward']):
       kind = next(k for k, v in TORCH.items() if name.endswith(v))
-      lines.append(
-        f'- {model}: {name} / ours: '
-        + ratio(lambda t, n=name: t[n], lambda t, k=kind: t[k])
-      )
+      for ours in (kind, f'{kind} many'):
+        if ours in times:
+          lines.append(
+            f'- {model}: {name} / ours{", many a call" * (ours != kind)}: '
+            + ratio(lambda t, n=name: t[n], lambda t, k=ours: t[k])
+          )
   return lines
 
 
@@ -139,7 +143,7 @@ def measure_model(
   if args.torch_python != 'none':  # first: there may be none
     torch = {
       f'PyTorch {variant}': steps.Torch(
-        args.torch_python, model, sizes, variant
+        args.torch_python, model, sizes, variant, args.dtype
       )
       for variant in args.torch
     }
@@ -148,12 +152,14 @@ def measure_model(
     if model.startswith('bert')
     else selection_cost.make_source(10 * pool_size)
   )
-  plain, fused = (
-    steps.Fused(
-      steps.make_config(model, batch, pool_size, rule, args.dtype), source
+
+  def make(rule: str, per_call: int | None = 1) -> steps.Fused:
+    config = steps.make_config(
+      model, batch, pool_size, rule, args.dtype, per_call
     )
-    for rule in ('uniform', 'mms')
-  )
+    return steps.Fused(config, source)
+
+  plain, fused = make('uniform'), make('mms')
   two, forward = steps.in_two_programs(fused)
   runs = {
     'plain': plain.run,
@@ -162,9 +168,15 @@ def measure_model(
     'mms': fused.run,
     'two': two,
   }
+  if jax.default_backend() != 'cpu':  # as the trainer runs them there
+    runs |= {
+      f'{kind} many': make(rule, None).run
+      for kind, rule in (('plain', 'uniform'), ('mms', 'mms'))
+    }
   version = ''
   flops = {'plain': plain.flops, 'mms': fused.flops, 'two': fused.flops}
   flops['forward'] = fused.flops - plain.flops
+  flops |= {f'{kind} many': flops[kind] for kind in ('plain', 'mms')}
   for name, process in torch.items():
     for kind, what in TORCH.items():
       runs[f'{name}, {what}'] = process.run(kind)
@@ -173,7 +185,8 @@ def measure_model(
   for process in torch.values():
     version = process.version
     process.close()
-  return rows(model, times, flops, top), ratios(model, times), version
+  shown = f'{model}, b={batch}, B={pool_size}'
+  return rows(shown, times, flops, top), ratios(model, times), version
 
 
 def write(
@@ -189,7 +202,8 @@ def write(
     '# Step times',
     '',
     f'`python -m benchmarks.step_time --models {" ".join(args.models)} '
-    f'--rounds={args.rounds} --dtype={args.dtype}`: '
+    f'--rounds={args.rounds} --dtype={args.dtype} '
+    f'--torch {" ".join(repr(x) for x in args.torch)}`: '
     f'1 x {device.device_kind} ({os.cpu_count()} host cores), jax {version}, '
     f'{torch or "no PyTorch"}, {args.dtype}. Medians and quartiles of '
     f'{args.rounds} rounds, all of a model in turns. The matrix product of '
@@ -211,10 +225,12 @@ def write(
 def main() -> None:
   """Measures one model after the other."""
   cpu.tune()  # as the trainer does, before JAX starts
+  parallel.use_compilation_cache()
   gpu = jax.default_backend() != 'cpu'
   table = GPU_MODELS if gpu else CPU_MODELS
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--models', nargs='*', default=[*table])
+  known = {**CPU_MODELS, **GPU_MODELS, **table}
+  parser.add_argument('--models', nargs='*', choices=[*known], default=[*table])
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--dtype', default='bfloat16' if gpu else 'float32')
   parser.add_argument(
@@ -224,7 +240,7 @@ def main() -> None:
     '--torch',
     nargs='*',
     choices=[*steps.VARIANTS],
-    default=['as it comes', 'compiled']
+    default=['as it comes', 'compiled', 'compiled, CUDA graphs']
     if gpu
     else ['as it comes', 'pages kept', 'compiled, pages kept'],
   )
@@ -235,12 +251,11 @@ def main() -> None:
   top = peak(args.dtype)
   found, compared, torch = [], [], ''
   for model in args.models:
-    sizes = {**CPU_MODELS, **GPU_MODELS, **table}[model]
-    lines, more, torch = measure_model(model, sizes, args, top)
+    lines, more, torch = measure_model(model, known[model], args, top)
     found += lines
     compared += more
     print('\n'.join([*lines, *more]), flush=True)
-  write(args, top, torch, found, compared)
+    write(args, top, torch, found, compared)  # what is done is not lost
 
 
 if __name__ == '__main__':

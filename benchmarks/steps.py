@@ -16,6 +16,7 @@ import numpy as np
 
 from margin_jax import (
   build,
+  cpu,
   data,
   feeding,
   initial,
@@ -40,12 +41,13 @@ KEPT_PAGES = {
   'MALLOC_ARENA_MAX': '1',
 }
 
-# Of PyTorch: are pages kept, is the model compiled?
+# Of PyTorch: are pages kept, how is the model compiled?
 VARIANTS = {
-  'as it comes': (False, False),
-  'pages kept': (True, False),
-  'compiled': (False, True),
-  'compiled, pages kept': (True, True),
+  'as it comes': (False, None),
+  'pages kept': (True, None),
+  'compiled': (False, 'default'),
+  'compiled, pages kept': (True, 'default'),
+  'compiled, CUDA graphs': (False, 'graphs'),
 }
 
 
@@ -73,7 +75,12 @@ def make_sentences(examples: int) -> data.Source:
 
 
 def make_config(
-  model: str, batch: int, pool_size: int, rule: str, dtype: str
+  model: str,
+  batch: int,
+  pool_size: int,
+  rule: str,
+  dtype: str,
+  steps_per_call: int | None = None,
 ) -> ml_collections.ConfigDict:
   """The recipe of ResNet-44, or of GLUE."""
   config = config_lib.default()
@@ -82,6 +89,7 @@ def make_config(
   config.batch_size, config.pool_size = batch, pool_size
   config.selection.rule = rule
   config.devices = 1
+  config.steps_per_call = steps_per_call
   if model.startswith('bert'):
     config.data.name = 'entailment'  # only for the checks of the config
     config.data.augmentations = ()
@@ -243,17 +251,26 @@ class Torch:
   """
 
   def __init__(
-    self, python: str, model: str, sizes: tuple[int, int], variant: str
+    self,
+    python: str,
+    model: str,
+    sizes: tuple[int, int],
+    variant: str,
+    dtype: str,
   ):
-    """Starts it; `variant` is one of VARIANTS."""
+    """Starts it, on the kind of device that JAX has here.
+
+    `variant` is one of VARIANTS.
+    """
     batch, pool_size = sizes
     command = [
       python, '-m', 'benchmarks.torch_steps', model, f'--batch={batch}',
-      f'--pool={pool_size}',
+      f'--pool={pool_size}', f'--dtype={dtype}',
+      f'--device={"cpu" if cpu.is_default() else "cuda"}',
     ]  # fmt: skip
     kept, compiled = VARIANTS[variant]
-    if compiled:
-      command.append('--compile')
+    if compiled is not None:
+      command.append(f'--compile={compiled}')
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
       env={**os.environ, **(KEPT_PAGES if kept else {})},
@@ -264,8 +281,8 @@ class Torch:
     line = self.process.stdout.readline()
     if not line:
       raise SystemExit(
-        'error: the process with PyTorch stopped, see above; --torch_python '
-        'names a Python that has it, and none leaves it out'
+        'error: the process with PyTorch stopped, see above. --torch_python '
+        'names a Python that has it (none leaves it out), --torch variants'
       )
     return line.strip()
 

@@ -4,9 +4,9 @@
 
 Written for the comparison, from the papers and not from our JAX code: uint8
 images in memory, crop and flip on the device, channels-last, MMS from the two
-largest logits, `topk`, SGD with momentum; AMP in bfloat16 on a GPU. Reads
-lines from standard input, 'plain 5', 'mms 5', 'forward 5' (how many steps), and
-answers each with the seconds of a step.
+largest logits, `topk`, SGD with momentum; AMP where bfloat16 is asked for.
+Reads lines from standard input, 'plain 5', 'mms 5', 'forward 5' (how many
+steps), and answers each with the seconds of a step.
 """
 
 import argparse
@@ -120,8 +120,11 @@ class Steps:
 
   def __init__(self, args: argparse.Namespace):
     """Creates all of it."""
-    self.gpu = torch.cuda.is_available()
-    self.device = 'cuda' if self.gpu else 'cpu'
+    self.gpu = args.device == 'cuda'
+    if self.gpu and not torch.cuda.is_available():
+      raise SystemExit('error: this PyTorch sees no GPU')
+    self.device = args.device
+    self.half = args.dtype == 'bfloat16'
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     self.batch, self.pool = args.batch, args.pool
@@ -130,12 +133,18 @@ class Steps:
     if not self.sentences:
       model = model.to(memory_format=torch.channels_last)
     self.model = model
-    self.call = torch.compile(model) if args.compile else model
+    # Two sizes of batch, each compiled for itself.
+    modes = {'default': None, 'graphs': 'reduce-overhead'}
+    self.call = model
+    if args.compile is not None:
+      self.call = torch.compile(model, dynamic=False, mode=modes[args.compile])
     parameters = model.parameters()
     self.optimizer = (
-      torch.optim.Adam(parameters, 2e-5)
+      torch.optim.Adam(parameters, 2e-5, fused=True)
       if self.sentences
-      else torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
+      else torch.optim.SGD(
+        parameters, 0.1, momentum=0.9, weight_decay=1e-4, fused=True
+      )
     )
     count = 10 * self.pool
     classes = 2 if self.sentences else 10
@@ -165,13 +174,14 @@ class Steps:
     return x.permute(0, 3, 1, 2), label
 
   def autocast(self) -> torch.autocast:
-    """Bfloat16 on a GPU."""
-    return torch.autocast(self.device, torch.bfloat16, enabled=self.gpu)
+    """Bfloat16 where that was asked for."""
+    return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
 
+  @torch.no_grad()
   def score(self, x: torch.Tensor) -> torch.Tensor:
     """MMS of a pool, in evaluation mode."""
     self.model.eval()
-    with torch.no_grad(), self.autocast():
+    with self.autocast():
       logits = self.call(x).float()
     top, places = logits.topk(2, dim=1)
     kernel = self.model.head.weight
@@ -219,10 +229,12 @@ def main() -> None:
   parser.add_argument('model')
   parser.add_argument('--batch', type=int, default=64)
   parser.add_argument('--pool', type=int, default=640)
-  parser.add_argument('--compile', action='store_true')
+  parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--compile', choices=('default', 'graphs'))
   args = parser.parse_args()
   steps = Steps(args)
-  print(f'PyTorch {torch.__version__}', flush=True)
+  print(f'PyTorch {torch.__version__} on {args.device}', flush=True)
   for line in sys.stdin:
     kind, count = line.split()
     print(steps.time(kind, int(count)), flush=True)

@@ -39,12 +39,12 @@ def steps_per_call(
 ) -> int:
   """How many steps one call runs.
 
-  One on CPU: XLA:CPU runs convolutions inside a loop an order of magnitude
-  slower (jax-ml/jax#12868), and a call costs well under a millisecond. On
-  accelerators the largest divisor of the run's intervals up to 100, so that no
-  call has another length and nothing is compiled twice. It also divides
-  `start`, where a continued run begins, or the run would step over its end.
-  And one where steps are not `chained`.
+  One on CPU: XLA:CPU runs the gradients of convolutions inside a loop an order
+  of magnitude slower (jax-ml/jax#12868), and a call costs well under a
+  millisecond. On accelerators the largest divisor of the run's intervals up to
+  100, so that no call has another length and nothing is compiled twice. It also
+  divides `start`, where a continued run begins, or the run would step over its
+  end. And one where steps are not `chained`.
 
   Raises:
     ConfigError: an explicit `steps_per_call` does not divide `start`.

@@ -198,7 +198,7 @@ def default() -> ml_collections.ConfigDict:
       # How many devices to use; None is all that JAX sees.
       'devices': optional(int),
       # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
-      # on convolutions in loops, and up to 100 on accelerators.
+      # on gradients of convolutions in loops, and up to 100 on accelerators.
       'steps_per_call': optional(int),
       'log_every': 100,
       'eval_every': 1000,

@@ -27,7 +27,10 @@ def tune() -> None:
   XLA:CPU takes its temporary memory anew for every step. Of so large a block,
   glibc gives the pages back to the system at once and gets them one by one,
   zeroed: 25,000 page faults a step of ResNet-20. Here it keeps them. And
-  jax 0.11 multiplies matrices with oneDNN, if it is told to before it starts.
+  jax 0.11 computes convolutions and products of matrices with oneDNN, if it is
+  told to before it starts. Programs with these cannot be kept in JAX's
+  compilation cache: a start of ResNet-44 is some 10 s longer, and every step a
+  sixth shorter; XLA_FLAGS with that flag as false decides otherwise.
 
   What the environment says of either (`MALLOC_*`, that flag) has precedence.
   Without glibc there is no first part, and on an accelerator neither has an

@@ -333,7 +333,9 @@ def _stored(workdir: pathlib.Path, trainer: Trainer) -> dict[str, Any] | None:
   path = workdir / 'result.json'
   if trainer.start != trainer.config.steps or not path.exists():
     return None
-  return json.loads(path.read_text())
+  result = json.loads(path.read_text())
+  # A run that was made longer may have been killed before it wrote its own.
+  return result if result['steps'] == trainer.config.steps else None
 
 
 def _other_attack(result: dict[str, Any], trainer: Trainer) -> bool:

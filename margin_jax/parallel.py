@@ -10,6 +10,7 @@ needs at least one, and it is what tells the devices apart.
 import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,14 @@ def join(
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs for the next start, where that is quiet."""
+  """Keeps compiled programs for the next start, where that is quiet.
+
+  Not those with convolutions of oneDNN (see `cpu.tune`), which XLA cannot
+  write down; they are compiled at every start.
+  """
+  warnings.filterwarnings(
+    'ignore', 'Error writing persistent compilation cache .*bad_alloc'
+  )
   if jax.config.jax_compilation_cache_dir is None:
     # XLA:CPU of jax 0.10 logs false alarms about the processor, ten lines a
     # start, for every program it loads. JAX_COMPILATION_CACHE_DIR overrides.
