@@ -32,6 +32,7 @@ from margin_jax import (
   sources,
 )
 from margin_jax import config as config_lib
+from margin_jax.checkpoints import DamagedError
 
 PyTree = Any
 
@@ -110,7 +111,7 @@ class _Report:
         numbers = {f's{i + 1}': float(v) for i, v in enumerate(values)}
         self.signatures.append({**place, **numbers})
     self.last[split] = quantities
-    rows = self.source.rows[split]
+    rows = self.source.rows[split][found['row']]
     self.ranked[split] = _ranked(found, rows, self.names)
     return accuracy
 
@@ -239,7 +240,11 @@ def main(argv: list[str] | None = None) -> None:
       data_dir=args.data_dir,
       out=args.out,
     )
-  except (config_lib.ConfigError, data.DatasetError) as error:
+  except (
+    config_lib.ConfigError,
+    data.DatasetError,
+    DamagedError,
+  ) as error:
     sys.exit(f'error: {error}')
 
 

@@ -325,6 +325,7 @@ def make_method(
     lanes=lanes,
     axis=parallel.AXIS,
     average_batch_stats=config.model.batch_norm == 'device',
+    on_nonfinite=config.on_nonfinite,
     f1=source.f1,
     widths=source.widths,
   )

@@ -49,7 +49,8 @@ def _check_basics(flat: dict[str, Any]) -> None:
     )
   if flat['data.name'] not in data.STREAMED:
     because = f'with data.name={flat["data.name"]!r}, which lies in memory'
-    _forbid(flat, ('data.image_size', 'data.workers'), because)
+    fields = ('data.image_size', 'data.workers', 'data.undecodable')
+    _forbid(flat, fields, because)
   if flat['optimizer.decay'] == 'linear':
     because = "with optimizer.decay='linear', which falls from one rate"
     _forbid(flat, ('optimizer.boundaries',), because)

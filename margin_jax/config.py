@@ -27,6 +27,9 @@ RESUMABLE = (
   'eval_batch_size',
   'data.data_dir',
   'data.workers',
+  # What to do about what has not happened yet, or the run would have ended.
+  'data.undecodable',
+  'on_nonfinite',
   'attack.name',
   'attack.epsilons',
   'attack.steps',
@@ -59,6 +62,9 @@ def _data() -> dict[str, Any]:
     # Of ImageNet, whose JPEGs are decoded while training: the side that images
     # are cut to, and how many processes decode (0: the training process).
     'image_size': 224,
+    # A JPEG that cannot be decoded ends the run ('stop'), or is left out and
+    # counted ('skip').
+    'undecodable': 'stop',
     'workers': 8,
     # Of sentences: the most tokens an example has, and the shorter widths that
     # those with fewer are padded to; a part of its own for each.
@@ -200,6 +206,9 @@ def default() -> ml_collections.ConfigDict:
       # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
       # on gradients of convolutions in loops, and up to 100 on accelerators.
       'steps_per_call': optional(int),
+      # What to do where a loss, a gradient or a score is NaN or infinite:
+      # 'stop' the run, or 'skip' the step.
+      'on_nonfinite': 'stop',
       'log_every': 100,
       'eval_every': 1000,
       'checkpoint_every': 1000,

@@ -328,8 +328,9 @@ class Measurer:
     """Measures the split called `name`.
 
     Returns:
-      'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of the
-      features), each (N,), and at each layer 'margin/LAYER' (signed) and
+      'row' (which examples of the split these are: not those that cannot be
+      decoded), 'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of
+      the features), each (N,), and at each layer 'margin/LAYER' (signed) and
       'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
     """
     reference = {k: np.zeros(n, np.float32) for k, n in self._sizes.items()}
@@ -338,7 +339,6 @@ class Measurer:
         self._make_step, variables, reference
       )
     run = functools.partial(self._splits.run, self._programs, name, variables)
-    count = self._splits.counts[name]
     ((rows, first),) = run(reference, most=1)
     reference = {k: x / np.float32(len(rows)) for k, x in first['sums'].items()}
     chunks = run(reference)
@@ -346,6 +346,10 @@ class Measurer:
       key: np.concatenate([x['examples'][key][: len(w)] for w, x in chunks])
       for key in chunks[0][1]['examples']
     }
+    found['row'] = np.concatenate([where for where, _ in chunks])
+    real = found.pop('real')  # but for images that could not be decoded
+    found = {key: values[real] for key, values in found.items()}
+    count = len(found['row'])
     for layer in self._layers:
       total = sum(x['sums'][layer].astype(np.float64) for _, x in chunks)
       squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)

@@ -15,6 +15,7 @@ import sys
 
 from margin_jax import build, data, initial, models, runs, sources
 from margin_jax import config as config_lib
+from margin_jax.checkpoints import DamagedError
 from margin_jax.models import bert_weights
 
 
@@ -82,7 +83,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = export(
       args.workdir, args.out, step=args.step, data_dir=args.data_dir
     )
-  except (config_lib.ConfigError, data.DatasetError) as error:
+  except (
+    config_lib.ConfigError,
+    data.DatasetError,
+    DamagedError,
+  ) as error:
     sys.exit(f'error: {error}')
   print(f'written to {folder}')
 

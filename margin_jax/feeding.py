@@ -19,9 +19,11 @@ class Resident:
 
   Attributes:
     seconds_waited: for data.
+    undecodable: images that another took the place of.
   """
 
   seconds_waited = 0.0
+  undecodable = 0
 
   def __init__(
     self, devices: parallel.Devices, source: data.Source, method: Method
@@ -50,6 +52,7 @@ class Streamed:
 
   Attributes:
     seconds_waited: for the workers, while there may have been work to do.
+    undecodable: images that another took the place of, in this process's share.
   """
 
   def __init__(
@@ -75,6 +78,7 @@ class Streamed:
     self._source = source
     self._method = method
     self.seconds_waited = 0.0
+    self.undecodable = 0
     sizes = [method.examples_drawn(method.branch_of(s)) for s in range(steps)]
     self._batches: Iterator = source.training(sizes, start, seed, devices.share)
 
@@ -96,6 +100,7 @@ class Streamed:
     started = time.perf_counter()
     batch = next(self._batches)
     self.seconds_waited += time.perf_counter() - started
+    self.undecodable += int(batch.pop('undecodable').sum())
     return self._devices.shard(batch)
 
   def close(self) -> None:

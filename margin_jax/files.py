@@ -6,8 +6,44 @@ import json
 import os
 import pathlib
 import secrets
+import socket
 from collections.abc import Iterator
 from typing import Any
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+  """Keeps other processes that ask for it out of a folder.
+
+  The lock goes with the process, however it ends. Where the file system has no
+  locks, nobody is kept out.
+
+  Raises:
+    BlockingIOError: somebody has it; the message says who.
+    OSError: the folder is not writable.
+  """
+  path = pathlib.Path(folder, '.lock')
+  with path.open('a+') as file:
+    if fcntl is None:
+      yield
+      return
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise BlockingIOError(f'in use by {file.read().strip()}') from error
+    except OSError:  # of a network
+      yield
+      return
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -15,147 +15,48 @@ import numpy as np
 
 from margin_jax import (
   build,
-  data,
-  evaluation,
-  feeding,
   files,
-  initial,
+  nonfinite,
   parallel,
   selection,
   sources,
 )
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
-from margin_jax.method import Method
+from margin_jax.interrupts import Interrupted, Interrupts
 from margin_jax.metrics import summarize
-from margin_jax.program import Counters, Program
+from margin_jax.program import Counters
 from margin_jax.reporting import Reporter, Silent, versions
+from margin_jax.trainer import Trainer
 
 PyTree = Any
 
 
-def _name(rule: selection.Rule) -> str:
-  """The same in every process; a `repr` may hold an address."""
-  while isinstance(rule, functools.partial):
-    rule = rule.func
-  return getattr(rule, '__qualname__', type(rule).__qualname__)
-
-
-def _feed(
-  config: ml_collections.ConfigDict,
-  source: data.Source | data.Streamed,
-  devices: parallel.Devices,
-  method: Method,
-  start: int,
-) -> feeding.Resident | feeding.Streamed:
-  if source.resident:
-    return feeding.Resident(devices, source, method)
-  return feeding.Streamed(
-    devices, source, method, start, config.steps, config.seed
-  )
-
-
-class Trainer:
-  """A run between two points in time: the compiled step and its state."""
-
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    source: data.Source,
-    devices: parallel.Devices,
-    checkpoints: Checkpoints,
-    method: Method,
-    rule: selection.Rule | None,
-  ):
-    """Initialises, or restores the latest checkpoint, and compiles.
-
-    Raises:
-      ConfigError: the checkpoint was made by another config, or the
-        pretrained weights do not fit.
-    """
-    self.config = config
-    self.saved_config = config_lib.as_json(config)
-    if rule is not None:
-      self.saved_config['selection.rule'] = f'custom: {_name(rule)}'
-    self.devices = devices
-    self.checkpoints = checkpoints
-    self.counters = Counters()
-    self.best: dict[str, Any] | None = None
-    info = checkpoints.info()
-    state = initial.init_state(
-      config, source, method, restoring=info is not None
-    )
-    if info is not None:
-      self._check_same_run(info)
-      state, info = checkpoints.restore(state)
-      self.counters = Counters(**info['counters'])
-      self.best = info['best']
-    self.start = int(state.step)
-    self.state = devices.replicate(state)
-    self.feed = _feed(config, source, devices, method, self.start)
-    self.splits = tuple(name for name in source.counts if name != 'train')
-    self.evaluator = evaluation.Evaluator(
-      method,
-      evaluation.make_splits(
-        devices, source, self.splits, config.eval_batch_size
-      ),
-      build.make_attack(config),
-    )
-    self.program = Program(
-      method,
-      devices,
-      build.steps_per_call(
-        config, devices.platform, self.start, build.chained(source)
-      ),
-      self.state,
-      self.feed,
-    )
-
-  def _check_same_run(self, info: dict[str, Any]) -> None:
-    changed = config_lib.differences(info['config'], self.saved_config)
-    if changed:
-      raise config_lib.ConfigError(
-        'the checkpoint in the workdir was made by another config; go back to '
-        'it, or use another workdir:\n  ' + '\n  '.join(changed)
-      )
-    if info['step'] > self.config.steps:
-      raise config_lib.ConfigError(
-        f'steps={self.config.steps} is not allowed: the checkpoint in the '
-        f'workdir is at step {info["step"]} already'
-      )
-
-  def call(self, step: int) -> PyTree:
-    """Dispatches the call at `step`; its metrics are still on the device."""
-    batch = self.feed(step)
-    self.state, metrics = self.program(step, self.state, batch)
-    return metrics
-
-  def save(self, step: int, accuracy: float | None) -> None:
-    """Saves a checkpoint of the state, which is at `step`."""
-    info = {
-      'step': step,
-      'config': self.saved_config,
-      'counters': dataclasses.asdict(self.counters),
-      'best': self.best,
-    }
-    self.checkpoints.save(self.state, info, accuracy)
-
-
-def _run(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+def _run(
+  trainer: Trainer, reporter: Reporter, interrupts: Interrupts
+) -> dict[str, Any]:
   """All remaining steps; returns the last evaluation of every split."""
   config, call = trainer.config, trainer.program.steps_per_call
   windows: list[PyTree] = []
+  watch = nonfinite.Watch(
+    trainer.state.params,
+    parallel.MAX_CALLS_AHEAD,
+    trainer.devices.share.count == 1,
+  )
   # The clock runs while the device trains, and not while it evaluates.
   total, started = trainer.counters, time.perf_counter()
   reported = trainer.start
 
   def report(step: int) -> None:
     nonlocal reported, windows, total
-    metrics, class_rates = summarize(reported, windows)
+    watch.finish(step)
+    metrics, class_rates = summarize(windows)
     total = total.plus(trainer.program.cost(reported, step))
+    total.skipped += int(metrics.pop('skipped', 0))
     elapsed = Counters(
       seconds=time.perf_counter() - started,
       data_wait=trainer.feed.seconds_waited,
+      undecodable=trainer.devices.sum(trainer.feed.undecodable),
     )
     trainer.counters = total.plus(elapsed)
     counters = dataclasses.asdict(trainer.counters)
@@ -168,10 +69,11 @@ def _run(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
     if windows and (step - call) % config.log_every == 0:
       report(step - call)  # a call late: the device is busy with the next
     windows.append(metrics)
-    parallel.wait_for_old(windows)
+    watch.add(step - call, metrics)
     last = step == config.steps
     evaluate = last or step % config.eval_every == 0
-    save = last or step % config.checkpoint_every == 0
+    stop = not last and _asked_to_stop(trainer, interrupts, step)
+    save = last or stop or step % config.checkpoint_every == 0
     if evaluate or save:
       report(step)
       paused = time.perf_counter()
@@ -183,7 +85,40 @@ def _run(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
         trainer.save(step, accuracy)
       started += time.perf_counter() - paused
       reporter.restart_clock(step)
+    if stop:
+      trainer.checkpoints.wait()
+      raise Interrupted(
+        f'stopped at step {step:,} of {config.steps:,}, which is saved; the '
+        'same command goes on from there',
+        interrupts.number or signal.SIGTERM,
+      )
   return evaluations
+
+
+def _asked_to_stop(trainer: Trainer, interrupts: Interrupts, step: int) -> bool:
+  """Whether a signal came, to any process; they ask each other now and then."""
+  alone = trainer.devices.share.count == 1
+  if alone or step % trainer.config.log_every == 0:
+    return trainer.devices.sum(interrupts.number is not None) > 0
+  return False
+
+
+def _keep_pool(
+  trainer: Trainer, workdir: str, error: nonfinite.NonFiniteError
+) -> nonfinite.NonFiniteError:
+  """Writes the pool of the step that failed; the error that says where."""
+  kept = trainer.checkpoints.steps()
+  text = f'{error}; the last checkpoint is of step {kept[-1] if kept else 0:,}'
+  path = pathlib.Path(workdir, f'nonfinite_step_{error.step}.npz')
+  try:
+    pool = trainer.pool()
+    if trainer.devices.primary:
+      with files.whole(path) as aside, aside.open('xb') as file:
+        np.savez(file, **pool)
+    text += f', and what the step read is in {path}'
+  except Exception as lost:  # which must not hide what went wrong first
+    text += f', and what the step read could not be kept: {lost}'
+  return nonfinite.NonFiniteError(text, error.step)
 
 
 def _evaluate(
@@ -279,43 +214,75 @@ def train(
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.
     DatasetError: the dataset is missing or broken.
-    NonFiniteError: loss or gradient became NaN or infinite; checkpoints
-      saved before are kept.
+    NonFiniteError: a loss, gradient or score became NaN or infinite, and
+      `config.on_nonfinite` is 'stop'. Checkpoints saved before are kept, and
+      what the step read is in nonfinite_step_N.npz.
+    DamagedError: there are checkpoints, and none can be read.
+    Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   workdir = os.path.abspath(os.path.expanduser(workdir))
-  devices, source = sources.load(config, rule, workdir=workdir)
-  # Before the workdir is touched: the model and its layers may not fit.
-  method = build.make_method(config, source, devices.total, rule)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-  except OSError as error:
-    raise config_lib.ConfigError(f'workdir={workdir!r}: {error}') from error
-  with contextlib.closing(
-    Checkpoints(workdir, config.keep_every)
-  ) as checkpoints:
-    trainer = Trainer(config, source, devices, checkpoints, method, rule)
-    compiled = trainer.program.compile_seconds
-    say = log if devices.primary else (lambda line: None)
-    say(
-      f'{source.name}: {source.counts["train"]:,} training '
-      f'examples on {devices.total} x {devices.kind}; compiled in '
-      f'{compiled:.1f} s; starting at step {trainer.start:,}'
+  with Interrupts() as interrupts:
+    devices, source = sources.load(config, rule, workdir=workdir)
+    # Before the workdir is touched: the model and its layers may not fit.
+    method = build.make_method(config, source, devices.total, rule)
+    with (
+      _open(workdir, devices),
+      contextlib.closing(
+        Checkpoints(workdir, config.keep_every, writing=True)
+      ) as checkpoints,
+    ):
+      trainer = Trainer(config, source, devices, checkpoints, method, rule, log)
+      return _train(trainer, workdir, interrupts, log)
+
+
+@contextlib.contextmanager
+def _open(workdir: str, devices: parallel.Devices) -> Iterator[None]:
+  """Makes the workdir, and keeps others out of it."""
+  with contextlib.ExitStack() as stack:
+    problem = None
+    try:
+      os.makedirs(workdir, exist_ok=True)
+      if devices.primary:
+        stack.enter_context(files.locked(workdir))
+    except OSError as error:
+      problem = error
+    if devices.sum(problem is not None):
+      raise config_lib.ConfigError(
+        f'workdir={workdir!r}: {problem or "see the other processes"}'
+      ) from problem
+    yield
+
+
+def _train(
+  trainer: Trainer,
+  workdir: str,
+  interrupts: Interrupts,
+  log: Callable[[str], None],
+) -> dict[str, Any]:
+  """What is left of a run, with its result on disk."""
+  config, devices, source = trainer.config, trainer.devices, trainer.source
+  compiled = trainer.program.compile_seconds
+  say = log if devices.primary else (lambda line: None)
+  say(
+    f'{source.name}: {source.counts["train"]:,} training '
+    f'examples on {devices.total} x {devices.kind}; compiled in '
+    f'{compiled:.1f} s; starting at step {trainer.start:,}'
+  )
+  result = _stored(pathlib.Path(workdir), trainer)
+  if result is not None and not _other_attack(result, trainer):
+    say(f'complete: {_headline(result)}')
+    return result
+  reporter = Silent()
+  if devices.primary:
+    sources.keep_vocabulary(config, workdir)
+    reporter = Reporter(
+      workdir, steps=config.steps, after=trainer.start, log=log
     )
-    result = _stored(pathlib.Path(workdir), trainer)
-    if result is not None and not _other_attack(result, trainer):
-      say(f'complete: {_headline(result)}')
-      return result
-    reporter = Silent()
-    if devices.primary:
-      sources.keep_vocabulary(config, workdir)
-      reporter = Reporter(
-        workdir, steps=config.steps, after=trainer.start, log=log
-      )
-    with contextlib.closing(reporter):
-      if result is None:
-        result = _finish(trainer, reporter)
-      result['attack'] = _evaluate_attacked(trainer, reporter)
-      result['config'] = trainer.saved_config
+  with contextlib.closing(reporter):
+    if result is None:
+      result = _finish(trainer, reporter, interrupts, workdir)
+    result['attack'] = _evaluate_attacked(trainer, reporter)
+    result['config'] = trainer.saved_config
   if devices.primary:
     _write_result(pathlib.Path(workdir), result, trainer)
     log(
@@ -347,10 +314,15 @@ def _other_attack(result: dict[str, Any], trainer: Trainer) -> bool:
   )
 
 
-def _finish(trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+def _finish(
+  trainer: Trainer, reporter: Reporter, interrupts: Interrupts, workdir: str
+) -> dict[str, Any]:
   """Runs the remaining steps; what result.json holds."""
   with contextlib.closing(trainer.feed):
-    results = _run(trainer, reporter)
+    try:
+      results = _run(trainer, reporter, interrupts)
+    except nonfinite.NonFiniteError as error:
+      raise _keep_pool(trainer, workdir, error) from None
   if not results:  # stopped between the last checkpoint and result.json
     results = {
       name: trainer.evaluator(name, trainer.state) for name in trainer.splits

@@ -9,7 +9,7 @@ import flax.linen as nn
 import optax
 from jax import Array
 
-from margin_jax import selection
+from margin_jax import nonfinite, selection
 
 PyTree = Any
 
@@ -116,6 +116,7 @@ class Method:
     axis: name of the mapped axis.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
+    on_nonfinite: what a step does where a number is not finite.
     f1: whether an evaluation counts what F1 needs.
     widths: of the parts that the data comes in; () where it is in one piece.
     plan: which part each step of the run draws from; () where there is one.
@@ -139,6 +140,7 @@ class Method:
   lanes: int
   axis: str
   average_batch_stats: bool
+  on_nonfinite: str = nonfinite.STOP
   f1: bool = False
   widths: tuple[int, ...] = ()
   plan: tuple[int, ...] = ()

@@ -18,45 +18,29 @@ SCORED_ONLY = (
   'score_max',
 )
 # Summed over the steps.
-SUMMED = ('nan_scores', 'scored')
-# NaN or infinity in these ends the run.
-CHECKED = ('loss', 'penalty', 'large_margin', 'gradient_norm', 'proxy_loss')
+SUMMED = ('nan_scores', 'scored', 'skipped')
 # Per class: reported as the share of each class's pool examples selected.
 POOL_CLASSES, BATCH_CLASSES = 'pool_classes', 'batch_classes'
 
 
-class NonFiniteError(ArithmeticError):
-  """Loss or gradient became NaN or infinite."""
-
-
 def summarize(
-  first: int, calls: list[PyTree]
+  calls: list[PyTree],
 ) -> tuple[dict[str, float], np.ndarray | None]:
   """One row about the steps of several calls.
 
   Args:
-    first: the step before the first call.
     calls: the metrics of each, with a leading axis of steps.
 
   Returns:
-    Means over the steps; of pool metrics over the scored steps, NaN if there
-    are none; sums of 'nan_scores' and 'scored'. And, with a selection, (C,)
-    rates: which share of each class's examples in the pools was selected, NaN
-    for a class that was in none.
-
-  Raises:
-    NonFiniteError: naming the first step with a bad loss or gradient.
+    Means over the steps, without those that were skipped; of pool metrics over
+    the scored steps, NaN if there are none; sums of `SUMMED`. And, with a
+    selection, (C,) rates: which share of each class's examples in the pools was
+    selected, NaN for a class that was in none.
   """
   calls = jax.device_get(calls)
   steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
-  for name in CHECKED:
-    if name not in steps:
-      continue
-    bad = np.flatnonzero(~np.isfinite(steps[name]))
-    if bad.size:
-      raise NonFiniteError(
-        f'{name} is {steps[name][bad[0]]} at step {first + int(bad[0]) + 1}'
-      )
+  good = steps.pop('nonfinite') == 0
+  del steps['bad_gradient']
   pooled = steps.pop(POOL_CLASSES, None)
   selected = steps.pop(BATCH_CLASSES, None)
   scored = steps.get('scored', np.zeros(1)) > 0
@@ -65,9 +49,8 @@ def summarize(
     if name in SUMMED:
       row[name] = float(values.sum(dtype=np.float64))
       continue
-    if name in SCORED_ONLY:
-      values = values[scored] if scored.any() else np.array([np.nan])
-    row[name] = float(values.mean(dtype=np.float64))
+    values = values[scored if name in SCORED_ONLY else good]
+    row[name] = float(values.mean(dtype=np.float64)) if values.size else np.nan
   if pooled is None:
     return row, None
   there = pooled.sum(axis=0, dtype=np.float64)

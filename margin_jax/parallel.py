@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = 'device'
@@ -25,6 +26,9 @@ PyTree = Any
 # How many calls Python may run ahead of the devices. XLA:CPU's collectives
 # deadlock with a hundred calls waiting; a few keep any device busy.
 MAX_CALLS_AHEAD = 8
+
+# How long a process may be silent until the others give it up.
+HEARTBEAT_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def join(
     ValueError: an argument is missing or malformed.
   """
   if coordinator == 'auto':
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
   if not coordinator.rpartition(':')[2].isdigit() or ':' not in coordinator:
     raise ValueError(
@@ -60,7 +64,12 @@ def join(
     raise ValueError(
       f'process_id must be in [0, num_processes), got {process} and {processes}'
     )
-  jax.distributed.initialize(coordinator, processes, process)
+  jax.distributed.initialize(
+    coordinator,
+    processes,
+    process,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+  )
 
 
 def use_compilation_cache() -> None:
@@ -138,6 +147,17 @@ class Devices:
     # share its buffer, and donating the result would delete the original.
     host = jax.tree.map(np.array, jax.device_get(tree))
     return jax.device_put(host, NamedSharding(self._mesh, PartitionSpec()))
+
+  def meet(self, name: str) -> None:
+    """Waits for the other processes to come to the same place."""
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(name)
+
+  def sum(self, number: int) -> int:
+    """Over all processes; all must ask."""
+    if jax.process_count() == 1:
+      return number
+    return int(multihost_utils.process_allgather(np.array(number)).sum())
 
   @property
   def share(self) -> Share:

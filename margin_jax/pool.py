@@ -182,7 +182,7 @@ def _select(
     )
   # Own rules may give integers, or bfloat16: every branch has one dtype. And
   # what has no logits has no score, also with rules that do not read them.
-  bad = jnp.any(jnp.isnan(logits), axis=1)
+  bad = ~jnp.all(jnp.isfinite(logits), axis=1)
   scores = jnp.where(bad, jnp.nan, scores.astype(jnp.float32))
   ranked = _arrange(method, scores, pool['label'], keys, key, epoch, lane)
   wrong = jnp.argmax(logits, axis=1) != pool['label']
@@ -240,6 +240,31 @@ def _fit(sentences: Array, width: int) -> Array:
   missing = max(width - sentences.shape[1], 0)
   pads = [(0, 0), (0, missing)] + [(0, 0)] * (sentences.ndim - 2)
   return jnp.pad(sentences, pads)[:, :width]
+
+
+def drawn(
+  method: Method, state: PyTree, data: PyTree, key: Array, lane: Array
+) -> PyTree:
+  """The examples that a step reads, of all devices: its pool, or its batch.
+
+  Args:
+    method: at the branch and the part of the step.
+    state, data, key, lane: those of `next_batch`.
+  """
+  if method.selection is not None and method.branch == AGAIN:
+    phase = (state.step - method.selection.start) % method.selection.reuse
+    found = _from_reserve(method, state.reserve, phase, lane)
+  else:
+    _, found = method.draw(
+      state.stream,
+      data,
+      method.examples_drawn(method.branch),
+      key=jax.random.fold_in(key, 2),
+      step=state.step,
+      lane=lane,
+      lanes=method.lanes,
+    )
+  return jax.lax.all_gather(found, method.axis, tiled=True)
 
 
 def next_batch(

@@ -16,7 +16,9 @@ SWITCH = (None, 0)
 class Counters:
   """What a run has cost so far; cumulative, kept in checkpoints.
 
-  `data_wait` is the part of `seconds` that Python waited for data.
+  `data_wait` is the part of `seconds` that Python waited for data;
+  `skipped` counts steps in which a number was not finite, `undecodable` images
+  that could not be read.
   """
 
   examples_scored: int = 0
@@ -24,6 +26,8 @@ class Counters:
   flops: float = 0.0
   seconds: float = 0.0
   data_wait: float = 0.0
+  skipped: int = 0
+  undecodable: int = 0
 
   def plus(self, other: 'Counters') -> 'Counters':
     """The sum, field by field."""

@@ -20,22 +20,29 @@ class _Table:
 
   def __init__(self, path: pathlib.Path, after: int):
     self._path = path
-    self._fields: list[str] | None = None
+    self._fields: list[str] = []
     if not path.exists():
       return
-    with path.open(newline='') as file:
-      reader = csv.DictReader(file)
-      rows = [row for row in reader if int(row['step']) <= after]
-      self._fields = list(reader.fieldnames or ()) or None
+    rows = self._read()
     if self._fields:
-      files.write_csv(path, self._fields, rows)
+      kept = [row for row in rows if int(row['step']) <= after]
+      files.write_csv(path, self._fields, kept)
+
+  def _read(self) -> list[dict[str, str]]:
+    with self._path.open(newline='') as file:
+      reader = csv.DictReader(file)
+      rows = list(reader)
+      self._fields = list(reader.fieldnames or ())
+    return rows
 
   def add(self, row: dict[str, Any]) -> None:
+    new = [name for name in row if name not in self._fields]
+    if new:  # the first row, or a run continued by a later version
+      rows = self._read() if self._fields else []
+      self._fields += new
+      files.write_csv(self._path, self._fields, rows)
     with self._path.open('a', newline='') as file:
-      if self._fields is None:
-        self._fields = list(row)
-        csv.DictWriter(file, self._fields).writeheader()
-      csv.DictWriter(file, self._fields, extrasaction='ignore').writerow(row)
+      csv.DictWriter(file, self._fields).writerow(row)
 
 
 def _duration(seconds: float) -> str:

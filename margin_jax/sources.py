@@ -74,6 +74,7 @@ def _source(
     normalization=config.data.normalization,
     image_size=config.data.image_size,
     workers=config.data.workers,
+    undecodable=config.data.undecodable,
     **common,
   )
 

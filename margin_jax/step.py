@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import gradients, margins, pool
+from margin_jax import gradients, margins, nonfinite, pool
 from margin_jax import layers as layers_lib
 from margin_jax.method import PLAIN, Method
 
@@ -34,6 +34,8 @@ class TrainState(flax.struct.PyTreeNode):
     proxy: the same three of the proxy model; {} without one.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
+    nonfinite: () int32, what has stopped the run, see `nonfinite.guard`; 0
+      while all is well.
   """
 
   step: Array
@@ -45,6 +47,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: PyTree
   proxy: PyTree
   counts: PyTree
+  nonfinite: Array
 
 
 def init_state(
@@ -89,6 +92,7 @@ def init_state(
     reserve=pool.empty_reserve(method, inputs),
     proxy=proxy,
     counts=() if counted is None else jnp.zeros(counted, jnp.int32),
+    nonfinite=jnp.int32(0),
     **model,
   )
 
@@ -117,6 +121,7 @@ def _train_proxy(
     loss_function, has_aux=True
   )(proxy['params'])
   gradient = jax.lax.pmean(gradient, method.axis)
+  norm = optax.tree.norm(gradient)
   if method.average_batch_stats:
     batch_stats = jax.lax.pmean(batch_stats, method.axis)
   change, opt_state = method.optimizer.update(
@@ -127,7 +132,8 @@ def _train_proxy(
     'batch_stats': batch_stats,
     'opt_state': opt_state,
   }
-  return proxy, {'proxy_loss': jax.lax.pmean(loss, method.axis)}
+  loss = jax.lax.pmean(loss, method.axis)
+  return proxy, {'proxy_loss': loss, 'proxy_gradient_norm': norm}
 
 
 def _update(
@@ -148,11 +154,13 @@ def _update(
     )
   alpha = 0.0 if method.alpha is None else method.alpha(state.step)
   metrics['gradient_norm'] = optax.tree.norm(gradient)
+  metrics['bad_gradient'] = nonfinite.first_bad_leaf(gradient)
   metrics['learning_rate'] = jnp.float32(method.learning_rate(state.step))
   metrics['alpha'] = jnp.float32(alpha)
   change, opt_state = method.optimizer.update(
     gradient, state.opt_state, state.params
   )
+  metrics['update_norm'] = optax.tree.norm(change)
   proxy, proxy_metrics = _train_proxy(method, state, batch)
   metrics |= proxy_metrics
   state = state.replace(
@@ -182,17 +190,21 @@ def train_step(
     (MMR, never part of 'loss'), with a large-margin loss 'large_margin' (nor is
     that), 'accuracy', 'mean_mms' (the ten smallest MMS
     of the batch, from the train-mode forward, so that every rule and plain
-    training have the same quantity), 'gradient_norm', 'learning_rate',
-    'alpha', with trimming 'trimmed_loss', with a proxy 'proxy_loss'. With a
-    selection also 'scored' (0 or 1) and, 0 where nothing was scored:
-    'pool_error' and 'batch_error' (shares misclassified by the scoring
-    forward, that is by the proxy if there is one), 'nan_scores', quantiles of
-    the rule's scores without NaN, and (C,) 'pool_classes' and 'batch_classes':
-    examples of each class in the pool, and in the reuse * b selected from it.
+    training have the same quantity), 'gradient_norm', 'update_norm' (of the
+    change of the parameters), 'learning_rate', 'alpha', with trimming
+    'trimmed_loss', with a proxy 'proxy_loss' and 'proxy_gradient_norm'. Two
+    integers: 'bad_gradient', the place of the first parameter whose gradient is
+    not finite, or -1, and 'nonfinite', see `nonfinite.guard`. With a selection
+    also 'scored' (0 or 1) and, 0 where nothing was scored: 'pool_error' and
+    'batch_error' (shares misclassified by the scoring forward, that is by the
+    proxy if there is one), 'nan_scores', quantiles of the rule's scores without
+    NaN, and (C,) 'pool_classes' and 'batch_classes': examples of each class in
+    the pool, and in the reuse * b selected from it.
 
     With a short backward pass of trimming, 'loss', 'penalty', 'accuracy' and
     'mean_mms' are over the part of the batch that it runs on.
   """
+  before = state
   key = jax.random.key(state.seed)
   step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
   choice = pool.next_batch(method, state, data, key, lane)
@@ -207,7 +219,7 @@ def train_step(
   state, metrics = _update(method, state, choice.batch, step_key, lane)
   if method.selection is not None:
     metrics |= choice.metrics
-  return state, metrics
+  return nonfinite.guard(method.on_nonfinite, before, state, metrics)
 
 
 def repeat(step: Callable, times: int) -> Callable:
@@ -324,6 +336,7 @@ def measure_step(
   logits = logits.astype(jnp.float32)
   kernel = pool.head_kernel(variables['params'])
   examples = {
+    'real': real,
     'label': label,
     'prediction': jnp.argmax(logits, axis=1),
     'margin': margins.signed_margins(logits, kernel, label),

@@ -5,15 +5,29 @@
 Any field can be set on the command line: --config.steps=300.
 """
 
+import errno
 import functools
 import re
 import sys
+from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from margin_jax import (
+  checkpoints,
+  cpu,
+  data,
+  interrupts,
+  loop,
+  nonfinite,
+  parallel,
+)
 from margin_jax import config as config_lib
-from margin_jax import cpu, data, loop, metrics, parallel
+
+# What a disk says that is full, or broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 _WORKDIR = flags.DEFINE_string(
@@ -33,7 +47,8 @@ def main(argv: list[str]) -> None:
   """Runs the trainer; what the user can mend is one line, not a traceback."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)
+  # Orbax logs tracebacks of what it raises as well.
+  logging.set_verbosity(logging.FATAL)
   if _COORDINATOR.value is not None:
     try:
       parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -50,9 +65,36 @@ def main(argv: list[str]) -> None:
   except (
     config_lib.ConfigError,
     data.DatasetError,
-    metrics.NonFiniteError,
+    nonfinite.NonFiniteError,
+    checkpoints.DamagedError,
+    checkpoints.SaveError,
   ) as error:
-    sys.exit(f'error: {error}')
+    _stop(str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+      raise
+    line = str(error).strip().splitlines()[0]
+    _stop(
+      f'another process of this run is gone ({line}); start all of them again, '
+      'and they go on from the last checkpoint'
+    )
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    # TensorBoard's writer would try once more at exit, and complain at length.
+    _stop(f'{error}; what was saved before is as it was', at_once=True)
+  except interrupts.Interrupted as stopped:
+    print(stopped, flush=True)
+    sys.exit(stopped.status)
+
+
+def _stop(message: str, at_once: bool = False) -> NoReturn:
+  """Ends with one line; where there are several processes, without them."""
+  if jax.process_count() == 1 and not at_once:
+    sys.exit(f'error: {message}')
+  # To leave in good order would be to wait for the others.
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  interrupts.leave(1)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

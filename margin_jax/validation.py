@@ -15,6 +15,7 @@ from margin_jax import (
   data,
   layers,
   models,
+  nonfinite,
   optimizers,
   penalties,
   selection,
@@ -26,6 +27,7 @@ from margin_jax.data.augment import AUGMENTATIONS
 CHOICES = {
   'data.name': data.NAMES,
   'data.normalization': NORMALIZATIONS,
+  'data.undecodable': ('stop', 'skip'),
   'model.variant': models.VARIANTS,
   'model.dtype': models.DTYPES,
   'model.batch_norm': ('global', 'device'),
@@ -41,6 +43,7 @@ CHOICES = {
   'optimizer.decay': optimizers.DECAYS,
   'large_margin.norm': layers.NORMS,
   'large_margin.difference': penalties.DIFFERENCES,
+  'on_nonfinite': nonfinite.ACTIONS,
   'attack.name': (None, *attacks.NAMES),
 }
 FLAGS = (

@@ -55,6 +55,8 @@ BAD = [
   ('data.image_size', 0, POSITIVE),
   ('data.workers', -1, NATURAL),
   ('data.workers', 1.5, NATURAL),
+  ('data.undecodable', 'ignore', "('stop', 'skip')"),
+  ('on_nonfinite', None, "('stop', 'skip')"),
   ('data.cutout_size', 8.0, POSITIVE),
   ('data.max_length', 4, 'an integer, at least 5'),
   ('data.widths', 32, 'a tuple'),
@@ -265,6 +267,7 @@ BAD_TOGETHER = [
   ({'attack.steps': 20}, 'with attack.name=None'),
   ({'data.image_size': 32}, 'which lies in memory'),
   ({'data.workers': 0, 'data.name': 'mnist'}, 'which lies in memory'),
+  ({'data.undecodable': 'skip'}, 'which lies in memory'),
   ({'attack.epsilons': (), 'attack.name': 'pgd'}, 'given with attack.name'),
   (
     {'attack.steps': 3, 'attack.name': 'fgsm', 'attack.epsilons': (0.1,)},

@@ -1,14 +1,13 @@
 """What selection can be asked to do, in the compiled step and in a run."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import loop, models, selection
+from margin_jax import loop, models, selection, trainer
 from tests import helpers
 
 RULES = [rule for rule in selection.RULES if rule != 'random']
@@ -318,49 +317,10 @@ def test_a_rule_of_ones_own(tmp_path):
     with pytest.raises(config_lib.ConfigError, match='rule of your own'):
       loop.train(config, str(tmp_path / 'b'), rule=own_rule)
   partial = functools.partial(functools.partial(own_rule))
-  assert loop._name(partial) == 'own_rule'
+  assert trainer._name(partial) == 'own_rule'
 
   def bad_rule(logits, kernel, labels, keys):
     return logits
 
   with pytest.raises(ValueError, match=r'scores of shape \(32,\), got'):
     helpers.Setup(rule=bad_rule)
-
-
-class Stop(Exception):
-  """Raised from a progress line."""
-
-
-@pytest.mark.parametrize(
-  'fields',
-  [
-    {'selection.reuse': 3, 'selection.log_counts': True},
-    {'selection.proxy': 'cnn', 'selection.every': 3},
-    # Four steps an epoch, so that the share changes.
-    {'trimming.last': 0.2, 'selection.rule': 'uniform', 'batch_size': 300},
-  ],
-)
-def test_options_resume_bit_for_bit(tmp_path, fields):
-  """Stopped at 15, in the middle of a reserve; continued from 10."""
-  config = helpers.small_config(**fields)
-
-  def log(line):
-    if 'step 15/' in line:
-      raise Stop
-
-  whole = loop.train(config, str(tmp_path / 'a'), log=lambda _: None)
-  with pytest.raises(Stop):
-    loop.train(config, str(tmp_path / 'b'), log=log)
-  again = loop.train(config, str(tmp_path / 'b'), log=lambda _: None)
-  assert again['test'] == whole['test']
-  assert again['examples_scored'] == whole['examples_scored']
-  if 'selection.log_counts' in fields:
-    counts = [
-      np.load(tmp_path / x / 'selection_counts.npy') for x in ('a', 'b')
-    ]
-    np.testing.assert_array_equal(*counts)
-    assert counts[0].sum() == 20 * 8
-  files = [
-    json.loads((tmp_path / x / 'result.json').read_text()) for x in ('a', 'b')
-  ]
-  assert files[0]['flops'] == files[1]['flops']

@@ -213,7 +213,7 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
     'init_state',
     lambda *args: initial.step_lib.TrainState(
       step=0, seed=0, stream=(), reserve={}, proxy={}, counts=(),
-      opt_state=(), **zeros,
+      opt_state=(), nonfinite=0, **zeros,
     ),
   )  # fmt: skip
   chosen = vgg_config(path)
@@ -238,7 +238,7 @@ def test_the_trainer_stops_before_anything_is_compiled(
   state = state_dict()
   del state['classifier.bias']
   save_file(state, path)
-  monkeypatch.setattr(loop.data, 'load', lambda *args, **kwargs: source())
+  monkeypatch.setattr(initial.data, 'load', lambda *args, **kwargs: source())
   monkeypatch.setattr(initial.step_lib, 'init_state', None)
   with pytest.raises(config.ConfigError) as caught:
     loop.train(vgg_config(path), str(tmp_path / 'run'))

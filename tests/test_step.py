@@ -255,6 +255,7 @@ def test_examples_without_logits_are_not_selected(rule, monkeypatch):
   this = helpers.Setup(
     source=broken,
     **{'selection.rule': rule, 'selection.log_counts': True},
+    on_nonfinite='skip',
   )
   state, metrics = this.run(5)
   assert metrics['nan_scores'].min() > 0

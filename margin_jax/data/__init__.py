@@ -50,6 +50,13 @@ STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
 
 
+def _check_normalization(name: str) -> None:
+  if name not in NORMALIZATIONS:
+    raise ValueError(
+      f'data.normalization={name!r} must be one of {NORMALIZATIONS}'
+    )
+
+
 def load(
   name: str,
   *,
@@ -64,6 +71,7 @@ def load(
   seed: int = 0,
   image_size: int = 224,
   workers: int = 8,
+  undecodable: str = 'stop',
 ) -> Source | Streamed:
   """Loads images into host memory, or opens a dataset too large for it.
 
@@ -83,6 +91,7 @@ def load(
     seed: decides which.
     image_size: side of the images that those of `STREAMED` are cut to.
     workers: processes that decode those.
+    undecodable: 'stop' at a JPEG that cannot be decoded, or 'skip' it.
 
   Returns:
     The source, with splits 'train', 'test' and, if asked for, 'validation'.
@@ -92,10 +101,7 @@ def load(
     DatasetError: the dataset is missing or broken.
   """
   _check_name(name, IMAGES)
-  if normalization not in NORMALIZATIONS:
-    raise ValueError(
-      f'data.normalization={normalization!r} must be one of {NORMALIZATIONS}'
-    )
+  _check_normalization(normalization)
   chosen = functools.partial(
     _training_rows, name, validation_examples=validation_examples,
     fraction=fraction, seed=seed,
@@ -126,6 +132,7 @@ def load(
       workers=workers,
       augment=augmentation,
       prepare=prepare,
+      skip=undecodable == 'skip',
     )
   splits['train']['label'] = (splits['train']['label'] + wrong) % num_classes
   return Source(

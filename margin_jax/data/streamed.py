@@ -8,15 +8,15 @@ workers nor the number of processes changes an image.
 
 import contextlib
 import dataclasses
-import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from absl import flags
+from PIL import Image
 
 from margin_jax.data import augment as augment_lib
+from margin_jax.data import workers as workers_lib
 from margin_jax.data.tfds_images import DatasetError
 
 PyTree = Any
@@ -27,6 +27,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 # In evaluation the shorter side is this many times the image that is read.
 EVALUATION_SCALE = 256 / 224
+# So many in a row that cannot be decoded are no accident.
+MOST_SUBSTITUTES = 10
 
 
 def crop_box(
@@ -68,8 +70,6 @@ def decode(
     size: the side of the result.
     rng: decides the crop; None is the central one of evaluation.
   """
-  from PIL import Image
-
   with Image.open(io.BytesIO(encoded)) as image:
     box = center_box(*image.size) if rng is None else crop_box(rng, *image.size)
     # Not resize(box=...), whose filter reads pixels outside of the box.
@@ -121,35 +121,77 @@ class _Reader:
     shift: np.ndarray,
     num_classes: int,
     image_size: int,
+    skip: bool,
   ):
+    self._skip = skip
     self._records = records
     self._rows = rows
     self._shift = shift
     self._num_classes = num_classes
     self._image_size = image_size
 
+  def _one(
+    self, record: Any, position: int, rng: np.random.Generator | None
+  ) -> np.ndarray | None:
+    """The image of a record, or None where it is none and may be skipped."""
+    row = self._rows[position]
+    if not 0 <= record['label'] < self._num_classes:
+      raise DatasetError(
+        f'the label of record {row} is {record["label"]}, outside '
+        f'[0, {self._num_classes})'
+      )
+    try:
+      return decode(record['image'], self._image_size, rng)
+    except (OSError, Image.DecompressionBombError) as error:
+      # Pillow's, of what is no image, half of one, or far too large.
+      if self._skip:
+        return None
+      raise DatasetError(
+        f'the JPEG of record {row} cannot be decoded ({error}); '
+        "data.undecodable='skip' goes on without it"
+      ) from error
+
   def read(
-    self, positions: np.ndarray, rngs: list[np.random.Generator | None]
+    self,
+    positions: np.ndarray,
+    rngs: list[np.random.Generator | None],
+    substitute: bool,
   ) -> dict[str, np.ndarray]:
-    """The examples at positions of `rows`."""
+    """The examples at positions of `rows`.
+
+    Args:
+      positions: which.
+      rngs: decide the crop of each.
+      substitute: whether the next example takes the place of one that cannot
+        be decoded, or a black image, with 'undecodable' as 1.
+    """
     found = self._records.__getitems__([int(r) for r in self._rows[positions]])
-    inputs = []
-    for record, rng, row in zip(
-      found, rngs, self._rows[positions], strict=True
-    ):
-      try:
-        image = decode(record['image'], self._image_size, rng)
-      except OSError as error:  # Pillow's, of what is no image or half of one
-        raise DatasetError(
-          f'the JPEG of record {row} cannot be decoded ({error})'
-        ) from error
+    inputs, labels, index, bad = [], [], [], []
+    for record, rng, position in zip(found, rngs, positions, strict=True):
+      place = int(position)
+      image = first = self._one(record, place, rng)
+      for _ in range(MOST_SUBSTITUTES if substitute else 0):
+        if image is not None:
+          break
+        place = (place + 1) % len(self._rows)
+        record = self._records.__getitems__([int(self._rows[place])])[0]
+        image = self._one(record, place, rng)
+      if image is None:
+        if substitute:
+          raise DatasetError(
+            f'{MOST_SUBSTITUTES + 1} JPEGs in a row, from record '
+            f'{self._rows[position]} on, cannot be decoded'
+          )
+        image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
       inputs.append(image)
-    label = np.array([record['label'] for record in found], np.int32)
-    label = (label + self._shift[positions]) % self._num_classes
+      labels.append((record['label'] + self._shift[place]) % self._num_classes)
+      index.append(place)
+      bad.append(first is None)
     return {
       'inputs': np.stack(inputs),
-      'label': label.astype(np.int32),
-      'index': positions.astype(np.int32),
+      'label': np.array(labels, np.int32),
+      'index': np.array(index, np.int32),
+      'undecodable': np.array(bad, np.int32),
     }
 
 
@@ -196,7 +238,7 @@ class _TrainingUnits:
     place = first + np.arange(self._unit)
     epoch, cursor = (int(x) for x in self._places[step])
     rngs = [np.random.default_rng((self._seed, 3, step, int(p))) for p in place]
-    batch = self._reader.read(self._epoch(epoch)[cursor + place], rngs)
+    batch = self._reader.read(self._epoch(epoch)[cursor + place], rngs, True)
     return {**batch, 'epoch': np.full(self._unit, epoch, np.int32)}
 
 
@@ -216,37 +258,9 @@ class _EvaluationChunks:
     local = self._size // self._share.count
     positions = i * self._size + self._share.index * local + np.arange(local)
     real = positions < self._examples
-    batch = self._reader.read(np.where(real, positions, 0), [None] * local)
-    return {**batch, 'real': real}
-
-
-def _iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
-  """All units in order, read by so many processes; 0 is this one."""
-  import grain
-
-  if workers and not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers
-  dataset = grain.MapDataset.source(units).to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  )
-  if workers:
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=2
-      )
-    )
-  iterator = iter(dataset)
-  try:
-    for batch in iterator:
-      # Copied out of the memory that is shared with the workers, which lives
-      # until the last view of it is gone.
-      copied = {name: np.array(value) for name, value in batch.items()}
-      del batch
-      yield copied
-  finally:
-    iterator.close()
-    # Its cycles hold shared memory that Python would complain about at exit.
-    gc.collect()
+    rngs = [None] * local
+    batch = self._reader.read(np.where(real, positions, 0), rngs, False)
+    return {**batch, 'real': real & (batch['undecodable'] == 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +279,9 @@ class Streamed:
     workers: processes that decode; 0 decodes in the training process.
     augment: (key, image) -> image, for one training example, in the step.
     prepare: batch of inputs as stored -> what the model reads.
+    skip: whether an image that cannot be decoded is left out: in training the
+      next one takes its place, and evaluation does not count it. Else it ends
+      the run.
   """
 
   name: str
@@ -276,6 +293,7 @@ class Streamed:
   workers: int
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
+  skip: bool = False
 
   resident = False
   input_dtype = np.dtype(np.uint8)
@@ -300,6 +318,7 @@ class Streamed:
       self.shift[split],
       self.num_classes,
       self.image_size,
+      self.skip,
     )
 
   def training(
@@ -315,11 +334,12 @@ class Streamed:
       share: which part of each draw.
 
     Yields:
-      {'inputs', 'label', 'index', 'epoch'}, arrays of as many rows.
+      {'inputs', 'label', 'index', 'epoch', 'undecodable'}, arrays of as many
+      rows.
     """
     local = [size // share.count for size in sizes]
     unit = int(np.gcd.reduce([size for size in local if size]))
-    units = _iterate(
+    units = workers_lib.iterate(
       _TrainingUnits(
         self._reader('train'), self.counts['train'], sizes, start, share,
         unit, seed,
@@ -345,5 +365,7 @@ class Streamed:
     chunks = _EvaluationChunks(
       self._reader(split), self.counts[split], size, share
     )
-    with contextlib.closing(_iterate(chunks, self.workers)) as batches:
+    with contextlib.closing(
+      workers_lib.iterate(chunks, self.workers)
+    ) as batches:
       yield from batches

@@ -1,0 +1,184 @@
+"""Numbers that went wrong: found within the step, and kept out of the state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+PyTree = Any
+Metrics = dict[str, Array]
+
+STOP, SKIP = 'stop', 'skip'
+ACTIONS = (STOP, SKIP)
+
+# What must be finite. Of several, the first is named: the others follow from
+# it.
+_NAN_SCORES = 'nan_scores'
+CHECKED = (
+  _NAN_SCORES,
+  'loss',
+  'penalty',
+  'large_margin',
+  'trimmed_loss',
+  'gradient_norm',
+  'update_norm',
+  'proxy_loss',
+  'proxy_gradient_norm',
+)
+
+
+class NonFiniteError(ArithmeticError):
+  """A loss, a gradient or a score became NaN or infinite.
+
+  Attributes:
+    step: the first that it happened in.
+  """
+
+  def __init__(self, message: str, step: int):
+    """What happened, and when."""
+    super().__init__(message)
+    self.step = step
+
+
+def first_bad_leaf(tree: PyTree) -> Array:
+  """Which leaf is the first with NaN, infinity or an infinite norm; or -1."""
+  finite = jnp.stack([
+    jnp.isfinite(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
+    for leaf in jax.tree.leaves(tree)
+  ])  # fmt: skip
+  return jnp.where(jnp.all(finite), -1, jnp.argmin(finite)).astype(jnp.int32)
+
+
+def guard(
+  action: str, before: PyTree, after: PyTree, metrics: Metrics
+) -> tuple[PyTree, Metrics]:
+  """The state after a step, unless something in it was not finite.
+
+  'stop' then gives the state before it, but for its mark `nonfinite`; no later
+  step changes that, until the host has seen it. So nothing is lost, and the
+  pool can be drawn again. A NaN score counts.
+
+  'skip' passes over the step's examples: the step is done, and so are draws and
+  counts of steps; parameters, statistics and the optimizer's averages stay. A
+  NaN score does not count: it ranks last, and `nan_scores` tells.
+
+  Args:
+    action: one of `ACTIONS`.
+    before: the `TrainState` that the step read.
+    after: the one it made.
+    metrics: of the step.
+
+  Returns:
+    The state, and the metrics with 'nonfinite' () int32: 0, or of what was not
+    finite the place in `CHECKED`, plus 1; with 'skip' also 'skipped', 0 or 1.
+  """
+  code = jnp.int32(0)
+  for place, name in reversed([*enumerate(CHECKED)]):
+    if name not in metrics or (name == _NAN_SCORES and action == SKIP):
+      continue
+    value = metrics[name]
+    bad = value > 0 if name == _NAN_SCORES else ~jnp.isfinite(value)
+    code = jnp.where(bad, place + 1, code)
+  if action == STOP:
+    code = jnp.where(before.nonfinite > 0, before.nonfinite, code)
+    kept = before.replace(nonfinite=code)
+  else:
+    metrics['skipped'] = (code > 0).astype(jnp.float32)
+    kept = after.replace(
+      params=before.params,
+      batch_stats=before.batch_stats,
+      opt_state=_averages(before.opt_state, after.opt_state),
+      proxy=_averages(before.proxy, after.proxy),
+    )
+  metrics = {**metrics, 'nonfinite': code}
+  good = code == 0
+  return jax.tree.map(
+    lambda new, old: jnp.where(good, new, old), after, kept
+  ), metrics
+
+
+def _averages(before: PyTree, after: PyTree) -> PyTree:
+  """`before`, but for counts of steps, which schedules go by."""
+  return jax.tree.map(
+    lambda old, new: new if jnp.issubdtype(new.dtype, jnp.integer) else old,
+    before,
+    after,
+  )
+
+
+def check(
+  first: int, metrics: dict[str, np.ndarray], parameters: list[str]
+) -> None:
+  """Raises if a step was not finite, and it was not skipped.
+
+  Args:
+    first: the step before the first of these.
+    metrics: of some steps, each with a leading axis of them.
+    parameters: names of the leaves of the parameters.
+
+  Raises:
+    NonFiniteError: naming the first such step and what was not finite.
+  """
+  bad = np.flatnonzero(metrics['nonfinite'])
+  if not bad.size or 'skipped' in metrics:
+    return
+  place, step = bad[0], first + int(bad[0]) + 1
+  name = CHECKED[int(metrics['nonfinite'][place]) - 1]
+  value = metrics[name][place]
+  text = f'{name} is {value}'
+  if name == _NAN_SCORES:
+    text = f'{int(value)} score(s) are nan'
+  if name == 'gradient_norm':
+    leaf = int(metrics['bad_gradient'][place])
+    where = parameters[leaf] if leaf >= 0 else 'all parameters together'
+    text = f'{text}, of the gradient of {where},'
+  raise NonFiniteError(f'{text} at step {step}', step)
+
+
+class Watch:
+  """Looks at the steps of every call once they are done.
+
+  It keeps the host a few calls ahead of the devices, and no further.
+  """
+
+  def __init__(self, parameters: PyTree, ahead: int, alone: bool):
+    """Lets so many calls run ahead.
+
+    Args:
+      parameters: whose leaves a message may name.
+      ahead: how many.
+      alone: whether there is one process. Of several, all must come to the
+        same end at the same call, so that none may look early.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    self.parameters = [
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, _ in leaves
+    ]
+    self._ahead = ahead
+    self._alone = alone
+    self._calls: list[tuple[int, Metrics]] = []
+
+  def add(self, first: int, metrics: Metrics) -> None:
+    """A call was dispatched, at step `first`.
+
+    Raises:
+      NonFiniteError: of a call before.
+    """
+    self._calls.append((first, metrics))
+    while len(self._calls) > self._ahead or (
+      self._alone
+      and len(self._calls) > 1
+      and self._calls[0][1]['nonfinite'].is_ready()
+    ):
+      first, metrics = self._calls.pop(0)
+      if np.any(metrics['nonfinite']):
+        check(first, jax.device_get(metrics), self.parameters)
+
+  def finish(self, before: int) -> None:
+    """Looks at all calls that began before this step; waits for them."""
+    while self._calls and self._calls[0][0] < before:
+      first, metrics = self._calls.pop(0)
+      check(first, jax.device_get(metrics), self.parameters)

@@ -1,0 +1,199 @@
+"""Checkpoints that were cut, changed or exchanged are stepped over."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from margin_jax import analyze, loop
+from margin_jax import checkpoints as checkpoints_lib
+from margin_jax import config as config_lib
+from tests import helpers
+from tests.faults import runs
+
+# TensorStore still calls back for the files of a restore that has failed.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+def train(workdir, **fields):
+  lines = []
+  config = helpers.small_config(**fields)
+  return loop.train(config, str(workdir), log=lines.append), lines
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run with checkpoints of steps 10 and 20."""
+  workdir = tmp_path_factory.mktemp('finished')
+  train(workdir)
+  return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """A copy of it, without its result."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  (workdir / 'result.json').unlink()
+  return workdir
+
+
+def files(folder):
+  """Every file below, the largest first."""
+  found = [path for path in folder.rglob('*') if path.is_file()]
+  return sorted(found, key=lambda path: -path.stat().st_size)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 16
+  path.write_bytes(content)
+
+
+def change_info(latest):
+  """Says another best accuracy, in JSON that is well formed."""
+  (path,) = (p for p in files(latest / 'info') if b'"best"' in p.read_bytes())
+  info = json.loads(path.read_text())
+  info['best']['validation'] = 0.999
+  path.write_text(json.dumps(info))
+
+
+def exchange(latest):
+  """Gives it the state of another step."""
+  shutil.rmtree(latest / 'state')
+  shutil.copytree(latest.parent / '10' / 'state', latest / 'state')
+
+
+def empty(latest):
+  for path in latest.iterdir():
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def foreign(latest):
+  empty(latest)
+  (latest / 'weights.bin').write_bytes(b'of somebody else')
+
+
+def default_item(latest):
+  """As Orbax saves a tree by itself."""
+  empty(latest)
+  (latest / 'default').mkdir()
+  (latest / 'default' / '_METADATA').write_text('{}')
+
+
+def misnamed(latest):
+  """A copy of another step's."""
+  shutil.rmtree(latest)
+  shutil.copytree(latest.parent / '10', latest)
+
+
+DAMAGES = {
+  'the largest file is cut': lambda latest: cut(files(latest / 'state')[0]),
+  'the largest file has another bit': lambda latest: flip(
+    files(latest / 'state')[0]
+  ),
+  'all files of the state are empty': lambda latest: [
+    path.write_bytes(b'') for path in files(latest / 'state')
+  ],
+  'the largest file is gone': lambda latest: files(latest / 'state')[
+    0
+  ].unlink(),
+  'the state is gone': lambda latest: shutil.rmtree(latest / 'state'),
+  'the info is gone': lambda latest: shutil.rmtree(latest / 'info'),
+  'the info is cut': lambda latest: cut(files(latest / 'info')[0]),
+  'the info says something else': change_info,
+  'the state is that of another step': exchange,
+  'the folder is empty': empty,
+  'the folder is of another program': foreign,
+  'the folder is a tree of Orbax': default_item,
+  'the folder is that of another step': misnamed,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_is_stepped_over(copy, finished, damage):
+  latest = copy / 'checkpoints' / '20'
+  DAMAGES[damage](latest)
+  _, lines = train(copy)
+  (warning,) = (line for line in lines if 'cannot be used' in line)
+  assert warning.startswith(f'warning: the checkpoint {latest} ')
+  assert 'going back to step 10' in warning
+  assert any('starting at step 10' in line for line in lines)
+  # What was damaged is still there, and the run ends as it did.
+  assert (copy / checkpoints_lib.DAMAGED / '20').is_dir()
+  assert runs.digest(copy, 20) == runs.digest(finished, 20)
+  assert runs.rows(copy, 'eval.csv') == runs.rows(finished, 'eval.csv')
+
+
+def test_without_a_good_checkpoint_nothing_is_begun_anew(copy):
+  for step in ('10', '20'):
+    cut(files(copy / 'checkpoints' / step / 'state')[0])
+  before = sorted(files(copy))
+  with pytest.raises(
+    checkpoints_lib.DamagedError, match='no older one that can be'
+  ):
+    train(copy)
+  assert sorted(files(copy)) == before
+
+
+def test_checkpoints_without_digests_are_read(copy, finished):
+  """Those of earlier versions."""
+  for step in ('10', '20'):
+    (path,) = (
+      p
+      for p in files(copy / 'checkpoints' / step / 'info')
+      if b'sha256' in p.read_bytes()
+    )
+    info = json.loads(path.read_text())
+    del info['sha256']
+    path.write_text(json.dumps(info))
+  _, lines = train(copy)
+  assert any('starting at step 20' in line for line in lines)
+
+
+def test_the_best_and_the_last_two_are_kept(tmp_path):
+  """Of equals the latest; also when the run was opened again in between."""
+  state = helpers.Setup().first
+  accuracies = {1: 0.5, 2: 0.9, 3: 0.9, 4: None, 5: 0.7, 6: 0.6, 7: None}
+  info = {'config': {}, 'counters': {}}
+  for step, accuracy in accuracies.items():
+    opened = checkpoints_lib.Checkpoints(str(tmp_path), writing=True)
+    opened.save(state.replace(step=step), {**info, 'step': step}, accuracy)
+    opened.close()
+  opened = checkpoints_lib.Checkpoints(str(tmp_path))
+  assert opened.steps() == [3, 6, 7]
+  opened.close()
+
+
+def test_a_step_that_is_there_is_not_saved_in_silence(tmp_path):
+  state = helpers.Setup().first.replace(step=5)
+  info = {'config': {}, 'counters': {}, 'step': 5}
+  opened = checkpoints_lib.Checkpoints(str(tmp_path))
+  opened.save(state, info, None)
+  opened.wait()
+  with pytest.raises(checkpoints_lib.SaveError, match='could not be saved'):
+    opened.save(state.replace(step=4), {**info, 'step': 4}, None)
+  opened.close()
+
+
+def test_another_model_is_refused_by_name_and_nothing_is_moved(copy):
+  with pytest.raises(config_lib.ConfigError, match=r'model\.name: .*resnet8'):
+    train(copy, **{'model.name': 'resnet8', 'data.crop_padding': 1})
+  assert {x.name for x in (copy / 'checkpoints').iterdir()} >= {'10', '20'}
+  assert not (copy / checkpoints_lib.DAMAGED).exists()
+
+
+def test_analysis_says_which_checkpoint_is_damaged(copy):
+  latest = copy / 'checkpoints' / '20'
+  flip(files(latest / 'state')[0])
+  with pytest.raises(
+    checkpoints_lib.DamagedError, match=re.escape(str(latest))
+  ):
+    analyze.analyze(str(copy), out=str(copy / 'out'))

@@ -1,0 +1,109 @@
+"""Images that are none, and labels of no class, in data that is streamed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from margin_jax import data, loop, parallel
+from tests import test_streamed
+from tests.faults import runs
+from tests.test_loop import read_csv
+
+BAD = (5, 6, 17)
+
+
+def damaged(skip, workers=0):
+  """Three of 30 training images, and one of 11 test images, are none."""
+  source = test_streamed.source(workers=workers)
+  whole = source.records['train'][6]['image']
+  for row, content in zip(
+    BAD, (b'', whole[: len(whole) // 2], b'GIF89a'), strict=True
+  ):
+    source.records['train'][row]['image'] = content
+  source.records['test'][3]['image'] = b'no image'
+  return dataclasses.replace(source, skip=skip)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
+  (batch,) = damaged(True, workers).training([30], 0, 0, test_streamed.ONE)
+  (whole,) = test_streamed.source().training([30], 0, 0, test_streamed.ONE)
+  bad = np.isin(whole['index'], BAD)
+  assert batch['undecodable'].tolist() == bad.astype(int).tolist()
+  for name in ('inputs', 'label', 'index'):
+    np.testing.assert_array_equal(batch[name][~bad], whole[name][~bad])
+  following = {5: 7, 6: 7, 17: 18}
+  expected = [following[int(x)] for x in whole['index'][bad]]
+  assert batch['index'][bad].tolist() == expected
+  labels = [damaged(True).records['train'][x]['label'] for x in expected]
+  assert batch['label'][bad].tolist() == labels
+
+
+def test_processes_agree_on_what_takes_the_place():
+  source = damaged(True)
+  (whole,) = source.training([30], 0, 0, test_streamed.ONE)
+  halves = [
+    next(source.training([30], 0, 0, parallel.Share(i, 2))) for i in range(2)
+  ]
+  for name in whole:
+    np.testing.assert_array_equal(
+      whole[name], np.concatenate([half[name] for half in halves])
+    )
+
+
+def test_evaluation_does_not_count_them():
+  chunks = [*damaged(True).evaluation('test', 4, test_streamed.ONE)]
+  real = np.concatenate([chunk['real'] for chunk in chunks])
+  assert real[:11].tolist() == [i != 3 for i in range(11)]
+
+
+def test_too_many_in_a_row_end_the_run():
+  source = damaged(True)
+  for record in source.records['train']:
+    record['image'] = b''
+  with pytest.raises(data.DatasetError, match='11 JPEGs in a row'):
+    next(source.training([30], 0, 0, test_streamed.ONE))
+
+
+@pytest.mark.parametrize('label', [4, -1])
+def test_labels_of_no_class_are_named(label):
+  source = test_streamed.source()
+  source.records['train'][5]['label'] = label
+  with pytest.raises(
+    data.DatasetError, match=rf'label of record 5 is {label}, outside \[0, 4\)'
+  ):
+    next(source.training([30], 0, 0, test_streamed.ONE))
+
+
+def test_a_run_counts_them_also_when_it_is_resumed(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: damaged(True))
+  fields = {'data.undecodable': 'skip', 'data.name': 'imagenet2012'}
+  config = test_streamed.config(**fields)
+  whole = loop.train(config, str(tmp_path / 'whole'))
+  assert whole['undecodable'] > 0
+  assert whole['test']['count'] == 10
+
+  def log(line):
+    if 'step 6/' in line:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, str(tmp_path / 'parts'), log=log)
+  again = loop.train(config, str(tmp_path / 'parts'))
+  assert again['undecodable'] == whole['undecodable']
+  assert again['test'] == whole['test']
+  assert runs.digest(tmp_path / 'parts', 6) == runs.digest(
+    tmp_path / 'whole', 6
+  )
+  assert (
+    int(read_csv(tmp_path / 'whole' / 'train.csv')[-1]['undecodable'])
+    == (whole['undecodable'])
+  )
+
+
+def test_stopping_says_which_and_what_to_do():
+  with pytest.raises(
+    data.DatasetError, match=r"cannot be decoded .*data\.undecodable='skip'"
+  ):
+    next(damaged(False).training([30], 0, 0, test_streamed.ONE))

@@ -1,0 +1,67 @@
+"""Processes that are killed, and started again, end as if nothing was."""
+
+import argparse
+import random
+import signal
+import subprocess
+import tempfile
+import time
+
+from tests.faults import runs
+
+
+def disturb(workdir, kills: int, seed: int, longest: float) -> int:
+  """Kills a run so many times, at random moments; returns how many came true.
+
+  Args:
+    workdir: of the run.
+    kills: how often.
+    seed: of the moments.
+    longest: seconds that the steps take.
+  """
+  rng = random.Random(seed)
+  done = 0
+  for i in range(kills):
+    process = runs.start(workdir)
+    try:
+      if i % 5:  # else also while it starts
+        runs.wait_for(process, 'starting at')
+      process.communicate(timeout=rng.uniform(0, longest))
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+      process.communicate()
+      done += 1
+  return done
+
+
+def check(folder, kills: int, seed: int) -> int:
+  """A run without kills and one with them: the same bits, the same rows."""
+  whole, killed = f'{folder}/whole', f'{folder}/killed'
+  runs.finish(runs.start(whole))
+  again = runs.start(f'{folder}/again')
+  runs.wait_for(again, 'starting at')
+  started = time.monotonic()
+  runs.finish(again)
+  done = disturb(killed, kills, seed, time.monotonic() - started)
+  runs.finish(runs.start(killed))
+  assert runs.digest(killed) == runs.digest(whole)
+  for name in ('train.csv', 'eval.csv', 'classes.csv'):
+    assert runs.rows(killed, name) == runs.rows(whole, name), name
+  return done
+
+
+def test_five_kills_change_nothing(tmp_path):
+  assert check(tmp_path, 5, seed=0) >= 3
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description='Kills a run at random moments.')
+  parser.add_argument('--kills', type=int, default=50)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as scratch:
+    real = check(scratch, args.kills, args.seed)
+  print(
+    f'{args.kills} starts, {real} killed before their end: the state and every '
+    'row are those of the run that was left alone'
+  )

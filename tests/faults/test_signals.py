@@ -1,0 +1,79 @@
+"""SIGTERM and SIGINT: saved, and a documented status; a second one: at once."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from margin_jax import interrupts
+from tests.faults import runs
+
+# Slow enough to be caught between two steps.
+LONG = ('--config.steps=100000', '--config.checkpoint_every=100000')
+
+
+@pytest.mark.parametrize('number', interrupts.SIGNALS)
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
+  process = runs.start(tmp_path, *LONG)
+  runs.wait_for(process, 'step 20/')
+  process.send_signal(number)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 128 + number, output
+  assert 'which is saved' in output
+  assert 'Traceback' not in output
+  step = int(output.split('stopped at step ')[1].split()[0].replace(',', ''))
+  assert step >= 20
+  again = runs.start(tmp_path, *LONG)
+  assert f'starting at step {step:,}' in runs.wait_for(again, 'starting at')
+  again.kill()
+  again.communicate()
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
+  runs.finish(runs.start(tmp_path / 'whole'))
+  stopped = runs.start(tmp_path / 'stopped')
+  runs.wait_for(stopped, 'step 10/')
+  stopped.send_signal(signal.SIGTERM)
+  output = stopped.communicate(timeout=60)[0]
+  if stopped.returncode:  # or it was at its end already
+    assert stopped.returncode == 128 + signal.SIGTERM, output
+    runs.finish(runs.start(tmp_path / 'stopped'))
+  assert runs.digest(tmp_path / 'stopped') == runs.digest(tmp_path / 'whole')
+  rows = [runs.rows(tmp_path / x, 'eval.csv') for x in ('stopped', 'whole')]
+  assert rows[0] == rows[1]
+
+
+def test_the_first_signal_is_remembered_and_handlers_are_given_back():
+  with interrupts.Interrupts() as caught:
+    assert caught.number is None
+    signal.raise_signal(signal.SIGINT)
+    assert caught.number == signal.SIGINT
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_signals_end_a_process_that_is_busy():
+  script = (
+    'import time\n'
+    'from margin_jax import interrupts\n'
+    'with interrupts.Interrupts():\n'
+    "  print('ready', flush=True)\n"
+    '  time.sleep(60)\n'
+    '  time.sleep(60)\n'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', script],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=runs.ROOT,
+  )
+  process.stdout.readline()
+  started = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.5)
+  assert process.poll() is None
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert time.monotonic() - started < 30

@@ -1,0 +1,83 @@
+"""Folders that are taken, full or not to be written."""
+
+import os
+import pathlib
+import signal
+import subprocess
+
+import pytest
+
+from margin_jax import config as config_lib
+from margin_jax import files, loop
+from tests import helpers
+from tests.faults import runs
+
+
+def test_two_processes_in_one_workdir(tmp_path):
+  first = runs.start(tmp_path, '--config.steps=100000')
+  runs.wait_for(first, 'step 5/')
+  second = runs.start(tmp_path, '--config.steps=100000')
+  output = runs.finish(second, 1)
+  assert f'error: workdir={str(tmp_path)!r}: in use by process' in output
+  assert str(first.pid) in output
+  first.kill()
+  first.communicate()
+  # The lock goes with its owner, even with one that was killed.
+  with files.locked(str(tmp_path)):
+    pass
+
+
+def test_a_lock_names_its_owner(tmp_path):
+  with (
+    files.locked(str(tmp_path)),
+    pytest.raises(BlockingIOError, match=f'process {os.getpid()} on '),
+    files.locked(str(tmp_path)),
+  ):
+    pass
+
+
+def test_a_workdir_that_is_in_use_is_a_config_error(tmp_path):
+  with (
+    files.locked(str(tmp_path)),
+    pytest.raises(config_lib.ConfigError, match=r'workdir=.* in use by'),
+  ):
+    loop.train(helpers.small_config(), str(tmp_path))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 32 MB, if we may make one."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  made = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', str(folder)],
+    capture_output=True,
+    check=False,
+  )
+  if made.returncode:
+    pytest.skip('a small disk: mounting a tmpfs is not allowed here')
+  yield folder
+  subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(small_disk):
+  workdir = small_disk / 'run'
+  first = runs.start(workdir)
+  runs.wait_for(first, 'step 20/')
+  first.send_signal(signal.SIGTERM)
+  first.communicate(timeout=60)
+  step = max(int(x.name) for x in (workdir / 'checkpoints').iterdir())
+  saved = runs.digest(workdir, step)
+  free = os.statvfs(small_disk)
+  filler = pathlib.Path(small_disk, 'filler')
+  filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 20_000)))
+  process = runs.start(workdir)
+  output = process.communicate(timeout=240)[0]
+  assert process.returncode == 1, output
+  last = output.strip().splitlines()[-1]
+  assert last.startswith('error: '), output
+  assert 'No space left' in last, output
+  filler.unlink()
+  assert runs.digest(workdir, step) == saved
+  runs.finish(runs.start(workdir))
+  assert runs.digest(workdir)
