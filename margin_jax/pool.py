@@ -242,6 +242,26 @@ def _fit(sentences: Array, width: int) -> Array:
   return jnp.pad(sentences, pads)[:, :width]
 
 
+def _draw(
+  method: Method,
+  state: PyTree,
+  data: PyTree,
+  size: int,
+  key: Array,
+  lane: Array,
+) -> tuple[PyTree, PyTree]:
+  """The stream after a draw, and this device's share of what was drawn."""
+  return method.draw(
+    state.stream,
+    data,
+    size,
+    key=jax.random.fold_in(key, 2),
+    step=state.step,
+    lane=lane,
+    lanes=method.lanes,
+  )
+
+
 def drawn(
   method: Method, state: PyTree, data: PyTree, key: Array, lane: Array
 ) -> PyTree:
@@ -255,15 +275,8 @@ def drawn(
     phase = (state.step - method.selection.start) % method.selection.reuse
     found = _from_reserve(method, state.reserve, phase, lane)
   else:
-    _, found = method.draw(
-      state.stream,
-      data,
-      method.examples_drawn(method.branch),
-      key=jax.random.fold_in(key, 2),
-      step=state.step,
-      lane=lane,
-      lanes=method.lanes,
-    )
+    size = method.examples_drawn(method.branch)
+    _, found = _draw(method, state, data, size, key, lane)
   return jax.lax.all_gather(found, method.axis, tiled=True)
 
 
@@ -278,15 +291,7 @@ def next_batch(
   """
 
   def draw(size: int) -> tuple[PyTree, PyTree]:
-    return method.draw(
-      state.stream,
-      data,
-      size,
-      key=jax.random.fold_in(key, 2),
-      step=state.step,
-      lane=lane,
-      lanes=method.lanes,
-    )
+    return _draw(method, state, data, size, key, lane)
 
   def plain() -> Choice:
     stream, batch = draw(method.batch_size)

@@ -74,13 +74,16 @@ def try_config(overrides: dict[str, Any]) -> str:
   return 'ran'
 
 
-@hypothesis.settings(
+SETTINGS = hypothesis.settings(
   max_examples=40,
   deadline=None,
   derandomize=True,
   database=None,
   suppress_health_check=list(hypothesis.HealthCheck),
 )
+
+
+@SETTINGS
 @hypothesis.given(OVERRIDES)
 def test_any_config_is_refused_or_runs(overrides):
   try_config(overrides)
@@ -91,12 +94,7 @@ def main(cases: int, seed: int) -> collections.Counter:
   found: collections.Counter = collections.Counter()
 
   @hypothesis.seed(seed)
-  @hypothesis.settings(
-    max_examples=cases,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-  )
+  @hypothesis.settings(SETTINGS, max_examples=cases, derandomize=False)
   @hypothesis.given(OVERRIDES)
   def run(overrides):
     found[try_config(overrides)] += 1
