@@ -26,11 +26,13 @@ CHECKED = (
   'update_norm',
   'proxy_loss',
   'proxy_gradient_norm',
+  # Infinite ones normalise to 0, so that the loss may well be finite.
+  'statistics_norm',
 )
 
 
 class NonFiniteError(ArithmeticError):
-  """A loss, a gradient or a score became NaN or infinite.
+  """A loss, a gradient, a score or a statistic became NaN or infinite.
 
   Attributes:
     step: the first that it happened in.

@@ -170,6 +170,9 @@ def _update(
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
+  statistics = batch_stats, proxy.get('batch_stats', {})
+  if jax.tree.leaves(statistics):
+    metrics['statistics_norm'] = optax.tree.norm(statistics)
   return state, metrics
 
 
@@ -192,7 +195,8 @@ def train_step(
     of the batch, from the train-mode forward, so that every rule and plain
     training have the same quantity), 'gradient_norm', 'update_norm' (of the
     change of the parameters), 'learning_rate', 'alpha', with trimming
-    'trimmed_loss', with a proxy 'proxy_loss' and 'proxy_gradient_norm'. Two
+    'trimmed_loss', with a proxy 'proxy_loss' and 'proxy_gradient_norm', with
+    BatchNorm 'statistics_norm' (of its running statistics). Two
     integers: 'bad_gradient', the place of the first parameter whose gradient is
     not finite, or -1, and 'nonfinite', see `nonfinite.guard`. With a selection
     also 'scored' (0 or 1) and, 0 where nothing was scored: 'pool_error' and

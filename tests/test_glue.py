@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -246,6 +247,12 @@ def test_a_label_out_of_range_is_refused(tmp_path, name, label, run):
 def test_a_missing_field_is_named(tmp_path, without, words):
   write_task(tmp_path, 'glue/rte', without=without)
   refused(tmp_path, [words])
+
+
+def test_text_that_is_no_utf8_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'text_of', lambda *_: b'caf\xe9')
+  write_task(tmp_path, 'glue/rte', sizes=(3, 3, 3))
+  refused(tmp_path, ['broken', "'utf-8' codec", 'Remove it and prepare'])
 
 
 def test_a_missing_split_is_named(tmp_path):

@@ -10,23 +10,25 @@ import time
 from tests.faults import runs
 
 
-def disturb(workdir, kills: int, seed: int, longest: float) -> int:
+def disturb(workdir, kills: int, seed: int, part: float, *arguments) -> int:
   """Kills a run so many times, at random moments; returns how many came true.
 
   Args:
     workdir: of the run.
     kills: how often.
     seed: of the moments.
-    longest: seconds that the steps take.
+    part: seconds that one part of `kills` of the steps takes.
+    *arguments: of the run.
   """
   rng = random.Random(seed)
   done = 0
   for i in range(kills):
-    process = runs.start(workdir)
+    process = runs.start(workdir, *arguments)
     try:
       if i % 5:  # else also while it starts
         runs.wait_for(process, 'starting at')
-      process.communicate(timeout=rng.uniform(0, longest))
+      # Less than a part on average, so that the last kill finds it running.
+      process.communicate(timeout=rng.uniform(0, 1.5 * part))
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
       process.communicate()
@@ -34,24 +36,25 @@ def disturb(workdir, kills: int, seed: int, longest: float) -> int:
   return done
 
 
-def check(folder, kills: int, seed: int) -> int:
+def check(folder, kills: int, seed: int, steps: int) -> int:
   """A run without kills and one with them: the same bits, the same rows."""
   whole, killed = f'{folder}/whole', f'{folder}/killed'
-  runs.finish(runs.start(whole))
-  again = runs.start(f'{folder}/again')
-  runs.wait_for(again, 'starting at')
+  length = f'--config.steps={steps}'
+  process = runs.start(whole, length)
+  runs.wait_for(process, 'starting at')
   started = time.monotonic()
-  runs.finish(again)
-  done = disturb(killed, kills, seed, time.monotonic() - started)
-  runs.finish(runs.start(killed))
-  assert runs.digest(killed) == runs.digest(whole)
+  runs.finish(process)
+  part = (time.monotonic() - started) / kills
+  done = disturb(killed, kills, seed, part, length)
+  runs.finish(runs.start(killed, length))
+  assert runs.digest(killed, steps) == runs.digest(whole, steps)
   for name in ('train.csv', 'eval.csv', 'classes.csv'):
     assert runs.rows(killed, name) == runs.rows(whole, name), name
   return done
 
 
 def test_five_kills_change_nothing(tmp_path):
-  assert check(tmp_path, 5, seed=0) >= 3
+  assert check(tmp_path, 5, seed=0, steps=200) >= 3
 
 
 if __name__ == '__main__':
@@ -60,7 +63,7 @@ if __name__ == '__main__':
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
-    real = check(scratch, args.kills, args.seed)
+    real = check(scratch, args.kills, args.seed, steps=40 * args.kills)
   print(
     f'{args.kills} starts, {real} killed before their end: the state and every '
     'row are those of the run that was left alone'

@@ -1,5 +1,6 @@
 """NaN and infinity: the run stops, or the step is skipped; nothing is lost."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +75,23 @@ def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
     else lambda x, y: helpers.assert_trees_close(x, y, 1e-6)
   )
   compare(state.replace(nonfinite=good.nonfinite), good)
+
+
+def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
+  """Squares of 1e25 do not fit float32: the variance is infinite."""
+  setup = helpers.Setup(
+    **{'model.name': 'resnet8', 'optimizer.weight_decay': 0.0}
+  )
+  kernel = setup.first.params['conv_stem']['kernel']
+  kernel *= 1e25 / np.abs(kernel).max()
+  state, metrics = setup.run(1)
+  assert np.isfinite(metrics['loss']).all()
+  assert np.isfinite(metrics['gradient_norm']).all()
+  code = nonfinite.CHECKED.index('statistics_norm') + 1
+  assert metrics['nonfinite'].tolist() == [code]
+  assert int(state.step) == 0
+  for leaf in jax.tree.leaves(state.batch_stats):
+    assert np.isfinite(leaf).all()
 
 
 def nan_scores(logits, kernel, labels, keys):

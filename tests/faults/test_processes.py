@@ -1,13 +1,16 @@
-"""One of two processes is killed: the other stops, and both start again."""
+"""Two processes: killed and started again, or continued by one."""
 
 import signal
 import time
 
+import numpy as np
+
 from tests.faults import runs
+from tests.test_loop import read_csv
 from tests.test_processes import free_port
 
 
-def start_both(workdir):
+def start_both(workdir, *arguments):
   address = f'--coordinator=127.0.0.1:{free_port()}'
   return [
     runs.start(
@@ -15,6 +18,7 @@ def start_both(workdir):
       address,
       '--num_processes=2',
       f'--process_id={i}',
+      *arguments,
       devices=2,
     )
     for i in range(2)
@@ -44,3 +48,33 @@ def test_a_killed_process_stops_the_other_and_both_start_again(tmp_path):
   for name in ('train.csv', 'eval.csv'):
     rows = [runs.rows(tmp_path / x, name) for x in ('killed', 'whole')]
     assert rows[0] == rows[1]
+
+
+def stop_at(processes, line):
+  """SIGTERM to all once the first has said so; at which step they stopped."""
+  runs.wait_for(processes[0], line)
+  for process in processes:
+    process.send_signal(signal.SIGTERM)
+  output, *_ = (runs.finish(p, 128 + signal.SIGTERM) for p in processes)
+  return int(output.split('stopped at step ')[1].split()[0])
+
+
+def test_two_processes_then_one_then_two(tmp_path):
+  """Four devices throughout: the same choices, the same numbers nearly."""
+  long = '--config.steps=300'  # enough to be stopped on the way
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  runs.finish(runs.start(whole, long, devices=4))
+  first = stop_at(start_both(parts, long), 'step 10/')
+  second = stop_at([runs.start(parts, long, devices=4)], f'step {first + 10}/')
+  for number, process in enumerate(start_both(parts, long)):
+    output = runs.finish(process)
+    assert (f'starting at step {second}' in output) == (number == 0)
+  assert 10 <= first < second < 300
+  counts = [np.load(x / 'selection_counts.npy') for x in (whole, parts)]
+  np.testing.assert_array_equal(*counts)
+  assert counts[0].sum() == 8 * 300
+  losses = [
+    [float(row['loss']) for row in read_csv(x / 'eval.csv')]
+    for x in (whole, parts)
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-3)
