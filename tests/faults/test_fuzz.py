@@ -11,7 +11,7 @@ import ml_collections
 from hypothesis import strategies
 
 from margin_jax import config as config_lib
-from margin_jax import data, loop, nonfinite, validation
+from margin_jax import data, loop, nonfinite, parallel, validation
 from tests import helpers
 
 # What a hand might type, of every type; models that compile in a second.
@@ -110,4 +110,5 @@ if __name__ == '__main__':
   parser.add_argument('--cases', type=int, default=2000)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
+  parallel.use_compilation_cache()
   print(dict(main(args.cases, args.seed)))
