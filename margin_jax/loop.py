@@ -51,7 +51,7 @@ def _run(
   def report(step: int) -> None:
     nonlocal reported, windows, total
     watch.finish(step)
-    metrics, class_rates = summarize(windows)
+    metrics, rates = summarize(windows)
     total = total.plus(trainer.program.cost(reported, step))
     total.skipped += int(metrics.pop('skipped', 0))
     elapsed = Counters(
@@ -61,8 +61,7 @@ def _run(
     )
     trainer.counters = total.plus(elapsed)
     counters = dataclasses.asdict(trainer.counters)
-    metrics |= trainer.devices.memory()
-    reporter.train(step, counters, metrics, class_rates)
+    reporter.train(step, counters, metrics | trainer.devices.memory(), rates)
     reported, windows = step, []
 
   evaluations = {}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 
@@ -221,6 +222,8 @@ def on_terminal(workdir, *arguments, number=None):
     stderr=theirs,
   )
   os.close(theirs)
+  hung = threading.Timer(240, process.kill)
+  hung.start()
   read = b''
   while True:
     try:
@@ -230,9 +233,10 @@ def on_terminal(workdir, *arguments, number=None):
     if not part:
       break
     read += part
-    if number is not None and b'eta 0:' in read:
+    if number is not None and re.search(rb'eta \d', read):
       process.send_signal(number)
       number = None
+  hung.cancel()
   os.close(ours)
   output = read.decode().replace('\r\n', '\n')
   assert 'Traceback' not in output, output
