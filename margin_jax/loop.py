@@ -16,6 +16,7 @@ import numpy as np
 from margin_jax import (
   build,
   files,
+  live,
   nonfinite,
   parallel,
   selection,
@@ -26,7 +27,7 @@ from margin_jax.checkpoints import Checkpoints
 from margin_jax.interrupts import Interrupted, Interrupts
 from margin_jax.metrics import summarize
 from margin_jax.program import Counters
-from margin_jax.reporting import Reporter, Silent, versions
+from margin_jax.reporting import Hook, Reporter, Silent, versions
 from margin_jax.trainer import Trainer
 
 PyTree = Any
@@ -50,7 +51,7 @@ def _run(
   def report(step: int) -> None:
     nonlocal reported, windows, total
     watch.finish(step)
-    metrics, class_rates = summarize(windows)
+    metrics, rates = summarize(windows)
     total = total.plus(trainer.program.cost(reported, step))
     total.skipped += int(metrics.pop('skipped', 0))
     elapsed = Counters(
@@ -60,7 +61,7 @@ def _run(
     )
     trainer.counters = total.plus(elapsed)
     counters = dataclasses.asdict(trainer.counters)
-    reporter.train(step, counters, metrics, class_rates)
+    reporter.train(step, counters, metrics | trainer.devices.memory(), rates)
     reported, windows = step, []
 
   evaluations = {}
@@ -84,7 +85,6 @@ def _run(
       if save:
         trainer.save(step, accuracy)
       started += time.perf_counter() - paused
-      reporter.restart_clock(step)
     if stop:
       trainer.checkpoints.wait()
       raise Interrupted(
@@ -189,6 +189,8 @@ def train(
   *,
   rule: selection.Rule | None = None,
   log: Callable[[str], None] = print,
+  hook: Hook | None = None,
+  view: live.View | None = None,
 ) -> dict[str, Any]:
   """Trains as `config` says, and continues where `workdir` stopped.
 
@@ -204,6 +206,13 @@ def train(
     rule: a rule of your own, `(logits, kernel, labels, keys) -> scores`, in
       place of `config.selection.rule`. It sees one device's share of the pool.
     log: takes the progress lines.
+    hook: called as `hook(prefix, step, row)` for every row of train.csv
+      (prefix 'train') and of eval.csv ('validation', 'test', ...), with the
+      columns' names and numbers, NaN where there is none; on the first process
+      only. For Weights & Biases: `hook=lambda prefix, step, row: wandb.log(
+      {f'{prefix}/{k}': v for k, v in row.items()}, step=step)`. What it raises
+      ends the run; the row is written, and what was saved is kept.
+    view: shows training in place of progress lines, `live.on_terminal()`.
 
   Returns:
     What result.json holds: 'test' and 'validation' at the last step, 'best'
@@ -232,7 +241,7 @@ def train(
       ) as checkpoints,
     ):
       trainer = Trainer(config, source, devices, checkpoints, method, rule, log)
-      return _train(trainer, workdir, interrupts, log)
+      return _train(trainer, workdir, interrupts, log, hook, view)
 
 
 @contextlib.contextmanager
@@ -258,6 +267,8 @@ def _train(
   workdir: str,
   interrupts: Interrupts,
   log: Callable[[str], None],
+  hook: Hook | None,
+  view: live.View | None,
 ) -> dict[str, Any]:
   """What is left of a run, with its result on disk."""
   config, devices, source = trainer.config, trainer.devices, trainer.source
@@ -276,7 +287,14 @@ def _train(
   if devices.primary:
     sources.keep_vocabulary(config, workdir)
     reporter = Reporter(
-      workdir, steps=config.steps, after=trainer.start, log=log
+      workdir,
+      steps=config.steps,
+      after=trainer.start,
+      counters=dataclasses.asdict(trainer.counters),
+      best=trainer.best,
+      log=log,
+      hook=hook,
+      view=view,
     )
   with contextlib.closing(reporter):
     if result is None:

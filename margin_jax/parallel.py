@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -140,6 +141,22 @@ class Devices:
     self._lanes = jax.device_put(
       np.array(lanes, np.int32), NamedSharding(self._mesh, PartitionSpec(AXIS))
     )
+
+  def memory(self) -> dict[str, int]:
+    """What the fullest device of this process holds; of CPUs, the process.
+
+    Returns:
+      'memory_bytes', in use now, and 'memory_peak_bytes', the most that was,
+      where the backend tells; without it 'memory_bytes' alone, the resident
+      memory of this process.
+    """
+    stats = [device.memory_stats() for device in self._local]
+    if None in stats:
+      return {'memory_bytes': psutil.Process().memory_info().rss}
+    return {
+      'memory_bytes': max(x['bytes_in_use'] for x in stats),
+      'memory_peak_bytes': max(x['peak_bytes_in_use'] for x in stats),
+    }
 
   def replicate(self, tree: PyTree) -> PyTree:
     """A copy of the tree's arrays on every local device."""

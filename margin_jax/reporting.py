@@ -4,15 +4,16 @@ import csv
 import math
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import tensorboardX
 
-from margin_jax import files
+from margin_jax import files, live
+from margin_jax.live import Row
 
-Row = dict[str, float]
+# Takes a row of numbers by its prefix, 'train' or a split, and its step.
+Hook = Callable[[str, int, Row], None]
 
 
 class _Table:
@@ -61,8 +62,12 @@ class Reporter:
     workdir: str,
     *,
     steps: int,
-    after: int = 0,
-    log: Callable[[str], None] = print,
+    after: int,
+    counters: Row,
+    best: dict[str, Any] | None,
+    log: Callable[[str], None],
+    hook: Hook | None = None,
+    view: live.View | None = None,
   ):
     """Opens the files of a run.
 
@@ -70,7 +75,11 @@ class Reporter:
       workdir: the run's folder; it exists.
       steps: how many the whole run has.
       after: the step the run continues from; later rows are dropped.
+      counters: what the run has cost up to there.
+      best: its best evaluation up to there.
       log: takes the progress lines.
+      hook: takes every row, after the files have it.
+      view: shows every row of training, in place of a line.
     """
     folder = pathlib.Path(workdir)
     self._steps = steps
@@ -81,11 +90,12 @@ class Reporter:
     self._board = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'), purge_step=after + 1
     )
-    self._last = (after, time.perf_counter())
-
-  def restart_clock(self, step: int) -> None:
-    """Keeps what happened since the last line out of the steps per second."""
-    self._last = (step, time.perf_counter())
+    self._last = (after, counters)
+    self._view = view
+    hooks = (self._scalars, view, hook)
+    self._hooks: list[Hook] = [hook for hook in hooks if hook is not None]
+    if view is not None:
+      view.start(after, steps, best)
 
   def train(
     self, step: int, counters: Row, metrics: Row, class_rates: Any = None
@@ -99,48 +109,63 @@ class Reporter:
       class_rates: (C,) share of each class's pool examples that was selected,
         for classes.csv; None without a selection.
     """
-    now = time.perf_counter()
     before, then = self._last
-    self._last = (step, now)
-    speed = (step - before) / max(now - then, 1e-9)
-    row = {'step': step, **counters, **metrics, 'steps_per_second': speed}
-    self._train.add(row)
-    self._scalars('train', step, row)
+    self._last = (step, counters)
+    seconds = max(counters['seconds'] - then['seconds'], 1e-9)
+    speed = (step - before) / seconds
+    row = {
+      **counters,
+      **metrics,
+      'steps_per_second': speed,
+      'data_wait_share': (counters['data_wait'] - then['data_wait']) / seconds,
+    }
+    self._train.add({'step': step, **row})
     if class_rates is not None:
       rates = {f'class_{i}': rate for i, rate in enumerate(class_rates)}
       self._classes.add({'step': step, **rates})
-    self._log(
-      f'step {step:,}/{self._steps:,}  '
-      f'eta {_duration((self._steps - step) / speed)}  '
-      f'{speed:.1f} steps/s  '
-      f'scored {int(counters["examples_scored"]):,}  '
-      f'trained {int(counters["examples_trained"]):,}  '
-      f'loss {metrics["loss"]:.4f}  '
-      f'accuracy {metrics["accuracy"]:.2%}  '
-      f'mean MMS {metrics["mean_mms"]:.4g}'
-    )
+    if self._view is None:
+      self._log(
+        f'step {step:,}/{self._steps:,}  '
+        f'eta {_duration((self._steps - step) / speed)}  '
+        f'{speed:.1f} steps/s  '
+        f'scored {int(counters["examples_scored"]):,}  '
+        f'trained {int(counters["examples_trained"]):,}  '
+        f'loss {metrics["loss"]:.4f}  '
+        f'accuracy {metrics["accuracy"]:.2%}  '
+        f'mean MMS {metrics["mean_mms"]:.4g}'
+      )
+    self._tell('train', step, row)
 
   def evaluation(
     self, step: int, split: str, counters: Row, metrics: Row
   ) -> None:
     """Reports one split's loss, accuracy and, where it has one, F1."""
-    self._eval.add({'step': step, 'split': split, **counters, **metrics})
-    self._scalars(split, step, metrics)
+    row = {**counters, **metrics}
+    self._eval.add({'step': step, 'split': split, **row})
     self._log(
       f'step {step:,}/{self._steps:,}  {split}: '
       f'loss {metrics["loss"]:.4f}  accuracy {metrics["accuracy"]:.2%} '
       f'of {int(metrics["count"]):,} examples'
       + (f'  F1 {metrics["f1"]:.2%}' if 'f1' in metrics else '')
     )
+    self._tell(split, step, row)
+
+  def _tell(self, prefix: str, step: int, row: Row) -> None:
+    for hook in self._hooks:
+      hook(prefix, step, {**row})
 
   def _scalars(self, prefix: str, step: int, row: Row) -> None:
     for name, value in row.items():
-      if name != 'step' and not math.isnan(value):
+      if not math.isnan(value):
         self._board.add_scalar(f'{prefix}/{name}', value, step)
 
   def close(self) -> None:
-    """Flushes and closes the files."""
-    self._board.close()
+    """Ends the view; flushes and closes the files."""
+    try:
+      if self._view is not None:
+        self._view.close()
+    finally:
+      self._board.close()
 
 
 class Silent(Reporter):
@@ -148,9 +173,6 @@ class Silent(Reporter):
 
   def __init__(self):
     """Opens nothing."""
-
-  def restart_clock(self, step: int) -> None:
-    """Does nothing."""
 
   def train(self, *args: Any) -> None:
     """Does nothing."""

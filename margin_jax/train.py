@@ -20,6 +20,7 @@ from margin_jax import (
   cpu,
   data,
   interrupts,
+  live,
   loop,
   nonfinite,
   parallel,
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
   try:
     # Flushed, so that a pipe or a log file shows each line at once.
     log = functools.partial(print, flush=True)
-    loop.train(_CONFIG.value, _WORKDIR.value, log=log)
+    view = live.on_terminal()
+    loop.train(_CONFIG.value, _WORKDIR.value, log=log, view=view)
   except (
     config_lib.ConfigError,
     data.DatasetError,

@@ -65,8 +65,11 @@ def digest(workdir, step: int = STEPS) -> str:
 
 
 def rows(workdir, name: str) -> list[tuple[str, ...]]:
-  """A CSV file without what depends on the clock."""
+  """A CSV file without what no two runs share."""
   with pathlib.Path(workdir, name).open(newline='') as file:
     found = list(csv.DictReader(file))
-  clocks = ('seconds', 'data_wait', 'steps_per_second')
-  return [tuple(v for k, v in row.items() if k not in clocks) for row in found]
+  varying = {
+    'seconds', 'data_wait', 'data_wait_share', 'steps_per_second',
+    'memory_bytes', 'memory_peak_bytes',
+  }  # fmt: skip
+  return [tuple(v for k, v in row.items() if k not in varying) for row in found]
