@@ -107,7 +107,7 @@ def mean_mms(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
     _line(axes, rows, ('step', 'mean_mms'), 1, _style(index), name)
   axes.set_xlabel('step')
   axes.set_xlim(left=0)
-  axes.set_ylabel('mean MMS of the selected (distance in feature space)')
+  axes.set_ylabel('mean MMS (distance in feature space)')
   axes.grid(alpha=0.3)
   _count_axis(axes.xaxis)
   _legend(figure, axes)
