@@ -57,9 +57,9 @@ _SWEEP = flags.DEFINE_multi_string(
 def _methods() -> Sequence[str] | dict[str, entries.Fields]:
   """Those of the flag, else those of the config file, else the usual ones."""
   path = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, colon, argument = path.partition(':')
+  path, _, argument = path.partition(':')
   get_methods = runpy.run_path(path).get('get_methods')
-  known = get_methods(*[argument][: len(colon)]) if get_methods else {}
+  known = get_methods(argument or None) if get_methods else {}
   if _METHODS.value is None:
     return known or comparison.METHODS
   names = entries.split(_METHODS.value)

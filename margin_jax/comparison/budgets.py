@@ -175,8 +175,8 @@ class Costs:
     """FLOPs or seconds of the entry's own schedule."""
     key = f'{self.budget} of {entry.name}'
     config = config_lib.as_json(entry.config)
-    known = self._known.get(key, {'config': {}})
-    if known['config'] != config:
+    known = self._known.get(key)
+    if known is None or not _same(known['config'], config):
       self._interrupts.check()
       self._log(f'measuring {key}')
       if self.budget == 'flops':
@@ -186,6 +186,12 @@ class Costs:
       known = self._known[key] = {'cost': cost, 'config': config}
       files.write_json(self._path, self._known)
     return known['cost']
+
+
+def _same(saved: dict[str, Any], config: dict[str, Any]) -> bool:
+  """Whether a run of one costs what a run of the other does."""
+  changed = config_lib.differences(saved, config)
+  return not changed and saved['steps'] == config['steps']
 
 
 def share(

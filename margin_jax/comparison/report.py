@@ -156,7 +156,7 @@ class Report:
     pictures.mean_mms(folder / 'mean_mms.png', drawn)
     points = {name: rows[name] for name in summaries}
     pictures.cost(folder / 'cost.png', points)
-    images = [f'![{x}]({x}.png)' for x in ('error', 'mean_mms', 'cost')]
+    images = [f'![{x}]({x}.png)\n' for x in ('error', 'mean_mms', 'cost')]
     config = entries[0].config
     title = f'# {config.data.name}, {config.model.name}: methods compared'
     _write(
