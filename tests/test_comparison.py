@@ -160,11 +160,13 @@ def test_bad_entries_are_refused(methods, sweep, words):
     (['uniform'], []),
     (['uniform', 'mms'], ['random']),
     (['random+pool_size=16', 'mms'], []),
+    ({'of the config': {}}, ['random']),
   ],
 )
 def test_the_control_is_added_where_a_rule_scores(rules, added):
-  methods = entries.parse_methods(rules, small_config())
-  assert [*entries.with_control(methods)] == rules + added
+  config = small_config()  # whose rule is mms
+  methods = entries.parse_methods(rules, config)
+  assert [*entries.with_control(methods, config)] == [*rules, *added]
 
 
 SCHEDULE = {

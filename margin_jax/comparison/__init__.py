@@ -37,7 +37,7 @@ def _entries(
   log: Callable[[str], None],
 ) -> list[entries.Entry]:
   """All that is to be compared; each config is good by itself."""
-  complete = entries.with_control(dict(methods))
+  complete = entries.with_control(methods, config)
   for name in complete.keys() - methods.keys():
     log(f'{name!r} is added: the control that scores and does not look')
   require(baseline in complete, 'baseline', baseline, f'one of {[*complete]}')

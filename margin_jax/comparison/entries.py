@@ -209,11 +209,14 @@ def _apply(
   return changed
 
 
-def with_control(methods: dict[str, Fields]) -> dict[str, Fields]:
+def with_control(
+  methods: Mapping[str, Fields], config: ml_collections.ConfigDict
+) -> dict[str, Fields]:
   """The methods, and `random` where a rule scores and it is missing."""
-  rules = {fields.get(RULE) for fields in methods.values()}
-  if CONTROL in rules or rules <= {UNIFORM, None}:
-    return methods
+  own = config.selection.rule
+  rules = {fields.get(RULE, own) for fields in methods.values()}
+  if CONTROL in rules or rules <= {UNIFORM}:
+    return dict(methods)
   return {**methods, CONTROL: {RULE: CONTROL}}
 
 
