@@ -16,25 +16,30 @@ a hundredth of the steps, to see that all of it runs, and writes into WORKDIR.
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import json
-import os
 import pathlib
 import shutil
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 
 from margin_jax import config as config_lib
 from margin_jax import cpu, files, loop, parallel
 from margin_jax.checkpoints import Checkpoints
+from margin_jax.comparison import (
+  budgets,
+  curves,
+  entries,
+  pictures,
+  report,
+  runs,
+  tables,
+)
+from margin_jax.comparison.runs import Run
 from margin_jax.config import UNIFORM
-from margin_jax.reporting import versions
 
 BASELINE = 'uniform, long'
 STARTED = time.time()
@@ -76,31 +81,42 @@ SIZES = {
 }
 
 
-def scaled(size: Size, scale: float) -> Size:
-  """The same in fewer steps, with two evaluations of the short runs."""
-
-  def times(steps: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(max(1, round(scale * x)) for x in steps)
-
-  if scale == 1:
-    return size
-  long, short = times(size.long), times(size.short)
-  for name, (steps, *drops) in (('long', long), ('short', short)):
-    if sorted({0, *drops, steps}) != [0, *drops, steps]:
-      raise SystemExit(
-        f'error: --scale={scale} is too small: of the {name} schedule '
-        f'{steps} steps remain, with drops at {drops}'
-      )
-  return dataclasses.replace(
-    size, long=long, short=short, interval=-(-short[0] // 2)
+def make_config(
+  size: Size, schedule: tuple[int, ...], scale: float, data_dir: str | None
+) -> ml_collections.ConfigDict:
+  """The recipe of configs/cifar10_resnet44.py, on this schedule, with MMS."""
+  steps, *boundaries = schedule
+  config = config_lib.default()
+  config.steps = steps
+  config.eval_every = config.checkpoint_every = size.interval
+  config.data.name = 'cifar10'
+  config.data.data_dir = data_dir
+  config.data.augmentations = ('crop', 'flip')
+  config.model.name = size.model
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.learning_rates = tuple(
+    0.1 / 10**i for i in range(len(boundaries) + 1)
   )
+  config.optimizer.boundaries = tuple(boundaries)
+  config.selection.rule = 'mms'
+  if scale != 1:  # two evaluations of the short runs
+    config = budgets.scaled(config, round(scale * steps))
+    interval = -(-round(scale * size.short[0]) // 2)
+    config.eval_every = config.checkpoint_every = interval
+  return config
 
 
-def variants(size: Size) -> dict[str, dict[str, Any]]:
+def variants(
+  size: Size, long: ml_collections.ConfigDict
+) -> dict[str, dict[str, Any]]:
   """Fields by name; all but the baseline have the short schedule."""
   half = {'selection.score_resolution': 16}
   found = {
-    BASELINE: {'selection.rule': UNIFORM},
+    BASELINE: {
+      'selection.rule': UNIFORM,
+      'steps': long.steps,
+      'optimizer.boundaries': long.optimizer.boundaries,
+    },
     'uniform': {'selection.rule': UNIFORM},
     'random': {'selection.rule': 'random'},
     'loss, ramp=0.1': {'selection.rule': 'loss', 'selection.ramp': 0.1},
@@ -116,28 +132,13 @@ def variants(size: Size) -> dict[str, dict[str, Any]]:
   return found
 
 
-def make_config(
-  size: Size, name: str, seed: int, data_dir: str
-) -> ml_collections.ConfigDict:
-  """The recipe of configs/cifar10_resnet44.py, scaled."""
-  steps, *boundaries = size.long if name == BASELINE else size.short
-  config = config_lib.default()
-  config.seed = seed
-  config.steps = steps
-  config.eval_every = config.checkpoint_every = size.interval
-  config.data.name = 'cifar10'
-  config.data.data_dir = data_dir
-  config.data.validation_examples = 0
-  config.data.augmentations = ('crop', 'flip')
-  config.model.name = size.model
-  config.optimizer.weight_decay = 1e-4
-  config.optimizer.learning_rates = tuple(
-    0.1 / 10**i for i in range(len(boundaries) + 1)
-  )
-  config.optimizer.boundaries = tuple(boundaries)
-  config.selection.rule = 'mms'
-  config.update_from_flattened_dict(variants(size)[name])
-  return config
+def plan(args: argparse.Namespace, root: pathlib.Path) -> list[Run]:
+  """Every variant with every seed."""
+  size = SIZES[args.size]
+  short = make_config(size, size.short, args.scale, args.data_dir)
+  long = make_config(size, size.long, args.scale, args.data_dir)
+  found = entries.make(short, variants(size, long), {})
+  return runs.make(found, args.seeds, root)
 
 
 def steps_done(workdir: pathlib.Path) -> int:
@@ -177,49 +178,26 @@ class Clock:
     return max(0, min(2 * last, int(0.8 * (left - self.overhead) / seconds)))
 
 
-def finished(workdir: pathlib.Path, steps: int) -> bool:
-  """Whether a run has its result, of all its steps."""
-  path = workdir / 'result.json'
-  return path.exists() and json.loads(path.read_text())['steps'] == steps
-
-
-def advance(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, clock: Clock
-) -> bool:
+def advance(run: Run, clock: Clock) -> bool:
   """Runs to the end, or as many intervals as the time allows."""
-  parts, seconds = 0, 0.0
-  while not finished(workdir, config.steps):
+  parts, seconds, config = 0, 0.0, run.config
+  while runs.finished(config, run.folder) is None:
     part = config.copy_and_resolve_references()
-    done = steps_done(workdir)
+    done = steps_done(run.folder)
     if clock.deadline < float('inf'):
       parts = clock.intervals(parts, seconds)
       if not parts:
         return False
       part.steps = min(config.steps, done + parts * config.checkpoint_every)
     started = time.time()
-    loop.train(part, str(workdir), log=lambda line: None)
+    loop.train(part, str(run.folder), log=lambda line: None)
     spent = time.time() - started
     if parts == 1:
       clock.overhead = max(clock.overhead, spent)
     seconds = spent / max(parts, 1)
   # What a machine that is lent for minutes must give back is small.
-  shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)
+  shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
   return True
-
-
-def curve(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """Test error, and what it had cost, at every evaluation."""
-  with (workdir / 'eval.csv').open(newline='') as file:
-    rows = [row for row in csv.DictReader(file) if row['split'] == 'test']
-  found = {}
-  for row in rows:  # the last of a step counts
-    found[int(row['step'])] = {
-      'step': int(row['step']),
-      'flops': float(row['flops']),
-      'seconds': float(row['seconds']),
-      'error': 1 - float(row['accuracy']),
-    }
-  return [found[step] for step in sorted(found)]
 
 
 def reached(rows: list[dict[str, float]], error: float) -> dict | None:
@@ -236,94 +214,65 @@ def arrival(runs: list[list[dict]], goal: float) -> str:
   return f'{len(hits)} of {len(runs)}, {seconds:.0f} s'
 
 
-def table(curves: dict[tuple[str, int], list[dict]], seeds: int) -> list[str]:
+def table(variants: Mapping[str, Sequence[curves.Curves]]) -> list[str]:
   """Final errors, costs, and when the baselines' errors were reached."""
-  names = list(dict.fromkeys(name for name, _ in curves))
-  variants = {n: [curves[n, seed] for seed in range(seeds)] for n in names}
+  ends = {
+    name: [run.test[-1] for run in found] for name, found in variants.items()
+  }
   goals = {
-    name: statistics.mean(rows[-1]['error'] for rows in variants[name])
+    name: statistics.mean(row['error'] for row in ends[name])
     for name in (BASELINE, UNIFORM)
   }
-  columns = (f'at most {goal:.2%} ({name})' for name, goal in goals.items())
-  lines = [
+  header = ['variant', 'steps', 'test error, %', 'PFLOP', 'seconds']
+  header += [f'at most {goal:.2%} ({name})' for name, goal in goals.items()]
+  rows = []
+  for name, last in ends.items():
+    error = curves.mean_and_deviation([row['error'] for row in last])
+    rows.append([
+      name,
+      f'{last[0]["step"]:,}',
+      tables.percent(*error),
+      f'{last[0]["flops"] / 1e15:.3g}',
+      f'{statistics.mean(row["seconds"] for row in last):.0f}',
+      *(arrival([x.test for x in variants[name]], x) for x in goals.values()),
+    ])  # fmt: skip
+  return [
     'The last columns: how many seeds come to an error on the test split, that '
     'with which the two baselines end on average, and after how many seconds, '
     'a mean over those that do, at the first evaluation that shows it.',
     '',
-    f'| variant | steps | test error | PFLOP | seconds | {" | ".join(columns)} '
-    '|',
-    '|---|---|---|---|---|---|---|',
+    *tables.markdown(header, rows),
   ]
-  for name, runs in variants.items():
-    errors = [rows[-1]['error'] for rows in runs]
-    spread = f' ± {100 * statistics.stdev(errors):.2f}' if seeds > 1 else ''
-    seconds = statistics.mean(rows[-1]['seconds'] for rows in runs)
-    lines.append(
-      f'| {name} | {runs[0][-1]["step"]:,} '
-      f'| {statistics.mean(errors):.2%}{spread} '
-      f'| {runs[0][-1]["flops"] / 1e15:.3g} | {seconds:.0f} | '
-      + ' | '.join(arrival(runs, goal) for goal in goals.values())
-      + ' |'
-    )
-  return lines
 
 
-def plot(path: pathlib.Path, curves: dict[tuple[str, int], list[dict]]) -> None:
-  """Error against steps, FLOPs and seconds; the mean over the seeds."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure((17, 4.5), layout='constrained')
-  FigureCanvasAgg(figure)
-  names = list(dict.fromkeys(name for name, _ in curves))
-  for axes, cost in zip(
-    figure.subplots(1, 3), ('step', 'flops', 'seconds'), strict=True
-  ):
-    for index, name in enumerate(names):
-      runs = [rows for (other, _), rows in curves.items() if other == name]
-      x = np.mean([[row[cost] for row in rows] for rows in runs], axis=0)
-      y = np.mean([[row['error'] for row in rows] for rows in runs], axis=0)
-      axes.plot(
-        x, 100 * y, f'C{index}.' + ('--' if index > 9 else '-'), label=name
-      )
-    axes.set_xlabel({'step': 'steps', 'flops': 'FLOPs'}.get(cost, cost))
-    axes.set_ylabel('test error, %')
-    axes.set_yscale('log')
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter('{x:g}')
-    axes.grid(alpha=0.3, which='both')
-  figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
-  figure.savefig(path, dpi=100)
-
-
-def report(
-  args: argparse.Namespace,
-  root: pathlib.Path,
-  curves: dict[tuple[str, int], list[dict]],
+def write(
+  args: argparse.Namespace, root: pathlib.Path, all_runs: list[Run]
 ) -> None:
   """Writes the table, the curves and the picture."""
   here = pathlib.Path(__file__).parent if args.scale == 1 else root
   base = (args.out or here) / f'time_to_accuracy_{args.size}'
+  read = [curves.read(run.folder) for run in all_runs]
+  results = [runs.finished(run.config, run.folder) for run in all_runs]
   rows = [
-    {'variant': name, 'seed': seed, **row}
-    for (name, seed), found in curves.items()
-    for row in found
+    {'variant': run.entry.name, 'seed': run.seed, **row}
+    for run, found in zip(all_runs, read, strict=True)
+    for row in found.test
   ]
   files.write_csv(base.with_suffix('.csv'), list(rows[0]), rows)
-  plot(base.with_suffix('.png'), curves)
-  device, size = jax.devices()[0], SIZES[args.size]
+  found = report.grouped(all_runs, read)
+  pictures.error(base.with_suffix('.png'), found)
   text = [
     '# Time to accuracy',
     '',
     f'`python -m benchmarks.time_to_accuracy --size={args.size} '
-    f'--scale={args.scale:g} --seeds={args.seeds}`: {size.model} on CIFAR-10, '
-    'b=64, B=640 unless said, the augmentation and optimizer of '
-    f'configs/cifar10_resnet44.py, {args.seeds} seed(s); '
-    f'1 x {device.device_kind} ({os.cpu_count()} host cores), '
-    f'jax {versions()["jax"]}. Seconds are of training, without '
-    'evaluation and compilation.',
+    f'--scale={args.scale:g} --seeds={args.seeds}`: {SIZES[args.size].model} '
+    'on CIFAR-10, b=64, B=640 unless said, the augmentation and optimizer of '
+    f'configs/cifar10_resnet44.py, {args.seeds} seed(s). Seconds are of '
+    'training, without evaluation and compilation.',
     '',
-    *table(curves, args.seeds),
+    *report.hardware(results),
+    '',
+    *table(found),
     '',
     f'![curves]({base.name}.png)',
   ]
@@ -346,30 +295,29 @@ def main() -> None:
   args = parser.parse_args()
   cpu.tune()
   parallel.use_compilation_cache()
-  size = scaled(SIZES[args.size], args.scale)
-  args.seeds = size.seeds if args.seeds is None else args.seeds
+  if args.seeds is None:
+    args.seeds = SIZES[args.size].seeds
   name = args.size if args.scale == 1 else f'{args.size}_{args.scale:g}'
   root = pathlib.Path(args.workdir or f'/tmp/time_to_accuracy_{name}')
+  try:
+    all_runs = plan(args, root)
+  except config_lib.ConfigError as error:
+    raise SystemExit(f'error: --scale={args.scale}: {error}') from error
   root.mkdir(parents=True, exist_ok=True)
   clock = Clock(args.minutes)
-  curves = {}
-  for seed in range(args.seeds):
-    for name in variants(size):
-      folder = name.replace(', ', '_').replace('=', '')
-      workdir = root / f'{folder}_{seed}'
-      config = make_config(size, name, seed, args.data_dir)
-      if not advance(config, workdir, clock):
-        done = steps_done(workdir)
-        print(f'{name}, seed {seed}: step {done:,}; run it again to go on')
-        return
-      curves[name, seed] = curve(workdir)
-      last = curves[name, seed][-1]
-      print(
-        f'{name}, seed {seed}: error {last["error"]:.2%} after '
-        f'{last["step"]:,} steps and {last["seconds"]:.0f} s',
-        flush=True,
-      )
-  report(args, root, curves)
+  for run in all_runs:
+    name = f'{run.entry.name}, seed {run.seed}'
+    if not advance(run, clock):
+      done = steps_done(run.folder)
+      print(f'{name}: step {done:,}; run it again to go on')
+      return
+    last = curves.read(run.folder).test[-1]
+    print(
+      f'{name}: error {last["error"]:.2%} after {last["step"]:,} steps and '
+      f'{last["seconds"]:.0f} s',
+      flush=True,
+    )
+  write(args, root, all_runs)
 
 
 if __name__ == '__main__':

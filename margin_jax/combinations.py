@@ -22,6 +22,16 @@ SCORING = (
 )
 
 
+def void(rule: str) -> tuple[str, ...]:
+  """The fields that do nothing with a rule, and so must be their defaults."""
+  fields = SCORING if rule == UNIFORM else ()
+  if rule != 'loss':
+    fields += ('selection.ramp',)
+  if rule != 'selective_backprop':
+    fields += ('selection.beta',)
+  return fields
+
+
 def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
   """Raises if one of the fields is not its default."""
   defaults = flatten(default())

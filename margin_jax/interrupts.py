@@ -70,9 +70,19 @@ class Interrupts:
     signal.set_wakeup_fd(self._old_wakeup)
     os.close(self._pipe[1])  # which ends the thread
 
+  def check(self) -> None:
+    """Raises `Interrupted` if a signal came; for between two runs."""
+    if self.number is not None:
+      raise Interrupted(
+        'stopped between two runs; the same command goes on from there',
+        self.number,
+      )
+
   def _remember(self, number: int, frame: object) -> None:
-    del frame
     self.number = self.number or number
+    outer = getattr(self._before[number], '__self__', None)
+    if isinstance(outer, Interrupts):  # which stops what comes after, too
+      outer._remember(number, frame)
 
   def _count(self) -> None:
     came = 0

@@ -12,6 +12,17 @@ BINS = 80
 SHOWN = (0.005, 0.995)
 
 
+def figure(width: float, height: float) -> Any:
+  """A matplotlib figure of so many inches."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  # Not pyplot: it would look for a display, and keep the figure.
+  made = Figure((width, height), layout='constrained')
+  FigureCanvasAgg(made)
+  return made
+
+
 def _bands(axes: Any, rows: list[dict[str, Any]], color: str) -> None:
   """Quantile bands and the median of a quantity over the checkpoints."""
   rows = [row for row in rows if np.isfinite(row['q50'])]
@@ -64,17 +75,10 @@ def margins(
     distributions: the rows of distributions.csv.
     last: for each split, for each quantity, the values at the last checkpoint.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   splits = list(last)
   quantities = list(last[splits[0]])
-  # Not pyplot: it would look for a display, and keep the figure.
-  figure = Figure(
-    (4 * (len(splits) + 1), 2.6 * len(quantities)), layout='constrained'
-  )
-  FigureCanvasAgg(figure)
-  grid = figure.subplots(len(quantities), len(splits) + 1, squeeze=False)
+  drawn = figure(4 * (len(splits) + 1), 2.6 * len(quantities))
+  grid = drawn.subplots(len(quantities), len(splits) + 1, squeeze=False)
   for line, quantity in zip(grid, quantities, strict=True):
     line[0].set_ylabel(quantity)
     for index, split in enumerate(splits):
@@ -89,4 +93,4 @@ def margins(
     _histogram(line[-1], {split: last[split][quantity] for split in splits})
     line[-1].set_xlabel(quantity)
     line[-1].set_title('last checkpoint')
-  figure.savefig(path, dpi=100)
+  drawn.savefig(path, dpi=100)

@@ -1,0 +1,98 @@
+"""What the command lines share: reading flags, and ending with one line."""
+
+import contextlib
+import errno
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+
+from margin_jax import checkpoints, data, interrupts, nonfinite
+from margin_jax import config as config_lib
+
+# What a disk says that is full, or broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def begin(argv: list[str]) -> None:
+  """Refuses what is not a flag, and silences the libraries."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  # Orbax logs tracebacks of what it raises as well.
+  logging.set_verbosity(logging.FATAL)
+
+
+def parser(
+  config: flags.FlagHolder[ml_collections.ConfigDict],
+) -> Callable[[list[str]], list[str]]:
+  """For `app.run`: a mistake in flags, or in the config file, is one line."""
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(argv)
+      dict(config.value)  # a file that could not be read raises only now
+    except flags.Error as error:
+      sys.exit(f'error: {explain(error)}')
+    except (AttributeError, KeyError) as error:  # of a field, of a group
+      if not re.match(r"""['"\\]+\w+""", str(error.args[0])):
+        raise  # a mistake in the config file's own code: show where
+      text = str(error.args[0]).replace('\\n', ' ')
+      name, *hint = re.findall(r'\w+(?: \w+)*', text)
+      hint = ' '.join(hint)
+      sys.exit(f'error: unknown config field {name!r}. {hint}'.strip())
+    except OSError as error:
+      lines = str(error).strip().splitlines()
+      sys.exit(f'error: --config: {lines[-1].strip()}')
+    return rest
+
+  return parse
+
+
+def explain(error: flags.Error) -> str:
+  """One line; of an error inside a config file the last of its traceback."""
+  last = str(error).strip().splitlines()[-1]
+  return last.removeprefix('margin_jax.config.ConfigError: ')
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """What the user can mend ends the process with a line, not a traceback."""
+  try:
+    yield
+  except (
+    config_lib.ConfigError,
+    data.DatasetError,
+    nonfinite.NonFiniteError,
+    checkpoints.DamagedError,
+    checkpoints.SaveError,
+  ) as error:
+    _stop(str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+      raise
+    line = str(error).strip().splitlines()[0]
+    _stop(
+      f'another process of this run is gone ({line}); start all of them again, '
+      'and they go on from the last checkpoint'
+    )
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    # TensorBoard's writer would try once more at exit, and complain at length.
+    _stop(f'{error}; what was saved before is as it was', at_once=True)
+  except interrupts.Interrupted as stopped:
+    print(stopped, flush=True)
+    sys.exit(stopped.status)
+
+
+def _stop(message: str, at_once: bool = False) -> NoReturn:
+  """Ends with one line; where there are several processes, without them."""
+  if jax.process_count() == 1 and not at_once:
+    sys.exit(f'error: {message}')
+  # To leave in good order would be to wait for the others.
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  interrupts.leave(1)

@@ -1,0 +1,99 @@
+"""Compares methods: the same config, several rules and seeds, one budget.
+
+    python -m margin_jax.compare --config=configs/digits.py \\
+        --methods=uniform,random,mms,loss --workdir=/tmp/compare
+
+The same command again redoes nothing that is complete. Tables, curves and
+pictures are written to the workdir. A sweep of config fields:
+--sweep=mmr.alpha=1e-5,1e-4,1e-3
+"""
+
+import functools
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from margin_jax import command_line, comparison, cpu, parallel
+from margin_jax.comparison import budgets, entries
+from margin_jax.config import UNIFORM, ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'What all have in common. Besides get_config, the file may have '
+  'get_methods(argument): fields by the name of a method.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of all runs, tables and pictures.'
+)
+_METHODS = flags.DEFINE_string(
+  'methods',
+  None,
+  'Rules with commas between them; one may have config fields after it, as '
+  'mms+reuse=5+pool_size=320. Default: those of the config file, or '
+  + ','.join(comparison.METHODS),
+)
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, from config.seed on.')
+_BUDGET = flags.DEFINE_enum(
+  'budget',
+  budgets.BUDGETS[0],
+  budgets.BUDGETS,
+  'All methods have the same steps, or the FLOPs or the seconds of the '
+  "baseline's.",
+)
+_BASELINE = flags.DEFINE_string(
+  'baseline', UNIFORM, 'The method that the others are compared with.'
+)
+_SWEEP = flags.DEFINE_multi_string(
+  'sweep', [], 'A config field and its values: mmr.alpha=1e-5,1e-4. Repeated: '
+  'a grid.',
+)  # fmt: skip
+
+
+def _methods() -> Sequence[str] | dict[str, entries.Fields]:
+  """Those of the flag, else those of the config file, else the usual ones."""
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = path.partition(':')
+  get_methods = runpy.run_path(path).get('get_methods')
+  known = get_methods(argument or None) if get_methods else {}
+  if _METHODS.value is None:
+    return known or comparison.METHODS
+  names = entries.split(_METHODS.value)
+  if not all(names):
+    raise ConfigError(
+      f'methods={_METHODS.value!r} is not allowed: there is an empty name'
+    )
+  return entries.parse_methods(names, _CONFIG.value, known)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the comparison; what the user can mend is one line."""
+  command_line.begin(argv)
+  cpu.tune()
+  parallel.use_compilation_cache()
+  with command_line.one_line_errors():
+    comparison.compare(
+      _CONFIG.value,
+      _WORKDIR.value,
+      methods=_methods(),
+      seeds=_SEEDS.value,
+      budget=_BUDGET.value,
+      baseline=_BASELINE.value,
+      sweep=_SWEEP.value,
+      command=shlex.join(['python', '-m', 'margin_jax.compare', *sys.argv[1:]]),
+      log=functools.partial(print, flush=True),
+    )
+
+
+def run() -> None:
+  """The command line."""
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main, flags_parser=command_line.parser(_CONFIG))
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,116 @@
+"""Methods trained on one budget, over several seeds, and what came of it."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from margin_jax import files
+from margin_jax.comparison import budgets, entries, runs
+from margin_jax.comparison.report import Report
+from margin_jax.config import UNIFORM, ConfigError, require
+from margin_jax.interrupts import Interrupts
+
+METHODS = (UNIFORM, 'random', 'mms', 'loss', 'entropy')
+
+
+@contextlib.contextmanager
+def _open(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the workdir, and keeps others out of it."""
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(files.locked(str(workdir)))
+    except OSError as error:
+      raise ConfigError(f'workdir={str(workdir)!r}: {error}') from error
+    yield
+
+
+def _entries(
+  config: ml_collections.ConfigDict,
+  methods: Mapping[str, entries.Fields],
+  sweep: Sequence[str],
+  baseline: str,
+  log: Callable[[str], None],
+) -> list[entries.Entry]:
+  """All that is to be compared; each config is good by itself."""
+  complete = entries.with_control(methods, config)
+  for name in complete.keys() - methods.keys():
+    log(f'{name!r} is added: the control that scores and does not look')
+  require(baseline in complete, 'baseline', baseline, f'one of {[*complete]}')
+  grid = entries.parse_sweep(sweep, config)
+  return entries.make(config, complete, grid)
+
+
+def compare(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  methods: Sequence[str] | Mapping[str, entries.Fields] = METHODS,
+  seeds: int = 3,
+  budget: str = 'steps',
+  baseline: str = UNIFORM,
+  sweep: Sequence[str] = (),
+  command: str = '',
+  log: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+  """Trains every method with every seed, and writes tables and pictures.
+
+  Every run is one of `loop.train`, in WORKDIR/runs. The same call again redoes
+  nothing that is complete, and continues what is not. Writes to `workdir`
+  compare.md, runs.csv (a row a run), compare.csv (a row an evaluation),
+  error.png, mean_mms.png, cost.png, and with a sweep sweep.md; compare.md and
+  the pictures then show each method at its point of the lowest validation
+  error, and are not made without a validation split.
+
+  Args:
+    config: what all have in common; its `seed` is the first, and what its
+      `selection` sets holds for the rules that have it.
+    workdir: a folder, created if need be; "~" is expanded.
+    methods: rules, with fields after them or not ('mms+reuse=5'); or the
+      fields to change, by name. `random` is added where a rule scores.
+    seeds: how many.
+    budget: what all have the same of: 'steps', or the 'flops' or 'seconds' of
+      the baseline's steps, scoring included; schedules are scaled to the steps
+      that makes.
+    baseline: the method that differences are to.
+    sweep: fields and their values, 'mmr.alpha=1e-5,1e-4': a grid.
+    command: how this was started, for compare.md.
+    log: takes the progress lines and the table.
+
+  Returns:
+    A row for each run, as in runs.csv: 'method', the fields of the sweep,
+    'seed', 'steps', 'validation_error' (if there is a validation split) and
+    'test_error' at the last step, as shares, and the cumulative costs.
+
+  Raises:
+    ConfigError: a field or an argument is bad, or the workdir holds runs of
+      other configs; before anything is trained.
+    DatasetError: the dataset is missing or broken.
+    NonFiniteError, DamagedError: as in `loop.train`.
+    Interrupted: SIGTERM or SIGINT came, and the state is saved.
+  """
+  allowed = f'one of {budgets.BUDGETS}'
+  require(budget in budgets.BUDGETS, 'budget', budget, allowed)
+  holds = isinstance(seeds, int) and seeds >= 1
+  require(holds, 'seeds', seeds, 'an integer, at least 1')
+  known = entries.parse_methods(methods, config)
+  found = _entries(config, known, sweep, baseline, log)
+  folder = pathlib.Path(os.path.abspath(os.path.expanduser(workdir)))
+  with Interrupts() as interrupts, _open(folder):
+    costs = budgets.Costs(folder, budget, interrupts, log)
+    found = budgets.share(found, baseline, costs, log)
+    all_runs = runs.make(found, seeds, folder)
+    results = runs.train(all_runs, interrupts, log)
+    report = Report(all_runs, results, baseline)
+    shown = [f'{run.seed}' for run in all_runs if run.entry is found[0]]
+    about = [
+      *([f'Command: `{command}`', ''] if command else []),
+      f'Budget: the {budget} of `{baseline}`. Seeds: {", ".join(shown)}.',
+    ]
+    log(report.write(folder, about))
+  log(f'written to {folder}')
+  return report.rows

@@ -1,0 +1,395 @@
+"""The parts of a comparison that train nothing, against oracles."""
+
+import json
+import math
+import re
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from margin_jax import optimizers
+from margin_jax.comparison import budgets, curves, entries, report, runs, tables
+from margin_jax.config import ConfigError
+from tests.helpers import small_config
+
+RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'
+
+
+@pytest.mark.parametrize(
+  ('text', 'parts'),
+  [
+    ('uniform,mms', ['uniform', 'mms']),
+    (
+      "a+x=('u', 'v'),b+y=[1,(2,3)] , c",
+      ["a+x=('u', 'v')", 'b+y=[1,(2,3)]', 'c'],
+    ),
+    ("'a,b',c,", ["'a,b'", 'c', '']),
+  ],
+)
+def test_commas_in_brackets_and_quotations_do_not_split(text, parts):
+  assert entries.split(text) == parts
+
+
+@pytest.mark.parametrize(
+  ('text', 'fields'),
+  [
+    ('mms', {}),
+    ('mms+selection.reuse=5', {'selection.reuse': 5}),
+    ('mms+reuse=5+pool_size=64', {'selection.reuse': 5, 'pool_size': 64}),
+    ('loss+ramp=1e+0', {'selection.ramp': 1.0}),
+    ('mms+stop=9', {'selection.stop': 9}),
+    ('mms+score_dtype=bfloat16', {'selection.score_dtype': 'bfloat16'}),
+    ('mms+data.augmentations=()', {'data.augmentations': ()}),
+    ('mms+optimizer.nesterov=true', {'optimizer.nesterov': True}),
+    ("mms+large_margin.layers='a','b'", {'large_margin.layers': ('a', 'b')}),
+  ],
+)
+def test_a_method_is_a_rule_and_fields(text, fields):
+  expected = {'selection.rule': re.split(r'\+', text)[0], **fields}
+  found = entries.parse_method(text, small_config())
+  assert found == expected
+  for name, value in expected.items():
+    assert type(found[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('mmr', ["rule 'mmr'", "'mms', 'loss'"]),
+    ('mms+reuse', ["'reuse' must be field=value"]),
+    ('mms+fast=1', ["'fast' is no config field", "'pool_size'"]),
+    ('mms+reuse=2+selection.reuse=3', ['selection.reuse is given twice']),
+    ('mms+reuse=x', ["selection.reuse='x'", 'type of 1']),
+    ('mms+seed=1', ['seed is not set here, but by --seeds']),
+    ('mms+rule=loss', ['selection.rule is not set here, but by --methods']),
+  ],
+)
+def test_bad_methods_are_refused(text, words):
+  with pytest.raises(ConfigError) as caught:
+    entries.parse_method(text, small_config())
+  assert str(caught.value).startswith(f'methods: {text!r}')
+  assert all(word in str(caught.value) for word in words)
+
+
+def test_a_sweep_is_parsed_like_a_flag():
+  texts = [
+    'mmr.alpha=1e-5,1e-4',
+    'reuse=1,2',
+    'data.augmentations=(),("flip",)',
+  ]
+  assert entries.parse_sweep(texts, small_config()) == {
+    'mmr.alpha': [1e-5, 1e-4],
+    'selection.reuse': [1, 2],
+    'data.augmentations': [(), ('flip',)],
+  }
+
+
+@pytest.mark.parametrize(
+  ('texts', 'words'),
+  [
+    (['mmr.alpha'], "'mmr.alpha' must be field=value,value"),
+    (['mmr.alpha=1,'], 'must be field=value,value'),
+    (['alpha=1'], "'alpha' is no config field"),
+    (['mmr.alpha=1', 'mmr.alpha=2'], 'mmr.alpha is given twice'),
+    (['mmr.alpha=1,1.0'], 'a value is given twice'),
+    (['seed=1,2'], 'seed is not set here'),
+  ],
+)
+def test_bad_sweeps_are_refused(texts, words):
+  with pytest.raises(ConfigError, match=re.escape(words)):
+    entries.parse_sweep(texts, small_config())
+
+
+def made(config, methods, sweep=()):
+  parsed = entries.parse_methods(methods, config)
+  return entries.make(config, parsed, entries.parse_sweep(sweep, config))
+
+
+def test_fields_hold_for_the_rules_that_have_them():
+  config = small_config(
+    **{'selection.rule': 'loss', 'selection.reuse': 2, 'selection.ramp': 0.1}
+  )
+  found = made(config, ['uniform', 'mms', 'loss', 'mms+reuse=4'])
+  selection = [entry.config.selection for entry in found]
+  assert [x.rule for x in selection] == ['uniform', 'mms', 'loss', 'mms']
+  assert [x.reuse for x in selection] == [1, 2, 2, 4]
+  assert [x.ramp for x in selection] == [0, 0, 0.1, 0]
+  assert config.selection.rule == 'loss'  # the caller's is as it was
+
+
+def test_every_point_of_the_grid_once_where_it_makes_a_difference():
+  sweep = ['reuse=1,2', 'mmr.alpha=1e-5,1e-4']
+  found = made(small_config(), ['uniform', 'mms'], sweep)
+  names = [entry.name for entry in found]
+  assert names == [
+    'uniform, mmr.alpha=1e-05',
+    'mms, selection.reuse=1, mmr.alpha=1e-05',
+    'uniform, mmr.alpha=0.0001',
+    'mms, selection.reuse=1, mmr.alpha=0.0001',
+    'mms, selection.reuse=2, mmr.alpha=1e-05',
+    'mms, selection.reuse=2, mmr.alpha=0.0001',
+  ]
+  assert len({entry.folder for entry in found}) == 6
+  assert found[4].config.selection.reuse == 2
+  baselines = [entries.matching(x, found, 'uniform').name for x in found]
+  assert baselines == [names[i] for i in (0, 0, 2, 2, 0, 2)]
+
+
+@pytest.mark.parametrize(
+  ('methods', 'sweep', 'words'),
+  [
+    (['mms+reuse=5'], [], 'mms+reuse=5: pool_size=32 is not allowed'),
+    (['mms+mmr.alpha=1'], ['mmr.alpha=1,2'], 'sets mmr.alpha, which is swept'),
+    (['mms', 'mms'], [], "'mms' is given twice"),
+    ({'a/b': {}, 'a b': {}}, [], 'would have the same folder, a_b'),
+    ({'a': {'pool': 3}}, [], "'a': 'pool' is no config field"),
+    ({'a': {'steps': 'x'}}, [], "'a': steps: "),
+    (['uniform'], ['mmr.alpha=-1,2'], 'uniform, mmr.alpha=-1.0: mmr.alpha=-1'),
+  ],
+)
+def test_bad_entries_are_refused(methods, sweep, words):
+  with pytest.raises(ConfigError, match=re.escape(words)):
+    made(small_config(), methods, sweep)
+
+
+@pytest.mark.parametrize(
+  ('rules', 'added'),
+  [
+    (['uniform'], []),
+    (['uniform', 'mms'], ['random']),
+    (['random+pool_size=16', 'mms'], []),
+    ({'of the config': {}}, ['random']),
+  ],
+)
+def test_the_control_is_added_where_a_rule_scores(rules, added):
+  config = small_config()  # whose rule is mms
+  methods = entries.parse_methods(rules, config)
+  assert [*entries.with_control(methods, config)] == [*rules, *added]
+
+
+SCHEDULE = {
+  'steps': 1000, 'eval_every': 100, 'optimizer.warmup': 50,
+  RATES: (1.0, 0.1, 0.01), BOUNDARIES: (500, 800),
+  'selection.start': 100, 'selection.stop': 900,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('steps', [200, 1000, 3000])
+def test_a_schedule_is_scaled_as_a_whole(steps):
+  config = small_config(**SCHEDULE)
+  found = budgets.scaled(config, steps)
+
+  def rates(config):
+    optimizer = config.optimizer
+    rate = optimizers.learning_rate(
+      optimizer.learning_rates, optimizer.boundaries, warmup=optimizer.warmup
+    )
+    places = np.linspace(0, config.steps, 20, endpoint=False)
+    return [float(rate(round(place))) for place in places]
+
+  assert found.steps == steps
+  np.testing.assert_allclose(rates(found), rates(config), rtol=1e-6)
+  selection = found.selection
+  assert (selection.start, selection.stop) == (steps // 10, steps * 9 // 10)
+  assert found.eval_every == steps // 10
+  assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
+  assert budgets.scaled(config, 1000) == config
+  assert config.steps == 1000
+
+
+@pytest.mark.parametrize('steps', [0, 1, 2, 5])
+def test_a_schedule_that_does_not_fit_is_refused(steps):
+  config = small_config(
+    **{'steps': 1000, RATES: (1.0, 0.1, 0.01), BOUNDARIES: (900, 950)}
+  )
+  with pytest.raises(ConfigError, match=rf'^steps={steps} is not allowed'):
+    budgets.scaled(config, steps)
+
+
+@pytest.mark.parametrize(
+  ('total', 'per_step', 'grain', 'steps'),
+  [(10, 1, 1, 10), (10.9, 1, 1, 10), (0.3, 0.1, 1, 3), (99, 1, 10, 90),
+   (9, 1, 10, 0)],
+)  # fmt: skip
+def test_steps_within_a_budget(total, per_step, grain, steps):
+  assert budgets.steps_within(total, per_step, grain) == steps
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'selection.reuse': 3},
+    {'selection.every': 7},
+    {'selection.start': 500, 'selection.stop': 750},
+  ],
+)
+def test_a_pilot_has_the_shares_of_the_run(fields):
+  config = small_config(
+    **{'steps': 1000, RATES: (1.0, 0.1), BOUNDARIES: (999,), **fields}
+  )
+  found = budgets.pilot(config, budgets.Facts(grain=4, epoch=10))
+  assert found.steps % 4 == 0
+  assert 100 <= found.steps < 200
+
+  def scored(config):
+    since = np.arange(config.steps) - config.selection.start
+    stop = config.selection.stop or config.steps
+    period = config.selection.every * config.selection.reuse
+    active = (since >= 0) & (since < stop - config.selection.start)
+    return np.mean(active & (since % period == 0))
+
+  assert scored(found) == pytest.approx(scored(config), rel=2e-3)
+  assert found.steps_per_call == 4
+
+
+def test_a_pilot_of_trimming_has_two_epochs():
+  config = small_config(
+    **{'steps': 1000, 'selection.rule': 'uniform', 'trimming.last': 0.2}
+  )
+  facts = budgets.Facts(grain=1, epoch=179)
+  assert budgets.pilot(config, facts).steps == 2 * 179
+
+
+def test_welch_is_the_test_of_the_formula():
+  rng = np.random.default_rng(0)
+  for sizes in ((2, 2), (3, 3), (5, 9)):
+    first, second = (rng.normal(size=n) * n for n in sizes)
+    found = curves.welch(first, second)
+    parts = [x.var(ddof=1) / len(x) for x in (first, second)]
+    t = (first.mean() - second.mean()) / math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(
+      part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True)
+    )
+    assert found == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom))
+    other = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue
+    assert found == pytest.approx(other)
+
+
+def test_welch_where_there_is_no_variance():
+  assert curves.welch([1.0], [1.0, 2.0]) is None
+  assert curves.welch([1.0, 1.0], [2.0, 2.0]) is None
+  assert 0 < curves.welch([1.0, 1.0], [2.0, 3.0]) < 1
+
+
+def test_mean_and_deviation_are_those_of_a_sample():
+  values = [0.1, 0.5, 0.4]
+  mean, deviation = curves.mean_and_deviation(values)
+  assert mean == pytest.approx(statistics.mean(values))
+  assert deviation == pytest.approx(statistics.stdev(values))
+  assert curves.mean_and_deviation([2.0]) == (2.0, None)
+
+
+def test_spread_is_over_the_steps_that_all_runs_have():
+  first = [{'step': s, 'flops': 2.0 * s, 'error': 1 / s} for s in (1, 2, 4)]
+  second = [{'step': s, 'flops': 4.0 * s, 'error': 3 / s} for s in (2, 3, 4)]
+  x, mean, deviation = curves.spread([first, second], 'flops', 'error')
+  np.testing.assert_allclose(x, [6, 12])
+  np.testing.assert_allclose(mean, [1, 0.5])
+  np.testing.assert_allclose(deviation, [math.sqrt(0.5), math.sqrt(0.125)])
+  np.testing.assert_array_equal(curves.spread([first], 'step', 'error')[2], 0)
+
+
+def rows(errors, **fields):
+  costs = {
+    'steps': 9, 'examples_scored': 4, 'flops': 2e12, 'seconds': 8.0,
+    'data_wait': 2.0,
+  } | fields  # fmt: skip
+  return [{'test_error': error, **costs} for error in errors]
+
+
+def test_a_summary_is_against_the_baseline():
+  own, baseline = [0.01, 0.03], [0.04, 0.05]
+  found = curves.summarize(rows(own), rows(baseline))
+  assert found['test'] == pytest.approx((0.02, math.sqrt(2e-4)))
+  assert found['difference'] == pytest.approx(-0.025)
+  assert found['p'] == pytest.approx(curves.welch(own, baseline))
+  assert found['wait'] == 0.25
+  assert 'validation' not in found
+
+
+def test_the_table_of_a_comparison():
+  base = rows([0.04, 0.05])
+  found = tables.comparison(
+    {
+      'uniform': curves.summarize(base, base),
+      'mms': curves.summarize(rows([0.01, 0.03], flops=8e12), base),
+      'one': curves.summarize(rows([0.5]), base),
+    },
+    'uniform',
+  )
+  cells = [[x.strip() for x in line.split('|')[1:-1]] for line in found]
+  p = scipy.stats.ttest_ind([0.01, 0.03], [0.04, 0.05], equal_var=False).pvalue
+  assert cells[0][:5] == [
+    'method', 'steps', 'test error, %', 'difference to `uniform`', 'p',
+  ]  # fmt: skip
+  assert cells[0][6] == 'TFLOP'
+  assert cells[2][2:5] == ['4.50 ± 0.71', '-', '-']
+  assert cells[3] == [
+    '`mms`', '9', '2.00 ± 1.41', '-2.50', f'{p:.3f}', '4', '8', '8.0', '25.0%',
+  ]  # fmt: skip
+  assert cells[4][2:5] == ['50.00', '+45.50', '-']
+
+
+@pytest.mark.parametrize(
+  ('number', 'found'),
+  [
+    (999, (1, '')),
+    (1000, (1e3, 'k')),
+    (2e15, (1e15, 'P')),
+    (1e30, (1e21, 'Z')),
+  ],
+)
+def test_units(number, found):
+  assert tables.unit(number) == found
+
+
+def test_the_best_of_each_method_is_by_validation():
+  found = made(small_config(), ['uniform', 'mms'], ['mmr.alpha=1e-5,1e-4'])
+  errors = dict(zip([e.name for e in found], (0.3, 0.1, 0.2, 0.4), strict=True))
+  summaries = {
+    name: {'validation': (error, None)} for name, error in errors.items()
+  }
+  chosen = report.best(found, summaries)
+  assert [e.name for e in chosen] == [
+    'uniform, mmr.alpha=0.0001', 'mms, mmr.alpha=1e-05',
+  ]  # fmt: skip
+
+
+def result(config, **fields):
+  from margin_jax import config as config_lib
+
+  saved = config_lib.as_json(config)
+  return json.dumps({'steps': config.steps, 'config': saved, **fields})
+
+
+def test_a_result_is_taken_if_it_is_of_the_same_config(tmp_path):
+  config = small_config()
+  assert runs.finished(config, tmp_path) is None
+  (tmp_path / 'result.json').write_text(result(config))
+  assert runs.finished(config, tmp_path)['steps'] == 20
+  config.eval_every = 5
+  assert runs.finished(config, tmp_path)['steps'] == 20
+  config.steps = 40  # goes on
+  assert runs.finished(config, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'line'),
+  [
+    ('pool_size', 16, 'pool_size: 32 -> 16'),
+    ('steps', 10, 'steps: 20 -> 10'),
+    ('mmr.alpha', 0.0, 'mmr.alpha: 0.0001 -> 0.0'),
+  ],
+)
+def test_the_result_of_another_config_is_refused(tmp_path, name, value, line):
+  (tmp_path / 'result.json').write_text(result(small_config()))
+  with pytest.raises(ConfigError, match=f'another config.*\n  {line}$'):
+    runs.finished(small_config(**{name: value}), tmp_path)
+
+
+def test_an_attack_may_be_added_to_a_run_that_is_complete(tmp_path):
+  (tmp_path / 'result.json').write_text(result(small_config()))
+  fields = {'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}
+  assert runs.finished(small_config(**fields), tmp_path) is None
