@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from margin_jax import (
+  arrangements,
   attacks,
   cpu,
   data,
@@ -111,16 +112,16 @@ def _models(
 
 def _arrange(
   config: ml_collections.ConfigDict, num_classes: int, lanes: int
-) -> selection.Arrange | None:
+) -> arrangements.Arrange | None:
   """What the rule does with the scores of the whole pool, if anything."""
   if config.selection.rule == 'selective_backprop':
     return functools.partial(
-      selection.percentile_draw, beta=config.selection.beta
+      arrangements.percentile_draw, beta=config.selection.beta
     )
   if config.selection.ramp:
     shares = lanes if config.selection.scope == 'device' else 1
     return functools.partial(
-      selection.balanced_ramp,
+      arrangements.balanced_ramp,
       k=config.batch_size * config.selection.reuse // shares,
       growth=config.selection.ramp,
       num_classes=num_classes,
