@@ -2,8 +2,8 @@
 
 A rule is a pure function `(logits, kernel, labels, keys) -> (B,) scores`; the
 lowest scores are selected. `RULES` is the table: adding a rule is one function
-and one line there. `keys` holds one PRNG key an example, so that what a rule
-draws for an example does not depend on the device that the example is on.
+and one line there, or `register`. `keys` holds one PRNG key an example, so that
+what a rule draws for an example does not depend on the device it is on.
 """
 
 import operator
@@ -245,6 +245,35 @@ RULES: dict[str, Rule] = {
   # With `percentile_draw` over the pool.
   'selective_backprop': loss,
 }
+# Those of the user's own, by name.
+OWN_RULES: dict[str, Rule] = {}
+
+
+def register(name: str, rule: Rule) -> None:
+  """Makes a function of your own a rule: a `selection.rule`.
+
+  Registered again, a name stands for the new function.
+
+  Args:
+    name: what no rule here is called.
+    rule: pure and traceable, `(logits (n, C), kernel (D, C), labels (n,), keys
+      (n,)) -> (n,) scores`, the lowest of which are selected; it sees one
+      device's share of the pool.
+
+  Raises:
+    TypeError: `rule` cannot be called.
+    ValueError: the name is taken.
+  """
+  if name in RULES or name == 'uniform':
+    raise ValueError(f'rule {name!r} is there already; take another name')
+  if not callable(rule):
+    raise TypeError(f'rule {name!r} must be a function, got {rule!r}')
+  OWN_RULES[name] = rule
+
+
+def find(name: str) -> Rule:
+  """The rule called `name`."""
+  return RULES[name] if name in RULES else OWN_RULES[name]
 
 
 def trimmed_mean(
