@@ -6,6 +6,7 @@ NumPy on the host: what comes in are margins that the devices have measured.
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 # Of the examples' margins, in distributions.csv and the picture.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -13,7 +14,9 @@ MOMENTS = 5
 SIGNATURES = ('quartiles', 'moments')
 
 
-def normalize(margins: np.ndarray, total_variation: float) -> np.ndarray:
+def normalize(
+  margins: Float[np.ndarray, ' N'], total_variation: float
+) -> Float[np.ndarray, ' N']:
   """Margins at a layer, free of the scale of its activations.
 
       d / sqrt(nu),   nu = trace of the covariance of the layer's activations
@@ -32,7 +35,9 @@ def normalize(margins: np.ndarray, total_variation: float) -> np.ndarray:
   return np.asarray(margins, np.float64) / np.sqrt(total_variation)
 
 
-def signature(margins: np.ndarray, kind: str = 'quartiles') -> np.ndarray:
+def signature(
+  margins: Float[np.ndarray, ' N'], kind: str = 'quartiles'
+) -> Float[np.ndarray, '5']:
   """Five numbers that stand for a distribution of margins.
 
   Of the positive and finite margins, that is of the examples classified right:
@@ -90,19 +95,25 @@ class GapFit:
       fitted without it.
   """
 
-  coefficients: np.ndarray
+  coefficients: Float[np.ndarray, ' F']
   intercept: float
   r2: float
   adjusted_r2: float
   cross_validated_r2: float
 
-  def predict(self, signatures: np.ndarray) -> np.ndarray:
+  def predict(
+    self, signatures: Float[np.ndarray, 'n F']
+  ) -> Float[np.ndarray, ' n']:
     """(n, F) positive signatures -> (n,) gaps."""
     return np.log(signatures) @ self.coefficients + self.intercept
 
 
 def fit_generalization_gap(
-  signatures: np.ndarray, gaps: np.ndarray, *, folds: int = 10, seed: int = 0
+  signatures: Float[np.ndarray, 'n F'],
+  gaps: Float[np.ndarray, ' n'],
+  *,
+  folds: int = 10,
+  seed: int = 0,
 ) -> GapFit:
   """Predicts generalization gaps from signatures of margin distributions.
 
@@ -167,7 +178,7 @@ def fit_generalization_gap(
   )
 
 
-def summary(margins: np.ndarray) -> dict[str, float]:
+def summary(margins: Float[np.ndarray, ' N']) -> dict[str, float]:
   """Mean, quantiles and the share of negative ones, NaN left out.
 
   Args:
@@ -190,6 +201,6 @@ def summary(margins: np.ndarray) -> dict[str, float]:
   return row
 
 
-def ranking(margins: np.ndarray) -> np.ndarray:
+def ranking(margins: Float[np.ndarray, ' N']) -> Int[np.ndarray, ' N']:
   """Rows by signed margin, the most negative first, NaN last."""
   return np.argsort(np.asarray(margins), kind='stable')

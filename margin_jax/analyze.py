@@ -228,8 +228,13 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument('--data_dir', help='default: where the run found it')
   parser.add_argument('--out', help='default: WORKDIR/analysis')
+  parser.add_argument(
+    '--config', help='the config file, if it registers a model or a dataset'
+  )
   args = parser.parse_args(argv)
   try:
+    if args.config is not None:
+      runs.register_from(args.config.partition(':')[0])
     analyze(
       args.workdir,
       layer_names=None

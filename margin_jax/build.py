@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from margin_jax import (
+  arrangements,
   attacks,
   cpu,
   data,
@@ -23,7 +24,7 @@ from margin_jax import (
   parallel,
   selection,
 )
-from margin_jax.config import UNIFORM, ConfigError
+from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.method import LargeMargin, Method, Selection, Trimming
 
 MAX_STEPS_PER_CALL = 100
@@ -105,22 +106,37 @@ def _models(
     stem=config.model.stem,
     width=config.model.width,
   )
-  proxy = config.selection.proxy
-  return model, None if proxy is None else build(proxy)
+  _check_own('model.name', config.model.name, model, source)
+  if config.selection.proxy is None:
+    return model, None
+  proxy = build(config.selection.proxy)
+  _check_own('selection.proxy', config.selection.proxy, proxy, source)
+  return model, proxy
+
+
+def _check_own(
+  field: str, name: str, model: nn.Module, source: data.Source | data.Streamed
+) -> None:
+  """Raises a ConfigError unless a registered model is what a model must be."""
+  if name in models.own.MODELS:
+    lacks = models.own.lacks(
+      name, model, input_shapes(source), source.num_classes
+    )
+    require(not lacks, field, name, f'a model that {lacks}')
 
 
 def _arrange(
   config: ml_collections.ConfigDict, num_classes: int, lanes: int
-) -> selection.Arrange | None:
+) -> arrangements.Arrange | None:
   """What the rule does with the scores of the whole pool, if anything."""
   if config.selection.rule == 'selective_backprop':
     return functools.partial(
-      selection.percentile_draw, beta=config.selection.beta
+      arrangements.percentile_draw, beta=config.selection.beta
     )
   if config.selection.ramp:
     shares = lanes if config.selection.scope == 'device' else 1
     return functools.partial(
-      selection.balanced_ramp,
+      arrangements.balanced_ramp,
       k=config.batch_size * config.selection.reuse // shares,
       growth=config.selection.ramp,
       num_classes=num_classes,
@@ -143,7 +159,7 @@ def _selection(
   if config.selection.score_dtype is not None:
     scorer = scorer.clone(dtype=jnp.dtype(config.selection.score_dtype))
   return Selection(
-    rule=rule or selection.RULES[config.selection.rule],
+    rule=rule or selection.find(config.selection.rule),
     arrange=None if rule else _arrange(config, num_classes, lanes),
     pool_size=config.pool_size,
     scope=config.selection.scope,
@@ -239,11 +255,16 @@ def layer_shapes(
 
 def shapes(model: nn.Module, source: data.Source) -> tuple[Any, Any]:
   """Those of the model's variables and of a batch of one; nothing computed."""
-  stored = jax.ShapeDtypeStruct((1, *source.input_shape), source.input_dtype)
-  inputs = jax.eval_shape(source.prepare, stored)
+  inputs = input_shapes(source)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
   return jax.eval_shape(init, key, inputs), inputs
+
+
+def input_shapes(source: data.Source | data.Streamed) -> Any:
+  """Those of a batch of one, as the model reads it."""
+  stored = jax.ShapeDtypeStruct((1, *source.input_shape), source.input_dtype)
+  return jax.eval_shape(source.prepare, stored)
 
 
 def check_layers(

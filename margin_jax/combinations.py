@@ -119,6 +119,7 @@ def _check_sentences(flat: dict[str, Any]) -> None:
       holds = models.reads_sentences(flat[field]) == sentences
       allowed = f'a model that reads {kind} with data.name={name!r}'
       require(holds, field, flat[field], allowed)
+  _check_arrays(flat)
   because = f'with data.name={name!r}, which is of {kind}'
   _forbid(flat, IMAGES_ONLY if sentences else SENTENCES_ONLY, because)
   if sentences:
@@ -135,6 +136,24 @@ def _check_sentences(flat: dict[str, Any]) -> None:
     _forbid(flat, ('data.vocabulary',), because)
 
 
+def _check_arrays(flat: dict[str, Any]) -> None:
+  """Refuses, of registered arrays, what is for images."""
+  name = flat['data.name']
+  if name not in data.own.DATASETS:
+    return
+  found = data.own.DATASETS[name]
+  if not found.pixels:
+    because = f'with data.name={name!r}, whose inputs are not uint8 images'
+    _forbid(flat, IMAGES_ONLY, because)
+  for field in ('model.name', 'selection.proxy'):
+    if flat[field] is not None and len(found.shape) != 3:
+      require(
+        flat[field] in models.own.MODELS, field, flat[field],
+        f'a registered model with data.name={name!r}, whose inputs have shape '
+        f'{found.shape}',
+      )  # fmt: skip
+
+
 def _check_model(flat: dict[str, Any]) -> None:
   """Refuses options of other models."""
   name = flat['model.name']
@@ -143,6 +162,7 @@ def _check_model(flat: dict[str, Any]) -> None:
     ('model.dropout', models.has_dropout(name), 'has no dropout'),
     ('model.stem', models.has_stems(name), 'has one stem'),
     ('model.width', models.has_widths(name), 'has no width multiplier'),
+    ('model.dtype', models.has_dtypes(name), 'has no field dtype'),
     ('model.pretrained', pretrained.supports(name), 'has no published weights'),
   ):
     if not holds:
@@ -183,6 +203,9 @@ def _check_selection(flat: dict[str, Any]) -> None:
 def _check_scorer(flat: dict[str, Any]) -> None:
   proxy = flat['selection.proxy']
   scorer = flat['model.name'] if proxy is None else proxy
+  if not models.has_dtypes(scorer):
+    because = f'where {scorer!r} scores, which has no field dtype'
+    _forbid(flat, ('selection.score_dtype',), because)
   side = flat['selection.score_resolution']
   if side is not None:
     require(

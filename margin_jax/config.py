@@ -35,6 +35,9 @@ RESUMABLE = (
   'attack.steps',
 )
 
+# Not a field, but saved with them: of which arrays a registered dataset was.
+DIGEST = 'data.digest'
+
 
 class ConfigError(ValueError):
   """A field of the config is unknown, missing or has a bad value."""

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
+from jaxtyping import Float, Float32, Integer, PyTree
 
 from margin_jax import margins
 
-PyTree = Any
-LogitsFunction = Callable[[PyTree], Array]
+LogitsFunction = Callable[[PyTree], Float[Array, 'B C']]
 
 # The norm of a distance, and the one of the gradient it is divided by.
 DUAL = {'l1': 'l_inf', 'l2': 'l2', 'l_inf': 'l1'}
@@ -89,11 +89,11 @@ def slopes(
 
 def layer_margins(
   logits_fn: LogitsFunction,
-  activations: PyTree,
-  labels: Array | None = None,
+  activations: PyTree[Float[Array, 'B ...'], ' T'],
+  labels: Integer[Array, ' B'] | None = None,
   *,
   norm: str = 'l2',
-) -> PyTree:
+) -> PyTree[Float32[Array, ' B'], ' T']:
   """Margins linearised at one layer or several.
 
       d_i = (s_iy - s_im) / || grad_h (s_iy - s_im) ||_q
@@ -276,7 +276,7 @@ def batch_statistics(
 
 def at_layers(
   model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
-) -> tuple[LogitsFunction, dict[str, Array]]:
+) -> tuple[LogitsFunction, dict[str, Float32[Array, '...']]]:
   """A Flax model as a function of what is added to its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first

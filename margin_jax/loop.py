@@ -204,7 +204,8 @@ def train(
     config: every field of `config.default()`.
     workdir: a folder, created if need be; "~" is expanded.
     rule: a rule of your own, `(logits, kernel, labels, keys) -> scores`, in
-      place of `config.selection.rule`. It sees one device's share of the pool.
+      place of `config.selection.rule`, without a name that configs could use:
+      see `selection.register`. It sees one device's share of the pool.
     log: takes the progress lines.
     hook: called as `hook(prefix, step, row)` for every row of train.csv
       (prefix 'train') and of eval.csv ('validation', 'test', ...), with the

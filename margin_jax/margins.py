@@ -14,6 +14,7 @@ float32 (float64 for float64 inputs) and returns the dtype of its inputs.
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int32, Integer
 
 
 def check_floating(name: str, array: Array, ndim: int) -> None:
@@ -81,7 +82,9 @@ def _row_norms_jvp(primals, tangents):
   return norm, jnp.sum(unit * x_dot, axis=1)
 
 
-def competitors(logits: Array, labels: Array) -> Array:
+def competitors(
+  logits: Float[Array, 'B C'], labels: Integer[Array, ' B']
+) -> Int32[Array, ' B']:
   """The competitor of every example: the best class other than the label.
 
       m_i = argmax_{j != y_i} s_ij
@@ -135,7 +138,11 @@ def _column_distance(
   return scale, jnp.sqrt(jnp.where(equal, 1, squares)), equal
 
 
-def signed_margins(logits: Array, kernel: Array, labels: Array) -> Array:
+def signed_margins(
+  logits: Float[Array, 'B C'],
+  kernel: Float[Array, 'D C'],
+  labels: Integer[Array, ' B'],
+) -> Float[Array, ' B']:
   """Signed distance in feature space to the boundary with the competitor.
 
       d_i = (s_iy - s_im) / || w_y - w_m ||,   m_i = competitors(logits, labels)
@@ -192,7 +199,9 @@ def signed_margins(logits: Array, kernel: Array, labels: Array) -> Array:
   return jnp.where(valid, distance, jnp.nan).astype(dtype)
 
 
-def mms_scores(logits: Array, kernel: Array) -> Array:
+def mms_scores(
+  logits: Float[Array, 'B C'], kernel: Float[Array, 'D C']
+) -> Float[Array, ' B']:
   """Minimal margin score: distance to the boundary of the two best classes.
 
       d_i = (s_ij1 - s_ij2) / || w_j1 - w_j2 ||

@@ -9,7 +9,7 @@ import flax.linen as nn
 import optax
 from jax import Array
 
-from margin_jax import nonfinite, selection
+from margin_jax import arrangements, nonfinite, selection
 
 PyTree = Any
 
@@ -40,7 +40,7 @@ class Selection:
   """
 
   rule: selection.Rule
-  arrange: selection.Arrange | None
+  arrange: arrangements.Arrange | None
   pool_size: int
   scope: str
   reuse: int

@@ -1,15 +1,13 @@
 """What widens margins: multi-margin regularization, the large-margin loss."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Integer, PyTree
 
 from margin_jax import layers, margins
-
-PyTree = Any
 
 REDUCTIONS = ('mean_of_squares', 'square_of_mean')
 DIFFERENCES = ('softmax', 'logits')
@@ -18,15 +16,15 @@ SMALLEST, LARGEST = 1e-12, 1e12
 
 
 def mmr_penalty(
-  features: Array,
-  logits: Array,
-  kernel: Array,
-  labels: Array,
+  features: Float[Array, 'B D'],
+  logits: Float[Array, 'B C'],
+  kernel: Float[Array, 'D C'],
+  labels: Integer[Array, ' B'],
   *,
   reduction: str = 'mean_of_squares',
   stop_feature_gradient: bool = False,
   axis_name: str | None = None,
-) -> Array:
+) -> Float[Array, '']:
   """Multi-margin regularization (MMR).
 
       R_i = || w_y - w_m ||^2 * max_k || phi_k ||^2       mmr = mean_i R_i
@@ -132,8 +130,8 @@ def _check_options(norm: str, difference: str, **positive: float) -> None:
 
 def large_margin_loss(
   logits_fn: layers.LogitsFunction,
-  activations: PyTree,
-  labels: Array,
+  activations: PyTree[Float[Array, 'B ...']],
+  labels: Integer[Array, ' B'],
   *,
   gamma: float = 1e4,
   alpha: float = 4.0,
@@ -144,7 +142,7 @@ def large_margin_loss(
   epsilon: float = 1e-6,
   by_size: bool = False,
   second_order: bool = False,
-) -> Array:
+) -> Float32[Array, ' B']:
   """The large-margin loss of every example, at one layer or several.
 
       g_ik = || grad_h (p_iy - p_ik) ||_q

@@ -2,10 +2,11 @@
 
 import os
 import pathlib
+import runpy
 from typing import Any
 
 from margin_jax import config as config_lib
-from margin_jax import selection
+from margin_jax import data, models, selection
 from margin_jax.checkpoints import FOLDER, Checkpoints
 
 
@@ -14,12 +15,44 @@ def saved_config(
 ) -> config_lib.ml_collections.ConfigDict:
   """The run's config; a rule that only the run knew does not matter here."""
   saved = dict(info['config'])
-  if str(saved.get('selection.rule')).startswith('custom: '):
+  digest = saved.pop(config_lib.DIGEST, None)
+  rule = str(saved.get('selection.rule'))
+  if rule not in (*selection.RULES, config_lib.UNIFORM):
     saved['selection.rule'] = next(iter(selection.RULES))
   if data_dir is not None:
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine
+  _check_registered(saved)
+  if digest and data.own.DATASETS[saved['data.name']].digest != digest:
+    raise config_lib.ConfigError(
+      f'data.name={saved["data.name"]!r} stands for other arrays than the '
+      'run had'
+    )
   return config_lib.from_json(saved)
+
+
+def _check_registered(saved: dict[str, Any]) -> None:
+  """Raises if the run's dataset or models are known to another program only."""
+  datasets = (*data.NAMES, *data.own.DATASETS)
+  for field, known in (
+    ('data.name', lambda name: name in datasets),
+    ('model.name', models.exists),
+    ('selection.proxy', models.exists),
+  ):
+    name = saved.get(field)
+    if name is not None and not known(name):
+      raise config_lib.ConfigError(
+        f'{field}={name!r} of the run is registered nowhere: name the file '
+        'that registers it by --config'
+      )
+
+
+def register_from(path: str) -> None:
+  """Runs a config file, for the models and datasets that it registers."""
+  try:
+    runpy.run_path(os.path.expanduser(path))
+  except OSError as error:
+    raise config_lib.ConfigError(f'config={path!r}: {error}') from error
 
 
 def _no_checkpoints(workdir: str) -> config_lib.ConfigError:

@@ -2,25 +2,25 @@
 
 A rule is a pure function `(logits, kernel, labels, keys) -> (B,) scores`; the
 lowest scores are selected. `RULES` is the table: adding a rule is one function
-and one line there. `keys` holds one PRNG key an example, so that what a rule
-draws for an example does not depend on the device that the example is on.
+and one line there, or `register`. `keys` holds one PRNG key an example, so that
+what a rule draws for an example does not depend on the device it is on.
 """
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int32, Integer, Key, PyTree, Shaped
 
 from margin_jax import margins
 
-PyTree = Any
-Rule = Callable[[Array, Array, Array, Array], Array]
-# (scores, labels, draws, key, epoch) -> scores, of a whole pool.
-Arrange = Callable[[Array, Array, Array, Array, Array], Array]
+Logits, Kernel = Float[Array, 'B C'], Float[Array, 'D C']
+Labels, Scores = Integer[Array, ' B'], Float[Array, ' B']
+Keys = Key[Array, ' B']
+Rule = Callable[[Logits, Kernel, Labels, Keys], Scores]
 
 
 def _order_keys(scores: Array) -> Array:
@@ -36,7 +36,7 @@ def _order_keys(scores: Array) -> Array:
   return jnp.where(magnitude > inf, jnp.iinfo(wide).max, keys)
 
 
-def select_lowest(scores: Array, k: int) -> Array:
+def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
   """Indices of the k lowest scores, ascending, ties by index, NaN last.
 
   The order is that of NumPy's stable argsort: -inf first, +inf after every
@@ -69,7 +69,11 @@ def select_lowest(scores: Array, k: int) -> Array:
   return jax.lax.top_k(~_order_keys(scores), k)[1].astype(jnp.int32)
 
 
-def query(scores: Array, k: int, labelled: Array | None = None) -> Array:
+def query(
+  scores: Float[Array, ' N'],
+  k: int,
+  labelled: Bool[Array, ' N'] | None = None,
+) -> Int32[Array, ' {k}']:
   """What an annotator should label next: the k lowest-scored examples.
 
   With `mms_scores` those nearest to a decision boundary, with another rule's
@@ -119,8 +123,11 @@ def query(scores: Array, k: int, labelled: Array | None = None) -> Array:
 
 
 def take_lowest(
-  scores: Array, examples: PyTree, k: int, axis_name: str | None = None
-) -> PyTree:
+  scores: Float[Array, ' n'],
+  examples: PyTree[Shaped[Array, 'n ...'], ' T'],
+  k: int,
+  axis_name: str | None = None,
+) -> PyTree[Shaped[Array, 'm ...'], ' T']:
   """The k lowest-scored examples, exactly, over one device or many.
 
   Without `axis_name`, the rows of `examples` at `select_lowest(scores, k)`.
@@ -187,20 +194,22 @@ def take_lowest(
   return jax.tree.map(exchange, examples)
 
 
-def mms(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+def mms(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
   """Minimal margin score: nearest to the decision boundary first (Eq. 9)."""
   del labels, keys
   return margins.mms_scores(logits, kernel)
 
 
-def loss(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+def loss(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
   """Minus the cross-entropy: hard-negative mining ("NM-samples")."""
   del kernel, keys
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   return jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
 
 
-def entropy(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+def entropy(
+  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
+) -> Scores:
   """Minus the entropy of the softmax: most uncertain first (ICLR 4.2)."""
   del kernel, labels, keys
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -209,7 +218,9 @@ def entropy(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
   return jnp.sum(terms, axis=1)
 
 
-def margin(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+def margin(
+  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
+) -> Scores:
   """The difference of the two highest softmax probabilities."""
   del kernel, labels, keys
   p = jax.nn.softmax(logits.astype(jnp.float32))
@@ -217,7 +228,9 @@ def margin(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
   return top[:, 0] - top[:, 1]
 
 
-def random(logits: Array, kernel: Array, labels: Array, keys: Array) -> Array:
+def random(
+  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
+) -> Scores:
   """A uniform draw: the control that pays for scoring and ignores it."""
   del logits, kernel, labels
   return jax.vmap(jax.random.uniform)(keys)
@@ -232,9 +245,40 @@ RULES: dict[str, Rule] = {
   # With `percentile_draw` over the pool.
   'selective_backprop': loss,
 }
+# Those of the user's own, by name.
+OWN_RULES: dict[str, Rule] = {}
 
 
-def trimmed_mean(losses: Array, keep: int | Array) -> Array:
+def register(name: str, rule: Rule) -> None:
+  """Makes a function of your own a rule: a `selection.rule`.
+
+  Registered again, a name stands for the new function.
+
+  Args:
+    name: what no rule here is called.
+    rule: pure and traceable, `(logits (n, C), kernel (D, C), labels (n,), keys
+      (n,)) -> (n,) scores`, the lowest of which are selected; it sees one
+      device's share of the pool.
+
+  Raises:
+    TypeError: `rule` cannot be called.
+    ValueError: the name is taken.
+  """
+  if name in RULES or name == 'uniform':
+    raise ValueError(f'rule {name!r} is there already; take another name')
+  if not callable(rule):
+    raise TypeError(f'rule {name!r} must be a function, got {rule!r}')
+  OWN_RULES[name] = rule
+
+
+def find(name: str) -> Rule:
+  """The rule called `name`."""
+  return RULES[name] if name in RULES else OWN_RULES[name]
+
+
+def trimmed_mean(
+  losses: Float[Array, ' M'], keep: int | Integer[Array, '']
+) -> Float[Array, '']:
   """The mean of the `keep` largest losses: mini-batch trimming.
 
   `keep` may be traced: which losses count is a mask by rank, so another
@@ -267,116 +311,3 @@ def trimmed_mean(losses: Array, keep: int | Array) -> Array:
   # NaN ranks last, so it has to be let in for it to be seen.
   total = jnp.sum(jnp.where(counts | jnp.isnan(losses), losses, 0))
   return (total / keep).astype(dtype)
-
-
-def _rank_in_class(scores: Array, labels: Array) -> Array:
-  """How many of the same label score lower (ties by index, NaN last)."""
-  order = jnp.lexsort((scores, labels))
-  ordered = labels[order]
-  first = jnp.searchsorted(ordered, ordered, side='left')
-  rank = jnp.arange(labels.shape[0]) - first
-  return jnp.zeros_like(rank).at[order].set(rank)
-
-
-def _round_robin(scores: Array, labels: Array, turns: Array) -> Array:
-  """Places when classes take turns, each giving its lowest score first."""
-  # NaN has no turn: a class with nothing else left is passed over.
-  order = jnp.lexsort(
-    (turns[labels], _rank_in_class(scores, labels), jnp.isnan(scores))
-  )
-  places = jnp.arange(labels.shape[0])
-  return jnp.zeros_like(places).at[order].set(places)
-
-
-def balanced_ramp(
-  scores: Array,
-  labels: Array,
-  draws: Array,
-  key: Array,
-  epoch: Array,
-  *,
-  k: int,
-  growth: float,
-  num_classes: int,
-  batches: int = 1,
-) -> Array:
-  """The authors' schedule of hard-negative mining, over a whole pool.
-
-  A share of the batch, min(1, growth * (epoch + 1)), is hard: classes take
-  turns in a random order, each giving its hardest example left. The rest is
-  random: classes take turns again, each giving a random example of those left.
-
-  Args:
-    scores: (B,) the rule's scores, lowest is hardest.
-    labels: (B,) integers in [0, num_classes).
-    draws: (B,) uniform.
-    key: for the order of the classes; the same on all devices.
-    epoch: () passes of pools over the data done.
-    k: how many will be selected; static.
-    growth: of the hard share, per pass.
-    num_classes: C.
-    batches: how many batches of k / batches are taken, in order of rank; each
-      has the same hard share.
-
-  Returns:
-    (B,) scores whose k lowest are that choice; NaN where `scores` is.
-
-  Source: the code of the ICLR 2020 submission ("NM-samples").
-  """
-  turns = jax.random.permutation(key, num_classes)
-  share = jnp.minimum(1.0, growth * (epoch + 1))
-  # A little less than exact: 0.7 * 10 must not become 8 by rounding.
-  size = k // batches
-  hard = jnp.ceil(share * size * (1 - 1e-6)).astype(jnp.int32)
-  easy = size - hard
-  places = _round_robin(scores, labels, turns)
-  is_hard = places < hard * batches
-  # Hard examples and NaN are out of the second draw.
-  draws = jnp.where(is_hard | jnp.isnan(scores), jnp.nan, draws)
-  rest = _round_robin(draws, labels, turns)
-  # Every batch first its hard examples, then its random ones.
-  hard_rank = places // hard * size + places % hard
-  divisor = jnp.maximum(easy, 1)
-  easy_rank = rest // divisor * size + hard + rest % divisor
-  easy_rank = jnp.where(rest < easy * batches, easy_rank, k + rest)
-  ranks = jnp.where(is_hard, hard_rank, easy_rank).astype(jnp.float32)
-  return jnp.where(jnp.isnan(scores), jnp.nan, ranks)
-
-
-def percentile_draw(
-  scores: Array,
-  labels: Array,
-  draws: Array,
-  key: Array,
-  epoch: Array,
-  *,
-  beta: float,
-) -> Array:
-  """Selective-Backprop: keeps with probability growing in the loss.
-
-      weight_i = percentile(loss_i) ^ beta
-
-  The k lowest of the returned scores are a draw of k examples without
-  replacement, with these weights (the Gumbel trick). Jiang et al. (2019) toss
-  a coin per example, with percentiles over the last losses seen; here the
-  percentile is over the pool, and the batch always has its size.
-
-  Args:
-    scores: (B,) minus the loss.
-    labels: unused.
-    draws: (B,) uniform in [0, 1).
-    key: unused.
-    epoch: unused.
-    beta: 0 draws uniformly; the larger, the harder.
-
-  Returns:
-    (B,) scores; NaN where `scores` is.
-  """
-  del labels, key, epoch
-  ordered = jnp.sort(scores)
-  # Share of the pool with a loss at most this one, ties counted.
-  below = jnp.searchsorted(ordered, scores, side='left')
-  percentile = (jnp.sum(~jnp.isnan(scores)) - below) / scores.shape[0]
-  gumbel = -jnp.log(-jnp.log(draws))
-  drawn = -(beta * jnp.log(percentile) + gumbel)
-  return jnp.where(jnp.isnan(scores), jnp.nan, drawn)

@@ -74,6 +74,9 @@ class Trainer:
     self.saved_config = config_lib.as_json(config)
     if rule is not None:
       self.saved_config['selection.rule'] = f'custom: {_name(rule)}'
+    if config.data.name in data.own.DATASETS:
+      found = data.own.DATASETS[config.data.name]
+      self.saved_config[config_lib.DIGEST] = found.digest
     self.devices = devices
     self.checkpoints = checkpoints
     self.counters = Counters()

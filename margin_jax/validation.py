@@ -46,6 +46,11 @@ CHOICES = {
   'on_nonfinite': nonfinite.ACTIONS,
   'attack.name': (None, *attacks.NAMES),
 }
+# And what the user registers while the program runs.
+REGISTERED = {
+  'data.name': data.own.DATASETS,
+  'selection.rule': selection.OWN_RULES,
+}
 FLAGS = (
   'optimizer.nesterov',
   'mmr.stop_feature_gradient',
@@ -134,8 +139,8 @@ def _check_fields(flat: dict[str, Any]) -> None:
 
 def _check_models(flat: dict[str, Any]) -> None:
   for name, allowed in (
-    ('model.name', models.ALLOWED),
-    ('selection.proxy', (None, *models.ALLOWED)),
+    ('model.name', models.allowed()),
+    ('selection.proxy', (None, *models.allowed())),
   ):
     holds = models.exists(flat[name]) or flat[name] in allowed[:-1]
     require(holds, name, flat[name], f'one of {allowed}')
@@ -143,6 +148,7 @@ def _check_models(flat: dict[str, Any]) -> None:
 
 def _check_values(flat: dict[str, Any]) -> None:
   for name, allowed in CHOICES.items():
+    allowed = (*allowed, *REGISTERED.get(name, ()))
     require(flat[name] in allowed, name, flat[name], f'one of {allowed}')
   for name in FLAGS:
     require(isinstance(flat[name], bool), name, flat[name], 'True or False')

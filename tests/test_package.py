@@ -3,8 +3,11 @@
 import importlib
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 
 import jaxlib
 import pytest
@@ -68,3 +71,93 @@ def test_no_file_or_function_is_long():
         doc = ast.get_docstring(node, clean=False)
         lines -= doc.count('\n') + 1 if doc else 0
         assert lines <= 60, f'{path}:{node.lineno} {node.name}'
+
+
+def metadata():
+  """pyproject.toml."""
+  return tomllib.loads((ROOT / 'pyproject.toml').read_text())
+
+
+def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
+  """Built without a network, of a copy: no build folder is left here."""
+  copy = tmp_path / 'source'
+  ignored = shutil.ignore_patterns('__pycache__', '.*', 'tests')
+  shutil.copytree(ROOT, copy, ignore=ignored)
+  subprocess.run(
+    [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', tmp_path],
+    cwd=copy,
+    check=True,
+    capture_output=True,
+  )
+  (path,) = tmp_path.glob('*.whl')
+  assert path.name.startswith(f'margin_jax-{margin_jax.__version__}-py3')
+  with zipfile.ZipFile(path) as wheel:
+    names = {*wheel.namelist()}
+    info = f'margin_jax-{margin_jax.__version__}.dist-info'
+    scripts = wheel.read(f'{info}/entry_points.txt').decode()
+    about = wheel.read(f'{info}/METADATA').decode()
+  modules = {
+    str(path.relative_to(ROOT)) for path in ROOT.glob('margin_jax/**/*.py')
+  }
+  assert names == {
+    *modules,
+    'margin_jax/py.typed',
+    *(f'{info}/{x}' for x in ('METADATA', 'RECORD', 'WHEEL')),
+    f'{info}/entry_points.txt',
+    f'{info}/licenses/LICENSE',
+  }
+  for name, target in metadata()['project']['scripts'].items():
+    assert f'{name} = {target}' in scripts
+  assert 'Requires-Dist: jaxtyping' in about
+
+
+def test_scripts_name_functions():
+  scripts = metadata()['project']['scripts']
+  assert {*scripts} == {'margin-train', 'margin-analyze', 'margin-compare'}
+  for target in scripts.values():
+    module, function = target.split(':')
+    if module == 'margin_jax.compare':
+      pytest.importorskip(module)
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_version_stands_in_one_place():
+  """And the changelog begins with it."""
+  places = [
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob('*.*'), *ROOT.glob('[!.]*/**/*.py'))
+    if path.is_file()
+    and re.search(
+      rf'[\'" ]{re.escape(margin_jax.__version__)}[\'"\s]', path.read_text()
+    )
+  ]
+  assert sorted(places) == ['CHANGELOG.md', 'margin_jax/__init__.py']
+
+
+def test_requirements_hold_what_the_package_depends_on():
+  """Every dependency is pinned or listed, those of the tests too."""
+  pinned = {
+    re.split(r'[\[=><; ]', line)[0].lower()
+    for line in (ROOT / 'requirements.txt').read_text().splitlines()
+    if line and not line.startswith('#')
+  }
+  project = metadata()['project']
+  extras = project['optional-dependencies']
+  wanted = [*project['dependencies'], *extras['test'], *extras['docs'], 'ruff']
+  assert {re.split(r'[\[=><!; ]', x)[0].lower() for x in wanted} <= pinned
+
+
+@pytest.mark.parametrize('name', ['train', 'analyze'])
+def test_scripts_explain_themselves(name):
+  """The help of a console script, whose main module is another."""
+  target = metadata()['project']['scripts'][f'margin-{name}']
+  module, function = target.split(':')
+  code = (
+    f'import sys; sys.argv = ["margin-{name}", "--help"]\n'
+    f'from {module} import {function}; {function}()'
+  )
+  process = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+  )
+  assert '--workdir' in process.stdout
+  assert 'python -m margin_jax.' in process.stdout

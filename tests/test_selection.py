@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import margins, select_lowest, selection, take_lowest
+from margin_jax import (
+  arrangements,
+  margins,
+  select_lowest,
+  selection,
+  take_lowest,
+)
 from tests import references
 
 INF, NAN = np.inf, np.nan
@@ -364,7 +370,7 @@ def test_balanced_ramp_mixes_every_batch_of_a_reserve(epoch):
   scores = np.arange(size, dtype=np.float32)
   arranged = jax.jit(
     functools.partial(
-      selection.balanced_ramp,
+      arrangements.balanced_ramp,
       k=k,
       growth=0.1,
       num_classes=1,

@@ -13,6 +13,7 @@ from margin_jax.data import (
   glue,
   imagenet,
   images,
+  own,
   parts,
   tfds_images,
   tokenization,
@@ -35,7 +36,9 @@ __all__ = [
   'draw',
   'load',
   'load_sentences',
+  'own',
   'parts',
+  'register',
   'tokens',
 ]
 
@@ -48,6 +51,34 @@ NAMES = (*IMAGES, *SENTENCES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
+
+
+def register(
+  name: str,
+  *,
+  train: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  num_classes: int | None = None,
+) -> None:
+  """Makes arrays of your own a dataset: a `data.name`.
+
+  uint8 inputs are images: they are normalised, and can be augmented. Floating
+  ones are handed to the model as they are, in float32. All lie in the memory of
+  every device. Registered again, a name stands for the new arrays.
+
+  Args:
+    name: what no dataset here is called.
+    train: inputs (N, H, W, channels) uint8 or (N, ...) floating, and labels
+      (N,) integers in [0, C).
+    test: the same of the test split.
+    num_classes: C; None is the largest label plus one.
+
+  Raises:
+    ValueError: the name is taken, or the arrays are not as described.
+  """
+  own.add(
+    name, train=train, test=test, num_classes=num_classes, taken=name in NAMES
+  )
 
 
 def _check_normalization(name: str) -> None:
@@ -76,7 +107,7 @@ def load(
   """Loads images into host memory, or opens a dataset too large for it.
 
   Args:
-    name: one of `IMAGES`.
+    name: one of `IMAGES`, or a registered one.
     data_dir: where TFDS has it prepared, or None for TFDS's own folder.
     validation_examples: how many of the last training examples are held out
       for validation: in the original order where records tell it (CIFAR,
@@ -100,7 +131,7 @@ def load(
     ValueError: the name is unknown, or an argument does not fit the data.
     DatasetError: the dataset is missing or broken.
   """
-  _check_name(name, IMAGES)
+  _check_name(name, (*IMAGES, *own.DATASETS))
   _check_normalization(normalization)
   chosen = functools.partial(
     _training_rows, name, validation_examples=validation_examples,
@@ -115,7 +146,7 @@ def load(
   else:
     whole, num_classes = _arrays(name, data_dir)
     rows, splits = _split(whole, chosen(len(whole['train']['label'])))
-    prepare = images.normalizer(splits['train']['inputs'], normalization)
+    prepare = _prepare(splits['train']['inputs'], normalization)
   augmentation = _augmentation(
     augmentations, crop_padding, cutout_size, prepare,
     3 if name in STREAMED else splits['train']['inputs'].shape[-1],
@@ -145,6 +176,12 @@ def load(
   )
 
 
+def _prepare(inputs: np.ndarray, normalization: str) -> Callable:
+  if inputs.dtype != np.uint8:
+    return lambda inputs: inputs
+  return images.normalizer(inputs, normalization)
+
+
 def _check_name(name: str, allowed: tuple[str, ...]) -> None:
   if name not in allowed:
     raise ValueError(f'data.name: no dataset is called {name!r}; try {allowed}')
@@ -154,6 +191,9 @@ def _arrays(
   name: str, data_dir: str | None
 ) -> tuple[dict[str, images.Split], int]:
   """The dataset's own training and test split, and the number of classes."""
+  if name in own.DATASETS:
+    found = own.DATASETS[name]
+    return {'train': found.train, 'test': found.test}, found.num_classes
   if name == 'digits':
     train, test, num_classes = digits.load()
   else:

@@ -5,7 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from margin_jax.models import bert, densenet, imagenet_resnet, vgg, wide_resnet
+from margin_jax.models import (
+  bert,
+  densenet,
+  imagenet_resnet,
+  own,
+  vgg,
+  wide_resnet,
+)
 from margin_jax.models.bert import Bert
 from margin_jax.models.cnn import CNN, MnistCNN
 from margin_jax.models.common import STEMS
@@ -43,7 +50,47 @@ ALLOWED = (
 VARIANTS = ('he', 'authors')
 DTYPES = ('float32', 'bfloat16')
 
-__all__ = ['ALLOWED', 'DTYPES', 'NAMES', 'STEMS', 'VARIANTS', 'build']
+__all__ = [
+  'ALLOWED',
+  'DTYPES',
+  'NAMES',
+  'STEMS',
+  'VARIANTS',
+  'build',
+  'own',
+  'register',
+]
+
+
+def register(
+  name: str, module: type[nn.Module], *, any_size: bool = False
+) -> None:
+  """Makes a Flax module of your own a model: a `model.name`, or a proxy.
+
+  Registered again, a name stands for the new module.
+
+  Args:
+    name: what no model here is called.
+    module: its class. `__call__(inputs, *, train)` returns logits (B, C) and
+      the features (B, D) that its last layer, `nn.Dense(..., name='head')`,
+      reads. It has a field `num_classes`. Of `dtype`, `dropout` and `width` it
+      has those that `model.dtype` (and `selection.score_dtype`),
+      `model.dropout` and `model.width` shall set, and with BatchNorm it has
+      `batch_norm_axis`, to hand on as the `axis_name` of each `nn.BatchNorm`.
+    any_size: whether the same parameters read images of another size, so that
+      `selection.score_resolution` can be used.
+
+  Raises:
+    TypeError: `module` is no such class.
+    ValueError: the name is taken.
+  """
+  taken = name not in own.MODELS and exists(name)
+  own.add(name, module, any_size=any_size, taken=taken)
+
+
+def allowed() -> tuple[str, ...]:
+  """What a message lists: those here, and those that are registered."""
+  return (*ALLOWED, *own.MODELS)
 
 
 def exists(name: Any) -> bool:
@@ -54,6 +101,8 @@ def exists(name: Any) -> bool:
 
 
 def _family(name: str) -> str | None:
+  if name in own.MODELS:
+    return 'own'
   if bert.parse(name) is not None:
     return 'bert'
   return _FAMILIES.get(name, wide_resnet.parse(name) and 'wrn')
@@ -97,7 +146,7 @@ def build(
       out of its range.
   """
   if not exists(name):
-    raise ValueError(f'no model is called {name!r}; there are {ALLOWED}')
+    raise ValueError(f'no model is called {name!r}; there are {allowed()}')
   if variant not in VARIANTS:
     raise ValueError(f'no variant is called {variant!r}; there are {VARIANTS}')
   if dtype not in DTYPES:
@@ -115,6 +164,8 @@ def build(
   if family == 'bert':
     return _bert(name, vocabulary, dropout=dropout, **options)
   options['batch_norm_axis'] = batch_norm_axis
+  if family == 'own':
+    return own.build(name, dropout=dropout, width=width, **options)
   if family == 'mnist_cnn':
     return MnistCNN(**options)
   if family == 'mobilenet':
@@ -153,7 +204,7 @@ def has_variants(name: str) -> bool:
 
 def has_dropout(name: str) -> bool:
   """Whether `dropout` means something to the model."""
-  return _family(name) in ('wrn', 'bert')
+  return _family(name) in ('wrn', 'bert') or _own_has(name, 'dropout')
 
 
 def has_stems(name: str) -> bool:
@@ -163,11 +214,18 @@ def has_stems(name: str) -> bool:
 
 def has_widths(name: str) -> bool:
   """Whether `width` means something to the model."""
-  return _family(name) == 'mobilenet'
+  return _family(name) == 'mobilenet' or _own_has(name, 'width')
+
+
+def has_dtypes(name: str) -> bool:
+  """Whether `dtype` means something to the model."""
+  return _family(name) != 'own' or _own_has(name, 'dtype')
 
 
 def has_batch_norm(name: str) -> bool:
   """Whether the model's examples meet in BatchNorm."""
+  if _family(name) == 'own':
+    return _own_has(name, own.BATCH_NORM_AXIS)
   return _family(name) not in ('cnn', 'bert')
 
 
@@ -176,6 +234,8 @@ def takes_any_resolution(name: str) -> bool:
 
   Global average pooling does; see `least_side` for how small they may be.
   """
+  if _family(name) == 'own':
+    return own.MODELS[name].any_size
   return _family(name) not in ('cnn', 'mnist_cnn', 'bert')
 
 
@@ -187,4 +247,8 @@ def least_side(name: str, stem: str = 'imagenet') -> int:
   if family == 'densenet':
     # Three halvings that round down, after two that round up.
     return 29 if stem == 'imagenet' else 8
-  return 2 if family == 'cnn' else 4
+  return {'cnn': 2, 'own': 1}.get(family, 4)
+
+
+def _own_has(name: str, field: str) -> bool:
+  return name in own.MODELS and own.MODELS[name].has(field)

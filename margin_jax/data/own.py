@@ -1,0 +1,127 @@
+"""NumPy arrays of your own as a dataset, by name."""
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+Split = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+  """A registered dataset.
+
+  Attributes:
+    train: the training split: 'inputs' and 'label'.
+    test: the test split.
+    num_classes: C.
+  """
+
+  train: Split
+  test: Split
+  num_classes: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of one example's inputs."""
+    return self.train['inputs'].shape[1:]
+
+  @property
+  def pixels(self) -> bool:
+    """Whether inputs are images as uint8 pixels (N, H, W, channels)."""
+    return self.train['inputs'].dtype == np.uint8
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Of everything in it: by a name alone, other arrays would pass for it."""
+    digest = hashlib.sha256(str(self.num_classes).encode())
+    for split in (self.train, self.test):
+      for array in (split['inputs'], split['label']):
+        digest.update(f'{array.shape} {array.dtype}'.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+DATASETS: dict[str, Own] = {}
+
+
+def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
+  inputs = np.asarray(inputs)
+  if inputs.dtype == np.uint8:
+    if inputs.ndim != 4:
+      raise ValueError(
+        f'{what}: uint8 inputs are images of shape (N, H, W, channels), got '
+        f'shape {inputs.shape}; others must be floating'
+      )
+    return inputs
+  if not np.issubdtype(inputs.dtype, np.floating):
+    raise ValueError(
+      f'{what}: inputs must be uint8 or floating, got dtype {inputs.dtype}'
+    )
+  if inputs.ndim < 2 or not all(inputs.shape[1:]):
+    raise ValueError(
+      f'{what}: inputs must have shape (N, ...), with something in a row, got '
+      f'{inputs.shape}'
+    )
+  inputs = inputs.astype(np.float32)
+  rest = tuple(range(1, inputs.ndim))
+  bad = np.flatnonzero(~np.isfinite(inputs).all(axis=rest))
+  if bad.size:
+    raise ValueError(
+      f'{what}: inputs must be finite in float32, row {bad[0]} is not'
+    )
+  return inputs
+
+
+def _labels(what: str, labels: np.ndarray, examples: int) -> np.ndarray:
+  labels = np.asarray(labels)
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(
+      f'{what}: labels must be integers, got dtype {labels.dtype}'
+    )
+  if labels.shape != (examples,) or not examples:
+    raise ValueError(
+      f'{what}: labels must have shape ({examples},), one an example and at '
+      f'least one, got {labels.shape}'
+    )
+  return labels
+
+
+def add(
+  name: str,
+  *,
+  train: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  num_classes: int | None,
+  taken: bool,
+) -> None:
+  """See `margin_jax.data.register`."""
+  if taken:
+    raise ValueError(f'dataset {name!r} is there already; take another name')
+  splits = {}
+  for split, (inputs, labels) in (('train', train), ('test', test)):
+    what = f'dataset {name!r}, {split}'
+    inputs = _inputs(what, inputs)
+    splits[split] = {
+      'inputs': inputs,
+      'label': _labels(what, labels, len(inputs)),
+    }
+  one, other = (splits[split]['inputs'] for split in ('train', 'test'))
+  if (one.shape[1:], one.dtype) != (other.shape[1:], other.dtype):
+    raise ValueError(
+      f'dataset {name!r}: train and test must be alike, got inputs of '
+      f'{one.shape[1:]} {one.dtype} and {other.shape[1:]} {other.dtype}'
+    )
+  found = [splits[split]['label'] for split in splits]
+  largest = int(max(x.max() for x in found))
+  classes = largest + 1 if num_classes is None else num_classes
+  if classes < 2 or largest >= classes or min(x.min() for x in found) < 0:
+    raise ValueError(
+      f'dataset {name!r}: labels must be in [0, C) with C at least 2, got '
+      f'{int(min(x.min() for x in found))} to {largest} with C = {classes}'
+    )
+  for split in splits.values():
+    split['label'] = split['label'].astype(np.int32)
+  DATASETS[name] = Own(splits['train'], splits['test'], classes)

@@ -1,0 +1,310 @@
+"""Rules, models and datasets of the user's own, by name."""
+
+import unittest.mock
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from margin_jax import analyze, config, data, loop, models, selection
+from margin_jax.models import cnn
+from tests import helpers
+
+MODELS, DATASETS = models.own.MODELS, data.own.DATASETS
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+  """What a test registers is gone after it."""
+  with (
+    unittest.mock.patch.dict(MODELS),
+    unittest.mock.patch.dict(DATASETS),
+    unittest.mock.patch.dict(selection.OWN_RULES),
+  ):
+    yield
+
+
+class Mlp(nn.Module):
+  """Reads vectors."""
+
+  num_classes: int
+  norm: bool = False
+  head: str = 'head'
+  more: int = 0
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    x = nn.Dense(16)(inputs)
+    if self.norm:
+      x = nn.BatchNorm(use_running_average=not train)(x)
+    features = nn.relu(x)
+    logits = nn.Dense(self.num_classes + self.more, name=self.head)(features)
+    return logits, features
+
+
+class Normed(nn.Module):
+  """Reads vectors, and has every field."""
+
+  num_classes: int
+  dtype: jnp.dtype = jnp.float32
+  dropout: float = 0.0
+  width: float = 1.0
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    x = nn.Dense(int(16 * self.width), dtype=self.dtype)(inputs)
+    x = nn.BatchNorm(
+      use_running_average=not train, axis_name=self.batch_norm_axis
+    )(x)
+    x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+    features = x.astype(jnp.float32)
+    return nn.Dense(self.num_classes, name='head')(features), features
+
+
+def rings(seed, examples=400):
+  """Two rings of different radius, as float64."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 2, examples)
+  angle = rng.uniform(0, 2 * np.pi, examples)
+  radius = 1 + labels + rng.normal(0, 0.1, examples)
+  return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), labels
+
+
+def small(**fields):
+  """A small run on the rings."""
+  return helpers.small_config(
+    **{
+      'data.name': 'rings',
+      'model.name': 'mlp',
+      'data.augmentations': (),
+      **fields,
+    }
+  )
+
+
+@pytest.fixture(name='registered')
+def _registered():
+  data.register('rings', train=rings(0), test=rings(1, 100))
+  models.register('mlp', Mlp)
+  models.register('normed', Normed)
+
+
+def run(made, workdir):
+  return loop.train(made, str(workdir), log=lambda _: None)
+
+
+def test_digits_registered_are_the_digits(tmp_path):
+  """Bit for bit, with a crop, a validation split and wrong labels."""
+  splits = [(x['inputs'], x['label']) for x in data.digits.load()[:2]]
+  data.register('mine', train=splits[0], test=splits[1])
+  models.register('my_cnn', cnn.CNN)
+  fields = {'data.label_noise': 0.1, 'steps': 10}
+  other = {'data.name': 'mine', 'model.name': 'my_cnn'}
+  ours = run(helpers.small_config(**fields, **other), tmp_path / 'a')
+  theirs = run(helpers.small_config(**fields), tmp_path / 'b')
+  for split in ('test', 'validation'):
+    assert ours[split] == theirs[split]
+
+
+@pytest.mark.usefixtures('registered')
+def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
+  def nearest(logits, kernel, labels, keys):
+    return selection.mms(logits, kernel, labels, keys)
+
+  selection.register('nearest', nearest)
+  made = small(steps=300, log_every=100, eval_every=300)
+  made.selection.rule = 'nearest'
+  result = run(made, tmp_path)
+  assert result['test']['accuracy'] > 0.95
+  assert result['config']['selection.rule'] == 'nearest'
+  with pytest.raises(config.ConfigError, match=r"'nearest' -> 'mms'"):
+    run(small(steps=300), tmp_path)
+  # It is analyzed with what it was trained with.
+  analyze.analyze(str(tmp_path), log=lambda _: None)
+  data.register('rings', train=rings(5), test=rings(1, 100))
+  with pytest.raises(config.ConfigError, match=r'data\.digest: '):
+    run(made, tmp_path)
+  with pytest.raises(config.ConfigError, match='stands for other arrays'):
+    analyze.analyze(str(tmp_path))
+  MODELS.clear()
+  with pytest.raises(config.ConfigError, match=r"model\.name='mlp'.*--config"):
+    analyze.analyze(str(tmp_path))
+
+
+@pytest.mark.usefixtures('registered')
+def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
+  run(small(), tmp_path / 'run')
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from margin_jax import data, models\n'
+    'from tests.test_own import Mlp, rings\n'
+    "data.register('rings', train=rings(0), test=rings(1, 100))\n"
+    "models.register('mlp', Mlp)\n"
+  )
+  DATASETS.clear()
+  MODELS.clear()
+  arguments = ['--workdir', str(tmp_path / 'run'), '--config']
+  analyze.main([*arguments, f'{file}:mms,seed=1'])
+  assert 'accuracy' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match=r'error: config=.*nowhere'):
+    analyze.main([*arguments, '/nowhere/mine.py'])
+
+
+@pytest.mark.usefixtures('registered')
+def test_statistics_of_an_own_model_do_not_depend_on_devices():
+  """Its BatchNorm is told the axis, and its fields are those of the config."""
+  fields = {
+    'model.name': 'normed',
+    'model.dropout': 0.1,
+    'model.width': 2.0,
+    'selection.score_dtype': 'bfloat16',
+    'mmr.alpha': 0.0,
+  }
+  source = data.load('rings', validation_examples=180)
+  states = []
+  for devices in (1, 2):
+    made = helpers.Setup(
+      source=source,
+      devices=devices,
+      **{'data.name': 'rings', 'data.augmentations': (), **fields},
+    )
+    states.append(made.run(2)[0])
+  model = made.method.model
+  assert (model.width, model.dropout) == (2.0, 0.1)
+  assert made.method.selection.scorer.dtype == jnp.bfloat16
+  for name in ('params', 'batch_stats'):
+    one, two = (getattr(state, name) for state in states)
+    helpers.assert_trees_close(one, two, 1e-5)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'model.name': 'cnn'}, r"model\.name='cnn'.*inputs have shape \(2,\)"),
+    ({'selection.proxy': 'cnn'}, r"selection\.proxy='cnn'.*shape \(2,\)"),
+    ({'data.augmentations': ('flip',)}, 'not uint8 images'),
+    ({'data.normalization': 'imagenet'}, 'not uint8 images'),
+    ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, 'not uint8 images'),
+    ({'model.dtype': 'bfloat16'}, 'no field dtype'),
+    ({'model.dropout': 0.5}, 'has no dropout'),
+    ({'model.width': 2.0}, 'no width multiplier'),
+    ({'selection.score_dtype': 'bfloat16'}, "'mlp' scores, which has no field"),
+    ({'selection.batch_stats': 'pool'}, 'has no BatchNorm'),
+    ({'selection.rule': 'mine'}, r'must be one of'),
+  ],
+)
+@pytest.mark.usefixtures('registered')
+def test_what_does_not_fit_is_refused(fields, message):
+  with pytest.raises(config.ConfigError, match=message):
+    small(**fields)
+
+
+class Statistics(Mlp):
+  """Has BatchNorm, and nothing to tell it the axis by."""
+
+  norm: bool = True
+
+
+class Headless(Mlp):
+  """Calls its last layer something else."""
+
+  head: str = 'last'
+
+
+class Longer(Mlp):
+  """Has a class too many."""
+
+  more: int = 1
+
+
+@pytest.mark.parametrize(
+  ('module', 'message'),
+  [
+    (Statistics, 'a field batch_norm_axis, the axis_name'),
+    (Headless, r"ends with nn\.Dense\(2, name='head'\)"),
+    (Longer, 'returns 2 logits, not 3'),
+  ],
+)
+@pytest.mark.usefixtures('registered')
+def test_a_model_that_is_none_is_refused(module, message, tmp_path):
+  models.register('mlp', module)
+  with pytest.raises(config.ConfigError, match=message):
+    run(small(), tmp_path)
+
+
+def test_a_model_must_return_a_pair(tmp_path):
+  class One(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, inputs, *, train):
+      return nn.Dense(self.num_classes, name='head')(inputs)
+
+  data.register('rings', train=rings(0), test=rings(1))
+  models.register('mlp', One)
+  with pytest.raises(config.ConfigError, match='returns a pair'):
+    run(small(), tmp_path)
+
+
+X, Y = rings(0, 20)
+GOOD = {'train': (X, Y), 'test': (X, Y)}
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'name': 'digits'}, "'digits' is there already"),
+    ({'train': (X[0], Y)}, r'must have shape \(N, \.\.\.\)'),
+    ({'train': (X.astype(np.uint8), Y)}, r'\(N, H, W, channels\), got'),
+    ({'train': (X.astype(np.int32), Y)}, 'uint8 or floating, got dtype int32'),
+    (
+      {'test': (X * np.inf, Y)},
+      'test: inputs must be finite in float32, row 0',
+    ),
+    ({'test': (X, Y[1:])}, r'labels must have shape \(20,\)'),
+    ({'test': (X[:0], Y[:0])}, r'at least one'),
+    ({'test': (X, 1.0 * Y)}, 'labels must be integers, got dtype float64'),
+    ({'test': (X[:, :1], Y)}, 'train and test must be alike'),
+    ({'train': (X, Y - 1)}, r'got -1 to 1 with C = 2'),
+    ({'num_classes': 1}, r'C at least 2, got 0 to 1 with C = 1'),
+    ({'train': (X, 0 * Y), 'test': (X, 0 * Y)}, 'with C = 1'),
+  ],
+)
+def test_bad_arrays_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    data.register(**{'name': 'mine', **GOOD, **arguments})
+  assert 'mine' not in DATASETS
+
+
+def test_bad_models_and_rules_are_refused():
+  with pytest.raises(ValueError, match="'resnet8' is there already"):
+    models.register('resnet8', Mlp)
+  with pytest.raises(TypeError, match='must be a class'):
+    models.register('mlp', Mlp(2))
+  with pytest.raises(TypeError, match='must have a field num_classes'):
+    models.register('mlp', nn.Dense)
+  for name in ('mms', 'uniform'):
+    with pytest.raises(ValueError, match='is there already'):
+      selection.register(name, selection.mms)
+  with pytest.raises(TypeError, match='must be a function'):
+    selection.register('mine', 'mms')
+
+
+def test_images_of_any_size_can_be_scored_small():
+  class Pooled(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, inputs, *, train):
+      x = nn.relu(nn.Conv(4, (3, 3))(inputs))
+      features = x.mean((1, 2))
+      return nn.Dense(self.num_classes, name='head')(features), features
+
+  fields = {'model.name': 'pooled', 'selection.score_resolution': 4}
+  models.register('pooled', Pooled)
+  with pytest.raises(config.ConfigError, match='one size only'):
+    helpers.small_config(**fields)
+  models.register('pooled', Pooled, any_size=True)
+  assert helpers.Setup(**fields).run(1)[1]['score_min'].shape == (1,)
