@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 # All must be set before JAX starts its backend. XLA:CPU of jax 0.10 logs false
@@ -19,6 +20,11 @@ os.environ['MPLCONFIGDIR'] = str(pathlib.Path(__file__).parent / '.jax_cache')
 
 import jax
 import pytest
+
+# Shells start what they put in the background deaf to Ctrl-C, and what the
+# tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Each worker of pytest-xdist has its own: writes to a cache are not atomic.
 _CACHE = pathlib.Path(__file__).parent / '.jax_cache'
