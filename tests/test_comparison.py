@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from margin_jax import config as config_lib
 from margin_jax.comparison import curves, entries, report, runs, tables
 from margin_jax.config import ConfigError
 from tests.helpers import small_config
@@ -272,8 +273,6 @@ def test_the_best_of_each_method_is_by_validation():
 
 
 def result(config, **fields):
-  from margin_jax import config as config_lib
-
   saved = config_lib.as_json(config)
   return json.dumps({'steps': config.steps, 'config': saved, **fields})
 
