@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from margin_jax import optimizers
-from margin_jax.comparison import budgets, curves, entries, report, runs, tables
+from margin_jax import config as config_lib
+from margin_jax.comparison import curves, entries, report, runs, tables
 from margin_jax.config import ConfigError
 from tests.helpers import small_config
-
-RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'
 
 
 @pytest.mark.parametrize(
@@ -169,89 +167,6 @@ def test_the_control_is_added_where_a_rule_scores(rules, added):
   assert [*entries.with_control(methods, config)] == [*rules, *added]
 
 
-SCHEDULE = {
-  'steps': 1000, 'eval_every': 100, 'optimizer.warmup': 50,
-  RATES: (1.0, 0.1, 0.01), BOUNDARIES: (500, 800),
-  'selection.start': 100, 'selection.stop': 900,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('steps', [200, 1000, 3000])
-def test_a_schedule_is_scaled_as_a_whole(steps):
-  config = small_config(**SCHEDULE)
-  found = budgets.scaled(config, steps)
-
-  def rates(config):
-    optimizer = config.optimizer
-    rate = optimizers.learning_rate(
-      optimizer.learning_rates, optimizer.boundaries, warmup=optimizer.warmup
-    )
-    places = np.linspace(0, config.steps, 20, endpoint=False)
-    return [float(rate(round(place))) for place in places]
-
-  assert found.steps == steps
-  np.testing.assert_allclose(rates(found), rates(config), rtol=1e-6)
-  selection = found.selection
-  assert (selection.start, selection.stop) == (steps // 10, steps * 9 // 10)
-  assert found.eval_every == steps // 10
-  assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
-  assert budgets.scaled(config, 1000) == config
-  assert config.steps == 1000
-
-
-@pytest.mark.parametrize('steps', [0, 1, 2, 5])
-def test_a_schedule_that_does_not_fit_is_refused(steps):
-  config = small_config(
-    **{'steps': 1000, RATES: (1.0, 0.1, 0.01), BOUNDARIES: (900, 950)}
-  )
-  with pytest.raises(ConfigError, match=rf'^steps={steps} is not allowed'):
-    budgets.scaled(config, steps)
-
-
-@pytest.mark.parametrize(
-  ('total', 'per_step', 'grain', 'steps'),
-  [(10, 1, 1, 10), (10.9, 1, 1, 10), (0.3, 0.1, 1, 3), (99, 1, 10, 90),
-   (9, 1, 10, 0)],
-)  # fmt: skip
-def test_steps_within_a_budget(total, per_step, grain, steps):
-  assert budgets.steps_within(total, per_step, grain) == steps
-
-
-@pytest.mark.parametrize(
-  'fields',
-  [
-    {'selection.reuse': 3},
-    {'selection.every': 7},
-    {'selection.start': 500, 'selection.stop': 750},
-  ],
-)
-def test_a_pilot_has_the_shares_of_the_run(fields):
-  config = small_config(
-    **{'steps': 1000, RATES: (1.0, 0.1), BOUNDARIES: (999,), **fields}
-  )
-  found = budgets.pilot(config, budgets.Facts(grain=4, epoch=10))
-  assert found.steps % 4 == 0
-  assert 100 <= found.steps < 200
-
-  def scored(config):
-    since = np.arange(config.steps) - config.selection.start
-    stop = config.selection.stop or config.steps
-    period = config.selection.every * config.selection.reuse
-    active = (since >= 0) & (since < stop - config.selection.start)
-    return np.mean(active & (since % period == 0))
-
-  assert scored(found) == pytest.approx(scored(config), rel=2e-3)
-  assert found.steps_per_call == 4
-
-
-def test_a_pilot_of_trimming_has_two_epochs():
-  config = small_config(
-    **{'steps': 1000, 'selection.rule': 'uniform', 'trimming.last': 0.2}
-  )
-  facts = budgets.Facts(grain=1, epoch=179)
-  assert budgets.pilot(config, facts).steps == 2 * 179
-
-
 def test_welch_is_the_test_of_the_formula():
   rng = np.random.default_rng(0)
   for sizes in ((2, 2), (3, 3), (5, 9)):
@@ -358,8 +273,6 @@ def test_the_best_of_each_method_is_by_validation():
 
 
 def result(config, **fields):
-  from margin_jax import config as config_lib
-
   saved = config_lib.as_json(config)
   return json.dumps({'steps': config.steps, 'config': saved, **fields})
 

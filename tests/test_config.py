@@ -264,8 +264,7 @@ def arguments_of(module, monkeypatch):
   parse_arguments = config_lib.parse_arguments
 
   def spy(text, **fields):
-    if not seen:  # or it is another file, that this one asks
-      seen.update(fields)
+    seen.update({} if seen else fields)  # not what another file asks for
     return parse_arguments(text, **fields)
 
   with monkeypatch.context() as patch:

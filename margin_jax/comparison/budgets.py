@@ -114,6 +114,12 @@ def flops(config: ml_collections.ConfigDict) -> float:
       return run.program.cost(0, config.steps).flops
 
 
+def _unit(config: ml_collections.ConfigDict, facts: Facts) -> int:
+  """Steps in whole calls, and in whole periods from one pool to the next."""
+  period = config.selection.every * config.selection.reuse
+  return math.lcm(facts.grain, period)
+
+
 def pilot(
   config: ml_collections.ConfigDict, facts: Facts
 ) -> ml_collections.ConfigDict:
@@ -124,7 +130,7 @@ def pilot(
   made.optimizer.warmup = 0
   made.attack = config_lib.default().attack
   made.keep_every = None
-  unit = math.lcm(facts.grain, config.selection.every * config.selection.reuse)
+  unit = _unit(config, facts)
   least = PILOT_STEPS
   if config.trimming.first != config.trimming.last:
     least = max(least, 2 * facts.epoch)  # what is kept changes by the epoch
@@ -214,14 +220,19 @@ def share(
   spent = {e.name: costs(e, f) for e, f in zip(entries, facts, strict=True)}
   shared = []
   for entry, fact in zip(entries, facts, strict=True):
-    total = spent[entries_lib.matching(entry, entries, baseline).name]
+    reference = entries_lib.matching(entry, entries, baseline)
+    if entry is reference:
+      shared.append(entry)
+      continue
+    total = spent[reference.name]
     per_step = spent[entry.name] / entry.config.steps
-    steps = steps_within(total, per_step, fact.grain)
+    unit = _unit(entry.config, fact)
+    steps = steps_within(total, per_step, unit)
     if not steps:
       raise ConfigError(
-        f'{entry.name}: budget={costs.budget!r} is not allowed: {fact.grain} '
-        f'step(s) need {fact.grain * per_step:.3g} of the {total:.3g} that '
-        f'{baseline!r} spends'
+        f'{entry.name}: budget={costs.budget!r} is not allowed: {unit} step(s) '
+        f'need {unit * per_step:.3g} of the {total:.3g} that {baseline!r} '
+        'spends'
       )
     config = _named(entry, scaled, steps, fact.grain)
     shared.append(dataclasses.replace(entry, config=config))

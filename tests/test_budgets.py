@@ -1,0 +1,123 @@
+"""Budgets: scaled schedules, pilots, the steps that everyone gets."""
+
+import numpy as np
+import pytest
+
+from margin_jax import optimizers
+from margin_jax.comparison import budgets
+from margin_jax.config import ConfigError
+from tests.helpers import small_config
+from tests.test_comparison import made
+
+RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'
+
+
+SCHEDULE = {
+  'steps': 1000, 'eval_every': 100, 'optimizer.warmup': 50,
+  RATES: (1.0, 0.1, 0.01), BOUNDARIES: (500, 800),
+  'selection.start': 100, 'selection.stop': 900,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('steps', [200, 1000, 3000])
+def test_a_schedule_is_scaled_as_a_whole(steps):
+  config = small_config(**SCHEDULE)
+  found = budgets.scaled(config, steps)
+
+  def rates(config):
+    optimizer = config.optimizer
+    rate = optimizers.learning_rate(
+      optimizer.learning_rates, optimizer.boundaries, warmup=optimizer.warmup
+    )
+    places = np.linspace(0, config.steps, 20, endpoint=False)
+    return [float(rate(round(place))) for place in places]
+
+  assert found.steps == steps
+  np.testing.assert_allclose(rates(found), rates(config), rtol=1e-6)
+  selection = found.selection
+  assert (selection.start, selection.stop) == (steps // 10, steps * 9 // 10)
+  assert found.eval_every == steps // 10
+  assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
+  assert budgets.scaled(config, 1000) == config
+  assert config.steps == 1000
+
+
+@pytest.mark.parametrize('steps', [0, 1, 2, 5])
+def test_a_schedule_that_does_not_fit_is_refused(steps):
+  config = small_config(
+    **{'steps': 1000, RATES: (1.0, 0.1, 0.01), BOUNDARIES: (900, 950)}
+  )
+  with pytest.raises(ConfigError, match=rf'^steps={steps} is not allowed'):
+    budgets.scaled(config, steps)
+
+
+@pytest.mark.parametrize(
+  ('total', 'per_step', 'grain', 'steps'),
+  [(10, 1, 1, 10), (10.9, 1, 1, 10), (0.3, 0.1, 1, 3), (99, 1, 10, 90),
+   (9, 1, 10, 0)],
+)  # fmt: skip
+def test_steps_within_a_budget(total, per_step, grain, steps):
+  assert budgets.steps_within(total, per_step, grain) == steps
+
+
+class Prices:
+  """In place of `budgets.Costs`."""
+
+  budget = 'flops'
+
+  def __call__(self, entry, facts):
+    return {'uniform': 20.0, 'mms': 80.0}.get(entry.method, 30.0)
+
+
+@pytest.mark.parametrize(
+  ('method', 'steps'),
+  [('uniform', 20), ('mms', 5), ('loss', 13), ('mms+reuse=4', 12)],
+)
+def test_a_budget_is_shared_in_whole_pools(monkeypatch, method, steps):
+  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Facts(1, 10))
+  found = made(small_config(), ['uniform', method][method == 'uniform' :])
+  shared = budgets.share(found, 'uniform', Prices(), print)
+  assert [x.config.steps for x in shared][-1] == steps
+  assert shared[0].config.steps == 20
+
+
+def test_a_budget_for_no_step_is_refused(monkeypatch):
+  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Facts(10, 10))
+  found = made(small_config(), ['uniform', 'mms'])
+  with pytest.raises(ConfigError, match=r"^mms: budget='flops' .* 10 step"):
+    budgets.share(found, 'uniform', Prices(), print)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'selection.reuse': 3},
+    {'selection.every': 7},
+    {'selection.start': 500, 'selection.stop': 750},
+  ],
+)
+def test_a_pilot_has_the_shares_of_the_run(fields):
+  config = small_config(
+    **{'steps': 1000, RATES: (1.0, 0.1), BOUNDARIES: (999,), **fields}
+  )
+  found = budgets.pilot(config, budgets.Facts(grain=4, epoch=10))
+  assert found.steps % 4 == 0
+  assert 100 <= found.steps < 200
+
+  def scored(config):
+    since = np.arange(config.steps) - config.selection.start
+    stop = config.selection.stop or config.steps
+    period = config.selection.every * config.selection.reuse
+    active = (since >= 0) & (since < stop - config.selection.start)
+    return np.mean(active & (since % period == 0))
+
+  assert scored(found) == pytest.approx(scored(config), rel=2e-3)
+  assert found.steps_per_call == 4
+
+
+def test_a_pilot_of_trimming_has_two_epochs():
+  config = small_config(
+    **{'steps': 1000, 'selection.rule': 'uniform', 'trimming.last': 0.2}
+  )
+  facts = budgets.Facts(grain=1, epoch=179)
+  assert budgets.pilot(config, facts).steps == 2 * 179
