@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from margin_jax import (
   checkpoints,
+  console,
   cpu,
   data,
   interrupts,
@@ -119,10 +120,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def run() -> None:
   """The command line."""
-  if __name__ != '__main__':  # as margin-train: --help asks the main module
-    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    sys.modules['__main__'].__doc__ = __doc__
+  console.adopt_flags(__name__, __doc__)
   flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main, flags_parser=_parse_flags)
 
