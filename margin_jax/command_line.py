@@ -26,7 +26,28 @@ def begin(argv: list[str]) -> None:
   logging.set_verbosity(logging.FATAL)
 
 
-def parser(
+def run(
+  main: Callable[[list[str]], None],
+  config: flags.FlagHolder[ml_collections.ConfigDict],
+  doc: str | None,
+) -> None:
+  """Reads the flags, --config and --workdir among them, and calls `main`.
+
+  Args:
+    main: of the module that defines the flags; takes what is no flag.
+    config: the flag --config.
+    doc: what --help says, of that module.
+  """
+  if main.__module__ != '__main__':
+    # A console script: --help asks the main module, which it is.
+    for flag in flags.FLAGS.get_key_flags_for_module(main.__module__):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    sys.modules['__main__'].__doc__ = doc
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main, flags_parser=_parser(config))
+
+
+def _parser(
   config: flags.FlagHolder[ml_collections.ConfigDict],
 ) -> Callable[[list[str]], list[str]]:
   """For `app.run`: a mistake in flags, or in the config file, is one line."""

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from margin_jax import command_line, comparison, cpu, parallel
@@ -91,8 +91,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """The command line."""
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main, flags_parser=command_line.parser(_CONFIG))
+  command_line.run(main, _CONFIG, __doc__)
 
 
 if __name__ == '__main__':

@@ -216,10 +216,10 @@ def train(
     view: shows training in place of progress lines, `live.on_terminal()`.
 
   Returns:
-    What result.json holds: 'test' and 'validation' at the last step, 'best'
-    (the step of the best validation accuracy), the cumulative cost, 'config',
-    'seed', 'versions', the device, and 'attack': the test split under each
-    radius of the attack, if there is one.
+    What result.json holds, that is 'test' and 'validation' at the last step,
+    'best' (the step of the best validation accuracy), the cumulative cost,
+    'config', 'seed', 'versions', the device, and 'attack': the test split under
+    each radius of the attack, if there is one.
 
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.

@@ -1,4 +1,4 @@
-"""A run that has trained, opened again: its config and its checkpoints."""
+"""What a run keeps of its config; a run that has trained, opened again."""
 
 import os
 import pathlib
@@ -8,6 +8,14 @@ from typing import Any
 from margin_jax import config as config_lib
 from margin_jax import data, models, selection
 from margin_jax.checkpoints import FOLDER, Checkpoints
+
+
+def to_save(config: config_lib.ml_collections.ConfigDict) -> dict[str, Any]:
+  """What a checkpoint and result.json keep of the config."""
+  saved = config_lib.as_json(config)
+  if config.data.name in data.own.DATASETS:
+    saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
+  return saved
 
 
 def saved_config(

@@ -133,8 +133,8 @@ def take_lowest(
   Without `axis_name`, the rows of `examples` at `select_lowest(scores, k)`.
   Under `pmap` with `axis_name`, `scores` and `examples` are this device's
   share of the pool, k counts over all D devices, and device d returns the
-  examples of global ranks [d*k/D, (d+1)*k/D). The selected set does not depend
-  on D: ties go to the lower index in the pool, that is in device order.
+  examples of global ranks `[d*k/D, (d+1)*k/D)`. The selected set does not
+  depend on D: ties go to the lower index in the pool, that is in device order.
 
   Every device gathers all scores (4 bytes each) and finds the same ranking.
   It then writes the selected examples that it holds at their ranks into a

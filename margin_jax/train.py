@@ -8,7 +8,7 @@ Any field can be set on the command line: --config.steps=300.
 import functools
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from margin_jax import command_line, cpu, live, loop, parallel
@@ -48,12 +48,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """The command line."""
-  if __name__ != '__main__':  # as margin-train: --help asks the main module
-    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    sys.modules['__main__'].__doc__ = __doc__
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main, flags_parser=command_line.parser(_CONFIG))
+  command_line.run(main, _CONFIG, __doc__)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from margin_jax import (
   initial,
   parallel,
   pool,
+  runs,
   selection,
 )
 from margin_jax import config as config_lib
@@ -71,12 +72,9 @@ class Trainer:
     self.config = config
     self.source = source
     self.method = method
-    self.saved_config = config_lib.as_json(config)
+    self.saved_config = runs.to_save(config)
     if rule is not None:
       self.saved_config['selection.rule'] = f'custom: {_name(rule)}'
-    if config.data.name in data.own.DATASETS:
-      found = data.own.DATASETS[config.data.name]
-      self.saved_config[config_lib.DIGEST] = found.digest
     self.devices = devices
     self.checkpoints = checkpoints
     self.counters = Counters()

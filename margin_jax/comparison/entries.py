@@ -121,7 +121,7 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   where = f'methods: {text!r}'
   # A plus before a digit is of a number, as in 1e+5.
   rule, *settings = re.split(r'\+(?=[A-Za-z_])', text)
-  allowed = validation.CHOICES[RULE]
+  allowed = (*validation.CHOICES[RULE], *validation.REGISTERED[RULE])
   if rule not in allowed:
     raise ConfigError(f'{where}: the rule {rule!r} must be one of {allowed}')
   known = config_lib.flatten(config)

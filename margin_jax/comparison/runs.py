@@ -11,6 +11,7 @@ import ml_collections
 
 from margin_jax import config as config_lib
 from margin_jax import loop
+from margin_jax import runs as runs_lib
 from margin_jax.comparison.entries import Entry
 from margin_jax.config import ConfigError
 from margin_jax.interrupts import Interrupted, Interrupts
@@ -62,7 +63,7 @@ def finished(
   if not path.exists():
     return None
   result = json.loads(path.read_text(encoding='utf-8'))
-  saved, now = result['config'], config_lib.as_json(config)
+  saved, now = result['config'], runs_lib.to_save(config)
   changed = config_lib.differences(saved, now)
   if changed or result['steps'] > config.steps:
     changed = changed or [f'steps: {result["steps"]} -> {config.steps}']

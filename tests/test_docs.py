@@ -1,0 +1,296 @@
+"""The documentation: it builds, its links lead somewhere, its code runs."""
+
+import html.parser
+import inspect
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from margin_jax import config as config_lib
+from margin_jax import loop, validation
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / 'docs'
+PAGES = sorted(
+  path
+  for path in DOCS.glob('**/*.md')
+  if 'benchmarks' not in path.parts and path.name != 'bad_inputs.md'
+)
+FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+# A console script, and what it starts.
+MODULES = {
+  'margin-train': 'margin_jax.train',
+  'margin-analyze': 'margin_jax.analyze',
+  'margin-compare': 'margin_jax.compare',
+}
+# What other programs than ours are for.
+OTHERS = ('pip', 'python', '.', 'tensorboard')
+# What pages tell of and is not there yet: their tests say so.
+COMING = set()
+
+
+def blocks(path):
+  """(language, title, whether it is only parsed, text) of each block."""
+  found = []
+  for head, text in FENCE.findall(path.read_text()):
+    title = re.search(r'title="([^"]+)"', head)
+    language = re.search(r'\w+', head)
+    assert language, f'{path}: a block without a language'
+    parsed = '.parsed' in head
+    found.append((language[0], title and title[1], parsed, text))
+  return found
+
+
+def commands(text):
+  """The commands of a block, in words."""
+  return [
+    shlex.split(line) for line in text.replace('\\\n', ' ').splitlines() if line
+  ]
+
+
+def module_of(words):
+  """The module of this package that a command starts, and its arguments."""
+  if words[:2] == ['python', '-m'] and words[2].startswith('margin_jax'):
+    return words[2], words[3:]
+  if words[0] in MODULES:
+    return MODULES[words[0]], words[1:]
+  assert words[0] in OTHERS, words
+  return None, words
+
+
+def run_block(text, folder):
+  """Runs the commands of a block as a reader would, with /tmp in `folder`."""
+  for words in commands(text):
+    module, arguments = module_of(words)
+    if module is None:
+      continue
+    arguments = [x.replace('=/tmp/', f'={folder}/') for x in arguments]
+    process = subprocess.run(
+      [sys.executable, '-m', module, *arguments],
+      cwd=folder,
+      env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+      capture_output=True,
+      text=True,
+    )
+    assert not process.returncode, process.stderr + process.stdout
+
+
+def check_parsed(text, folder):
+  """Whether a command could be started: its file, arguments and fields."""
+  for words in commands(text):
+    module, arguments = module_of(words)
+    if module is None:
+      continue
+    source = ROOT / (module.replace('.', '/') + '.py')
+    if not source.exists():
+      COMING.add(module)
+      continue
+    known = re.findall(r"'(?:--)?(\w+)',", source.read_text())
+    given = dict(x.removeprefix('--').split('=', 1) for x in arguments[1:])
+    if arguments[0].startswith('--'):
+      name, _, value = arguments[0].removeprefix('--').partition('=')
+      given[name] = value
+    flags = {name for name in given if not name.startswith('config.')}
+    assert flags <= {*known}, f'{flags - {*known}} of {module}'
+    if 'config' in given:
+      check_config(given, folder)
+
+
+def check_config(given, folder):
+  """Loads the config of a command, sets its fields, and validates it."""
+  path, _, argument = given['config'].partition(':')
+  file = ROOT / path if path.startswith('configs/') else folder / path
+  get_config = runpy.run_path(str(file))['get_config']
+  config = get_config(*([argument] if argument else []))
+  for name, value in given.items():
+    if name.startswith('config.'):
+      field = name.removeprefix('config.')
+      assert field in config_lib.flatten(config), field
+      with config.unlocked():
+        config.update_from_flattened_dict({field: value})
+  validation.validate(config)
+
+
+@pytest.mark.parametrize(
+  'path', PAGES, ids=lambda path: str(path.relative_to(DOCS))
+)
+def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
+  """In their order, in one folder; those marked `parsed` are only checked."""
+  monkeypatch.chdir(tmp_path)
+  COMING.clear()
+  space = {'__name__': 'page'}
+  for language, title, parsed, text in blocks(path):
+    if language == 'bash':
+      if parsed:
+        check_parsed(text, tmp_path)
+      elif path.name != 'index.md':  # which starts the README's command
+        run_block(text, tmp_path)
+      continue
+    assert language == 'python', f'{path}: {language}'
+    if '--8<--' in text:
+      continue
+    code = compile(text, f'{path.name}: {title}', 'exec')
+    if title:
+      (tmp_path / title).write_text(text)
+    elif (
+      'hook=hook' in text
+      and 'hook' not in inspect.signature(loop.train).parameters
+    ):
+      pytest.skip('loop.train takes no hook yet')
+    elif not parsed:
+      exec(code, space)
+  if COMING:
+    pytest.skip(f'to come: {sorted(COMING)}')
+
+
+def takes_hook():
+  """Whether `loop.train` does."""
+  return 'hook' in inspect.signature(loop.train).parameters
+
+
+def test_the_costs_are_those_of_the_formula_and_of_the_tables():
+  """Numbers of the page on costs, which are of files in benchmarks/."""
+  text = (DOCS / 'does_it_pay.md').read_text()
+  space = {}
+  for language, _, parsed, code in blocks(DOCS / 'does_it_pay.md'):
+    if language == 'python' and not parsed:
+      exec(code, space)
+  ratio, forward = space['cost_ratio'], space['forward']
+  calculated = {
+    'B=128': ratio(forward, 128, 64),
+    '`reuse=2`': ratio(forward, 640, 64, 2),
+    '`reuse=5`': ratio(forward, 640, 64, 5),
+    '`every=5`': ratio(forward, 640, 64, 5),
+  }
+  measured = (ROOT / 'benchmarks/selection_cost.md').read_text()
+  for name, value in calculated.items():
+    (row,) = re.findall(
+      rf'^\| {re.escape(name)} \| (\S+) \| (\S+) \|$', text, re.MULTILINE
+    )
+    assert f'{value:.2f}' == row[0]
+    variant = f'mms, {name.strip("`")}'
+    assert re.search(
+      rf'^\| {variant} \| \d+ \| {row[1]} \|', measured, re.MULTILINE
+    )
+  runs = (ROOT / 'benchmarks/time_to_accuracy_small.md').read_text()
+  rows = re.findall(
+    r'^\| (.*) \| (\S+% ± \S+) \| (\d+) \|$', text, re.MULTILINE
+  )
+  assert len(rows) == 6
+  for _, error, seconds in rows:
+    assert re.search(rf'\| {error} \| \S+ \| {seconds} \|', runs), error
+  sources = ''.join(
+    path.read_text()
+    for path in (*ROOT.glob('benchmarks/*.md'), *ROOT.glob('configs/*.py'))
+  ).replace('_', ',')
+  for number in re.findall(r'(?<![\w.=])\d+\.\d+(?![\w.])', text):
+    known = number in sources or number in {'0.215', '0.33', '3.55', '4.4'}
+    assert known or f'| {number} |' in text, number
+
+
+class Links(html.parser.HTMLParser):
+  """Collects where a page links to, and its anchors."""
+
+  def __init__(self):
+    super().__init__()
+    self.links, self.anchors = [], set()
+
+  def handle_starttag(self, tag, attributes):
+    """Of any element."""
+    found = dict(attributes)
+    self.anchors.add(found.get('id'))
+    for name in ('href', 'src'):
+      if found.get(name) and tag != 'base':
+        self.links.append(found[name])
+
+
+@pytest.fixture(scope='module', name='site')
+def _site(tmp_path_factory):
+  """The built pages by their path."""
+  folder = tmp_path_factory.mktemp('site')
+  process = subprocess.run(
+    [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-d', folder],
+    cwd=ROOT,
+    env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'},
+    capture_output=True,
+    text=True,
+  )
+  assert not process.returncode, process.stderr
+  assert 'WARNING' not in process.stderr
+  pages = {}
+  for path in folder.glob('**/*.html'):
+    if path.name != '404.html':
+      pages[path] = Links()
+      pages[path].feed(path.read_text())
+  return pages
+
+
+def test_every_link_resolves(site):
+  """To a file of the site and an anchor in it; others have the right form."""
+  external = set()
+  for path, page in site.items():
+    for link in page.links:
+      if re.match(r'[a-z]+:', link):
+        external.add(link)
+        continue
+      target, _, anchor = link.partition('#')
+      file = (path.parent / target).resolve() if target else path
+      assert file.is_file(), f'{path.name}: {link}'
+      if anchor and file in site and anchor != '__codelineno':
+        assert anchor in site[file].anchors, f'{path.name}: {link}'
+  for link in external:
+    assert re.fullmatch(
+      r'https://(arxiv\.org/abs/\d{4}\.\d{5}'
+      r'|github\.com/[\w-]+/[\w-]+/(issues|pull)/\d+'
+      r'|squidfunk\.github\.io/mkdocs-material/)',
+      link,
+    ), link
+  assert len(external) > 10
+
+
+def test_pages_need_no_network(site):
+  """Whatever a page loads lies beside it."""
+  for path in site:
+    for loaded in re.findall(
+      r'<(?:script|link|img)[^>]*(?:src|href)="([^"]+)"', path.read_text()
+    ):
+      assert not re.match(r'\w+:|//', loaded), f'{path.name}: {loaded}'
+  css = (ROOT / 'docs/katex/katex.min.css').read_text()
+  for font in re.findall(r'url\(([^)]+)\)', css):
+    assert (ROOT / 'docs/katex' / font).is_file(), font
+
+
+def test_the_whole_api_is_in_the_reference():
+  import margin_jax
+
+  text = (DOCS / 'api/functions.md').read_text()
+  named = {*re.findall(r'^::: margin_jax\.(\w+)$', text, re.MULTILINE)}
+  assert named == {*margin_jax.__all__}
+
+
+def test_rules_in_the_docs_are_the_rules():
+  from margin_jax import selection
+
+  text = (DOCS / 'mathematics.md').read_text()
+  for rule in selection.RULES:
+    assert f'`{rule}`' in text, rule
+
+
+def test_code_in_the_docs_is_in_the_style_of_the_code(tmp_path):
+  for path in PAGES:
+    for index, (language, _, _, text) in enumerate(blocks(path)):
+      if language == 'python' and '--8<--' not in text:
+        (tmp_path / f'{path.stem}_{index}.py').write_text(text)
+  settings = ['--config', str(ROOT / 'pyproject.toml'), str(tmp_path)]
+  ruff = [sys.executable, '-m', 'ruff']
+  for command in (['format', '--check'], ['check', '--ignore=E402,F811']):
+    process = subprocess.run(
+      [*ruff, *command, *settings], capture_output=True, text=True
+    )
+    assert not process.returncode, process.stdout
