@@ -11,6 +11,7 @@ this checkout. Nothing is written if a cell fails or warns.
 import argparse
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -61,7 +62,8 @@ def execute(name: str) -> nbformat.NotebookNode:
     try:
       client.execute()
     except nbclient.exceptions.CellExecutionError as error:
-      raise FailedError(f'{name}: {error}') from None
+      plain = re.sub(r'\x1b\[[\d;]*m', '', str(error))  # without colours
+      raise FailedError(f'{name}: {plain}') from None
   for cell in notebook.cells:
     for output in cell.get('outputs', ()):
       if output.get('name') == 'stderr':
