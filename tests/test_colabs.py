@@ -84,17 +84,47 @@ def run_small(name, folder, **environment):
   return read(name, folder)
 
 
+def write_weights(folder):
+  """A small BERT with random weights, in Hugging Face's layout."""
+  model = bert.Bert(
+    num_classes=2, vocab_size=len(VOCAB), layers=1, width=8, heads=2
+  )  # fmt: skip
+  ids = np.zeros((1, 8), np.int32)
+  inputs = {'ids': ids, 'segments': ids, 'mask': ids}
+  variables = model.init(jax.random.key(0), inputs, train=False)
+  words = folder / 'words.txt'
+  words.write_text('\n'.join(VOCAB) + '\n', encoding='utf-8')
+  sizes = bert_weights.sizes_of(model)
+  bert_weights.write(folder / 'weights', variables, sizes, words)
+  return folder / 'weights'
+
+
+def glue_environment(folder):
+  """A task and weights for what glue_mmr skips without: RTE, in small."""
+  write_task(folder, 'glue/rte', sizes=(80, 20, 16))
+  weights = str(write_weights(folder))
+  return {'DATA_DIR': str(folder), 'WEIGHTS': weights, 'MODEL': 'bert1_8_2'}
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
   """The cells' own assertions hold; the install cell has nothing to do."""
-  found, committed = run_small(name, tmp_path), read(name)
-  assert [
-    x.output_type for x in outputs(found) if x.output_type == 'error'
-  ] == []
+  environment = glue_environment(tmp_path) if name == 'glue_mmr' else {}
+  found, committed = run_small(name, tmp_path, **environment), read(name)
+  assert all(x.output_type != 'error' for x in outputs(found))
   assert install_cell(found).outputs == []
   assert len(pictures(found)) == len(pictures(committed))
   sources = [[cell.source for cell in x.cells] for x in (found, committed)]
   assert sources[0] == sources[1]
+  if environment:
+    lines = re.findall(
+      r"^rte, alpha (\S+): \{'accuracy': [\d.]+\}$",
+      printed(found),
+      re.MULTILINE,
+    )
+    assert lines == ['0', '1e-05']
+    assert 'skipped' not in printed(found)
+    assert 'skipped' in printed(committed)
 
 
 def test_a_cell_that_fails_or_warns_is_reported_and_not_kept(tmp_path):
@@ -193,36 +223,3 @@ def test_install_cell_takes_jax_with_its_plugin_and_never_downgrades(
     assert found == [f'jax[cuda12]=={jax}', f'flax=={flax}']
     found = installs(monkeypatch, python, libtpu='0.1', jax='0.12.0')
     assert found == ['jax[tpu]==0.12.0', 'flax>=0.12.12']
-
-
-def write_weights(folder):
-  """A small BERT with random weights, in Hugging Face's layout."""
-  model = bert.Bert(
-    num_classes=2, vocab_size=len(VOCAB), layers=1, width=8, heads=2
-  )  # fmt: skip
-  ids = np.zeros((1, 8), np.int32)
-  inputs = {'ids': ids, 'segments': ids, 'mask': ids}
-  variables = model.init(jax.random.key(0), inputs, train=False)
-  words = folder / 'words.txt'
-  words.write_text('\n'.join(VOCAB) + '\n', encoding='utf-8')
-  sizes = bert_weights.sizes_of(model)
-  bert_weights.write(folder / 'weights', variables, sizes, words)
-  return folder / 'weights'
-
-
-def test_glue_with_data_and_weights(tmp_path):
-  """What is skipped without: four steps with and without MMR."""
-  write_task(tmp_path, 'glue/rte', sizes=(80, 20, 16))
-  found = run_small(
-    'glue_mmr',
-    tmp_path,
-    DATA_DIR=str(tmp_path),
-    WEIGHTS=str(write_weights(tmp_path)),
-    MODEL='bert1_8_2',
-  )
-  lines = re.findall(
-    r"^rte, alpha (\S+): \{'accuracy': [\d.]+\}$", printed(found), re.MULTILINE
-  )
-  assert lines == ['0', '1e-05']
-  assert 'skipped' not in printed(found)
-  assert 'skipped' in printed(read('glue_mmr'))
