@@ -98,7 +98,7 @@ def competitors(
     labels: (B,) integers in [0, C).
 
   Returns:
-    (B,) int32. For a label outside [0, C) there is no competitor: -1.
+    (B,) int32; -1 for a label outside [0, C), which has no competitor.
 
   Raises:
     TypeError: `logits` is not floating or `labels` not integer.

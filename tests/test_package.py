@@ -1,5 +1,6 @@
 """What a newcomer meets: the README, the public names, the version check."""
 
+import ast
 import importlib
 import pathlib
 import re
@@ -60,8 +61,6 @@ def test_importing_under_the_broken_jaxlib_warns(monkeypatch):
 
 def test_no_file_or_function_is_long():
   """400 lines a file, 60 a function without its docstring."""
-  import ast
-
   for path in ROOT.glob('[!.]*/**/*.py'):
     text = path.read_text()
     assert text.count('\n') <= 400, path
@@ -116,9 +115,12 @@ def test_scripts_name_functions():
   assert {*scripts} == {'margin-train', 'margin-analyze', 'margin-compare'}
   for target in scripts.values():
     module, function = target.split(':')
-    if module == 'margin_jax.compare':
-      pytest.importorskip(module)
-    assert callable(getattr(importlib.import_module(module), function))
+    path = ROOT / (module.replace('.', '/') + '.py')
+    if module == 'margin_jax.compare' and not path.exists():
+      pytest.skip(f'to come: {module}')
+    # Not imported: two of them in one process would define --config twice.
+    defined = ast.parse(path.read_text()).body
+    assert function in [getattr(x, 'name', None) for x in defined]
 
 
 def test_the_version_stands_in_one_place():
@@ -152,8 +154,8 @@ def test_scripts_explain_themselves(name):
   """The help of a console script, whose main module is another."""
   target = metadata()['project']['scripts'][f'margin-{name}']
   module, function = target.split(':')
-  if name == 'compare':
-    pytest.importorskip(module)
+  if not (ROOT / f'margin_jax/{name}.py').exists():
+    pytest.skip(f'to come: {module}')
   code = (
     f'import sys; sys.argv = ["margin-{name}", "--help"]\n'
     f'from {module} import {function}; {function}()'
