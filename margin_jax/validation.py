@@ -146,9 +146,14 @@ def _check_models(flat: dict[str, Any]) -> None:
     require(holds, name, flat[name], f'one of {allowed}')
 
 
+def choices(name: str) -> tuple[str | None, ...]:
+  """What the field may be, of those in `CHOICES`."""
+  return (*CHOICES[name], *REGISTERED.get(name, ()))
+
+
 def _check_values(flat: dict[str, Any]) -> None:
-  for name, allowed in CHOICES.items():
-    allowed = (*allowed, *REGISTERED.get(name, ()))
+  for name in CHOICES:
+    allowed = choices(name)
     require(flat[name] in allowed, name, flat[name], f'one of {allowed}')
   for name in FLAGS:
     require(isinstance(flat[name], bool), name, flat[name], 'True or False')
