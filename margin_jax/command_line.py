@@ -59,7 +59,7 @@ def _parser(
     except flags.Error as error:
       sys.exit(f'error: {explain(error)}')
     except (AttributeError, KeyError) as error:  # of a field, of a group
-      if not re.match(r"""['"\\]+\w+""", str(error.args[0])):
+      if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
         raise  # a mistake in the config file's own code: show where
       text = str(error.args[0]).replace('\\n', ' ')
       name, *hint = re.findall(r'\w+(?: \w+)*', text)

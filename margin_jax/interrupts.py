@@ -46,6 +46,8 @@ class Interrupts:
     self._before: dict[int, Any] = {}
     self._pipe: tuple[int, int] | None = None
     self._old_wakeup = -1
+    # Whether the first signal was seen by another one of these.
+    self._passed_on = False
 
   def __enter__(self) -> Self:
     """Takes the signals over."""
@@ -57,6 +59,7 @@ class Interrupts:
     for number in SIGNALS:
       if signal.getsignal(number) is not signal.SIG_IGN:
         self._before[number] = signal.signal(number, self._remember)
+    self._passed_on = any(outer.number for outer in self._outer())
     # Python's handlers wait for what is computed in C++, and that may hang.
     threading.Thread(target=self._count, daemon=True).start()
     return self
@@ -80,14 +83,20 @@ class Interrupts:
 
   def _remember(self, number: int, frame: object) -> None:
     self.number = self.number or number
-    outer = getattr(self._before[number], '__self__', None)
-    if isinstance(outer, Interrupts):  # which stops what comes after, too
+    for outer in self._outer():  # which stops what comes after, too
+      outer._passed_on = True
       outer._remember(number, frame)
+
+  def _outer(self) -> list['Interrupts']:
+    owners = {getattr(x, '__self__', None) for x in self._before.values()}
+    return [owner for owner in owners if isinstance(owner, Interrupts)]
 
   def _count(self) -> None:
     came = 0
     while byte := os.read(self._pipe[0], 1):
-      came += byte[0] in self._before
-      if came > 1:
+      if byte[0] not in self._before:
+        continue
+      if came or self._passed_on:
         leave(128 + byte[0])
+      came += 1
     os.close(self._pipe[0])

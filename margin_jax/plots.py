@@ -23,6 +23,12 @@ def figure(width: float, height: float) -> Any:
   return made
 
 
+def save(made: Any, path: pathlib.Path, dpi: int) -> None:
+  """Writes the figure as PNG, whole or not at all."""
+  with files.whole(path) as aside:
+    made.savefig(aside, format='png', dpi=dpi)
+
+
 def _bands(axes: Any, rows: list[dict[str, Any]], color: str) -> None:
   """Quantile bands and the median of a quantity over the checkpoints."""
   rows = [row for row in rows if np.isfinite(row['q50'])]
@@ -93,4 +99,4 @@ def margins(
     _histogram(line[-1], {split: last[split][quantity] for split in splits})
     line[-1].set_xlabel(quantity)
     line[-1].set_title('last checkpoint')
-  drawn.savefig(path, dpi=100)
+  save(drawn, path, 100)

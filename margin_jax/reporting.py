@@ -26,7 +26,7 @@ class _Table:
       return
     rows = self._read()
     if self._fields:
-      kept = [row for row in rows if int(row['step']) <= after]
+      kept = [row for row in rows if _whole(row) and int(row['step']) <= after]
       files.write_csv(path, self._fields, kept)
 
   def _read(self) -> list[dict[str, str]]:
@@ -44,6 +44,11 @@ class _Table:
       files.write_csv(self._path, self._fields, rows)
     with self._path.open('a', newline='') as file:
       csv.DictWriter(file, self._fields).writerow(row)
+
+
+def _whole(row: dict[str, str | None]) -> bool:
+  """Whether a row was not cut by what stopped the run."""
+  return None not in row.values() and row['step'].isdigit()
 
 
 def _duration(seconds: float) -> str:

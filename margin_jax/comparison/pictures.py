@@ -95,7 +95,7 @@ def error(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
     _percent_axis(axes, least, max(means, default=100) or 100)
   grid[0].set_ylabel('error, % (— test, - - training batches)')
   _legend(figure, grid[0])
-  figure.savefig(path, dpi=DPI)
+  plots.save(figure, path, DPI)
 
 
 def mean_mms(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
@@ -111,7 +111,7 @@ def mean_mms(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
   axes.grid(alpha=0.3)
   _count_axis(axes.xaxis)
   _legend(figure, axes)
-  figure.savefig(path, dpi=DPI)
+  plots.save(figure, path, DPI)
 
 
 def cost(
@@ -143,4 +143,4 @@ def cost(
     axes.grid(alpha=0.3)
   grid[0].set_ylabel('test accuracy after the last step, %')
   _legend(figure, grid[0])
-  figure.savefig(path, dpi=DPI)
+  plots.save(figure, path, DPI)

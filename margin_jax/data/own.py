@@ -48,7 +48,8 @@ DATASETS: dict[str, Own] = {}
 
 
 def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
-  inputs = np.asarray(inputs)
+  # A copy: what is changed later would still have the digest of now.
+  inputs = np.array(inputs)
   if inputs.dtype == np.uint8:
     if inputs.ndim != 4:
       raise ValueError(

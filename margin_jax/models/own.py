@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -80,7 +81,8 @@ def lacks(
   if logits.shape[1] != num_classes:
     return f'returns {num_classes} logits, not {logits.shape[1]}'
   expected = features.shape[1], num_classes
-  kernel = variables['params'].get('head', {}).get('kernel')
+  head = variables.get('params', {}).get('head')
+  kernel = head.get('kernel') if isinstance(head, Mapping) else None
   if kernel is None or kernel.shape != expected:
     return (
       f"ends with nn.Dense({num_classes}, name='head') of the features it "
