@@ -354,6 +354,7 @@ def _finish(
     'seed': trainer.config.seed,
     **dataclasses.asdict(trainer.counters),
     'compile_seconds': trainer.program.compile_seconds,
+    'host_cores': os.cpu_count(),
     'device': trainer.devices.kind,
     'devices': trainer.devices.total,
     'versions': versions(),

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from margin_jax import files
+
 # Pairs of columns of distributions.csv, the widest band first.
 BANDS = (('q1', 'q99'), ('q5', 'q95'), ('q25', 'q75'))
 BINS = 80

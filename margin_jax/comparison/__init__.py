@@ -13,6 +13,7 @@ from margin_jax.comparison import budgets, entries, runs
 from margin_jax.comparison.report import Report
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.interrupts import Interrupts
+from margin_jax.nonfinite import NonFiniteError
 
 METHODS = (UNIFORM, 'random', 'mms', 'loss', 'entropy')
 
@@ -90,7 +91,9 @@ def compare(
     ConfigError: a field or an argument is bad, or the workdir holds runs of
       other configs; before anything is trained.
     DatasetError: the dataset is missing or broken.
-    NonFiniteError, DamagedError: as in `loop.train`.
+    NonFiniteError: some runs were not finite; raised at the end, when all
+      others are done and written down.
+    DamagedError: as in `loop.train`.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'
@@ -104,13 +107,47 @@ def compare(
     costs = budgets.Costs(folder, budget, interrupts, log)
     found = budgets.share(found, baseline, costs, log)
     all_runs = runs.make(found, seeds, folder)
-    results = runs.train(all_runs, interrupts, log)
-    report = Report(all_runs, results, baseline)
-    shown = [f'{run.seed}' for run in all_runs if run.entry is found[0]]
-    about = [
-      *([f'Command: `{command}`', ''] if command else []),
-      f'Budget: the {budget} of `{baseline}`. Seeds: {", ".join(shown)}.',
-    ]
-    log(report.write(folder, about))
-  log(f'written to {folder}')
+    runs.check(all_runs)
+    about = _about(all_runs, budget, baseline, command)
+    text, report = '', None
+    for outcome in runs.train(all_runs, interrupts, log):
+      ended = len(outcome.runs) + len(outcome.failures)
+      compared = any(run.entry.method == baseline for run in outcome.runs)
+      if compared and ended % len(found) == 0:  # a seed of everything
+        report = Report(outcome.runs, outcome.results, baseline)
+        text = report.write(folder, [*about, *_failed(outcome)])
+  if report is not None:
+    log(text)
+    log(f'written to {folder}')
+  if outcome.failures:
+    first = outcome.failures[0][1]
+    lines = '\n  '.join(name for name, _ in outcome.failures)
+    raise NonFiniteError(
+      f'{len(outcome.failures)} of {len(all_runs)} runs were not finite, and '
+      f'are left out:\n  {lines}',
+      first.step,
+    )
   return report.rows
+
+
+def _about(
+  all_runs: Sequence[runs.Run], budget: str, baseline: str, command: str
+) -> list[str]:
+  """What stands below the tables: the command, the budget, the seeds."""
+  first = all_runs[0].entry
+  seeds = ', '.join(f'{run.seed}' for run in all_runs if run.entry is first)
+  steps = {run.entry.config.steps for run in all_runs}
+  text = f'Budget: the {budget} of `{baseline}`.'
+  if budget == 'steps' and len(steps) > 1:
+    text = 'Budget: none; each has the steps of its own config.'
+  if budget == 'seconds':
+    text += ' They are estimated from short runs: see what was spent.'
+  lines = [f'Command: `{command}`', ''] if command else []
+  return [*lines, f'{text} Seeds: {seeds}.']
+
+
+def _failed(outcome: runs.Outcome) -> list[str]:
+  if not outcome.failures:
+    return []
+  lines = [f'- {name}: {error}' for name, error in outcome.failures]
+  return ['', 'Not finite, and left out:', '', *lines]

@@ -15,10 +15,9 @@ import ml_collections
 
 from margin_jax import build, checkpoints, files, loop, sources, trainer
 from margin_jax import config as config_lib
-from margin_jax.comparison import entries as entries_lib
 from margin_jax.comparison.entries import Entry
 from margin_jax.config import ConfigError
-from margin_jax.interrupts import Interrupts
+from margin_jax.interrupts import Interrupted, Interrupts
 
 BUDGETS = ('steps', 'flops', 'seconds')
 # Enough for a mean that a slow step does not move much.
@@ -144,10 +143,12 @@ def seconds(
   config: ml_collections.ConfigDict, facts: Facts, folder: pathlib.Path
 ) -> float:
   """What a run will take, from a short one in `folder`, which is removed."""
-  shutil.rmtree(folder, ignore_errors=True)  # of one that was interrupted
+  shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
   short = pilot(config, facts)
-  result = loop.train(short, str(folder), log=lambda line: None)
-  shutil.rmtree(folder)
+  try:
+    result = loop.train(short, str(folder), log=lambda line: None)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
   return result['seconds'] / short.steps * config.steps
 
 
@@ -173,6 +174,7 @@ class Costs:
     self.budget = budget
     self._interrupts = interrupts
     self._log = log
+    self._warm = False
     self._known: dict[str, Any] = {}
     if self._path.exists():
       self._known = json.loads(self._path.read_text(encoding='utf-8'))
@@ -185,13 +187,26 @@ class Costs:
     if known is None or not _same(known['config'], config):
       self._interrupts.check()
       self._log(f'measuring {key}')
-      if self.budget == 'flops':
-        cost = flops(entry.config)
-      else:
-        cost = seconds(entry.config, facts, self._pilots / entry.folder)
+      cost = self._measure(entry, facts)
       known = self._known[key] = {'cost': cost, 'config': config}
       files.write_json(self._path, self._known)
     return known['cost']
+
+  def _measure(self, entry: Entry, facts: Facts) -> float:
+    if self.budget == 'flops':
+      return flops(entry.config)
+    folder = self._pilots / entry.folder
+    try:
+      if not self._warm:  # the first of a process is slow
+        seconds(entry.config, facts, folder)
+        self._warm = True
+      return seconds(entry.config, facts, folder)
+    except Interrupted as stopped:
+      raise Interrupted(
+        f'stopped while {entry.name} was measured, which the same command does '
+        'again',
+        stopped.status - 128,
+      ) from stopped
 
 
 def _same(saved: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -208,8 +223,8 @@ def share(
 ) -> list[Entry]:
   """The entries with the steps that the budget gives them.
 
-  The budget is what the baseline's own schedule costs, at the same point of a
-  sweep. With 'steps', everyone has its own schedule.
+  The budget is what the baseline's own schedule costs; where a sweep gives it
+  several, the most that one costs. With 'steps', everyone has its own schedule.
 
   Raises:
     ConfigError: an entry cannot do a step in it, or its schedule does not fit.
@@ -217,14 +232,20 @@ def share(
   facts = [_named(entry, check) for entry in entries]
   if costs.budget == 'steps':
     return [*entries]
+  base = entries[[entry.method for entry in entries].index(baseline)].config
+  for entry in entries:
+    if entry.config.steps != base.steps:
+      raise ConfigError(
+        f'{entry.name}: steps={entry.config.steps} is not allowed with budget='
+        f'{costs.budget!r}, which decides that: it must be {base.steps}'
+      )
   spent = {e.name: costs(e, f) for e, f in zip(entries, facts, strict=True)}
+  total = max(spent[e.name] for e in entries if e.method == baseline)
   shared = []
   for entry, fact in zip(entries, facts, strict=True):
-    reference = entries_lib.matching(entry, entries, baseline)
-    if entry is reference:
+    if entry.method == baseline and spent[entry.name] == total:
       shared.append(entry)
       continue
-    total = spent[reference.name]
     per_step = spent[entry.name] / entry.config.steps
     unit = _unit(entry.config, fact)
     steps = steps_within(total, per_step, unit)

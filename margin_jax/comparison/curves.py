@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from margin_jax.config import ConfigError
+
 Row = dict[str, float]
 
 
@@ -39,12 +41,24 @@ def _read(path: pathlib.Path, names: Sequence[str], split: str = '') -> list:
 
 
 def read(folder: pathlib.Path) -> Curves:
-  """Reads eval.csv and train.csv of a run."""
+  """Reads eval.csv and train.csv of a run.
+
+  Raises:
+    ConfigError: they are not as the run has left them.
+  """
   costs = ('flops', 'seconds')
-  return Curves(
-    test=_read(folder / 'eval.csv', costs, 'test'),
-    train=_read(folder / 'train.csv', (*costs, 'mean_mms')),
-  )
+  try:
+    found = Curves(
+      test=_read(folder / 'eval.csv', costs, 'test'),
+      train=_read(folder / 'train.csv', (*costs, 'mean_mms')),
+    )
+  except (OSError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f'{folder}: its tables cannot be read: {error}'
+    ) from error
+  if not found.test or not found.train:
+    raise ConfigError(f'{folder}: its tables have lost their rows')
+  return found
 
 
 def spread(
@@ -102,6 +116,7 @@ def row(
       found[f'{split}_error'] = 1 - result[split]['accuracy']
   costs = (
     'examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',
+    'skipped', 'undecodable',
   )  # fmt: skip
   return found | {name: result[name] for name in costs}
 
@@ -133,6 +148,6 @@ def summarize(
   }
   if 'validation_error' in rows[0]:
     found['validation'] = mean_and_deviation(values('validation_error'))
-  for name in ('examples_scored', 'flops', 'seconds'):
+  for name in ('examples_scored', 'flops', 'seconds', 'skipped'):
     found[name] = float(np.mean(values(name)))
   return found

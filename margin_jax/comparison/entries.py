@@ -121,7 +121,7 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   where = f'methods: {text!r}'
   # A plus before a digit is of a number, as in 1e+5.
   rule, *settings = re.split(r'\+(?=[A-Za-z_])', text)
-  allowed = (*validation.CHOICES[RULE], *validation.REGISTERED[RULE])
+  allowed = validation.choices(RULE)
   if rule not in allowed:
     raise ConfigError(f'{where}: the rule {rule!r} must be one of {allowed}')
   known = config_lib.flatten(config)
@@ -248,6 +248,11 @@ def make(
           f'methods: {entry.name!r} and {other.name!r} would have the same '
           f'folder, {entry.folder}'
         )
+  for field, values in grid.items():
+    if not any(field in entry.point for entry in entries.values()):
+      raise ConfigError(
+        f'sweep: {field}={values} is not allowed: none of the methods has it'
+      )
   for entry in entries.values():
     try:
       validation.validate(entry.config)

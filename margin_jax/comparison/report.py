@@ -1,7 +1,6 @@
 """The files that a comparison writes: tables, curves, pictures."""
 
 import itertools
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,8 @@ from margin_jax.comparison.entries import Entry, matching
 from margin_jax.comparison.runs import Run
 
 Rows = list[dict[str, Any]]
+COMPARISON, SWEEP = 'compare.md', 'sweep.md'
+PICTURES = ('error', 'mean_mms', 'cost')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds. p: '
   'two-sided Welch t-test of the test errors against `{baseline}`, not '
@@ -32,7 +33,8 @@ def hardware(results: Sequence[Mapping[str, Any]]) -> list[str]:
   devices, versions = {}, {}
   for result in results:
     name = f'{result["devices"]} x {result["device"]}'
-    devices[f'{name} ({os.cpu_count()} host cores)'] = None
+    cores = result.get('host_cores', 'unknown')
+    devices[f'{name} (host cores: {cores})'] = None
     shown = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
     versions[shown] = None
   return [
@@ -85,15 +87,18 @@ class Report:
     self._entries = list({run.entry.name: run.entry for run in runs}.values())
     self._curves = [curves.read(run.folder) for run in runs]
     rows = grouped(runs, self.rows)
-    self._summaries = {
-      entry.name: curves.summarize(
-        rows[entry.name], rows[matching(entry, self._entries, baseline).name]
+    self._summaries = {}
+    for entry in self._entries:
+      # A diverged run is not among these; that of another point may be.
+      reference = matching(entry, self._entries, baseline) or next(
+        x for x in self._entries if x.method == baseline
       )
-      for entry in self._entries
-    }
+      self._summaries[entry.name] = curves.summarize(
+        rows[entry.name], rows[reference.name]
+      )
 
   def write(self, folder: pathlib.Path, about: Sequence[str]) -> str:
-    """Writes all files; the table, to be printed.
+    """Writes all files, and removes those of another command; the table.
 
     Args:
       folder: that exists.
@@ -106,23 +111,35 @@ class Report:
       for row in found.test
     ]
     write_rows(folder / 'compare.csv', points)
-    footer = ['', *about, '', *hardware(self.results)]
+    footer = ['', *about, *self._skipped(), '', *hardware(self.results)]
     fields = list(dict.fromkeys(f for e in self._entries for f in e.point))
     if not fields:
+      (folder / SWEEP).unlink(missing_ok=True)
       return self._compare(folder, self._entries, footer)
     text, chosen = self._sweep(fields)
+    if not chosen:
+      for name in (COMPARISON, *(f'{x}.png' for x in PICTURES)):
+        (folder / name).unlink(missing_ok=True)
     note = (
       'In bold: for each method, the lowest validation error.'
       if chosen
       else 'Without a validation split (data.validation_examples) none is best.'
     )
-    _write(folder / 'sweep.md', ['# Sweep', '', *text, '', note, *footer])
+    _write(folder / SWEEP, ['# Sweep', '', *text, '', note, *footer])
     shown = '\n'.join([*text, '', note])
     if chosen:
       note = 'Each method at its point of the sweep with the lowest validation '
-      footer = ['', f'{note}error: sweep.md.', *footer]
+      footer = ['', f'{note}error: {SWEEP}.', *footer]
       shown += '\n\n' + self._compare(folder, chosen, footer)
     return shown
+
+  def _skipped(self) -> list[str]:
+    lines = []
+    for name, found in self._summaries.items():
+      if found['skipped']:
+        steps = f'{found["skipped"]:g} steps a run'
+        lines += ['', f'`{name}`: {steps} were skipped, not being finite.']
+    return lines
 
   def _sweep(self, fields: list[str]) -> tuple[list[str], list[Entry]]:
     """The table, and the best entries if there is a validation split."""
@@ -156,11 +173,11 @@ class Report:
     pictures.mean_mms(folder / 'mean_mms.png', drawn)
     points = {name: rows[name] for name in summaries}
     pictures.cost(folder / 'cost.png', points)
-    images = [f'![{x}]({x}.png)\n' for x in ('error', 'mean_mms', 'cost')]
+    images = [f'![{x}]({x}.png)\n' for x in PICTURES]
     config = entries[0].config
     title = f'# {config.data.name}, {config.model.name}: methods compared'
     _write(
-      folder / 'compare.md',
+      folder / COMPARISON,
       [title, '', *text, '', explanation, *footer, '', *images],
     )
     return '\n'.join([*text, '', explanation])

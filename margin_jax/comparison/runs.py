@@ -4,17 +4,18 @@ import copy
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import loop
+from margin_jax import loop, validation
 from margin_jax import runs as runs_lib
 from margin_jax.comparison.entries import Entry
 from margin_jax.config import ConfigError
 from margin_jax.interrupts import Interrupted, Interrupts
+from margin_jax.nonfinite import NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Run:
     config.seed = self.seed
     return config
 
+  @property
+  def name(self) -> str:
+    """Of the entry and the seed."""
+    return f'{self.entry.name}, seed {self.seed}'
+
 
 def make(
   entries: Sequence[Entry], seeds: int, workdir: pathlib.Path
@@ -51,6 +57,33 @@ def make(
   ]
 
 
+def check(runs: Sequence[Run]) -> None:
+  """Checks the configs of all seeds.
+
+  Raises:
+    ConfigError: one is bad.
+  """
+  for run in runs:
+    try:
+      validation.validate(run.config)
+    except ConfigError as error:
+      raise ConfigError(f'{run.name}: {error}') from error
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    result = json.loads(path.read_text(encoding='utf-8'))
+    if {'config', 'steps', 'test'} <= {*result}:
+      return result
+    problem = 'it is no result of margin_jax'
+  except (ValueError, TypeError) as error:
+    problem = str(error)
+  raise ConfigError(
+    f'{path} cannot be read ({problem}): remove it, and the run is finished '
+    'again'
+  )
+
+
 def finished(
   config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> dict[str, Any] | None:
@@ -62,7 +95,7 @@ def finished(
   path = folder / 'result.json'
   if not path.exists():
     return None
-  result = json.loads(path.read_text(encoding='utf-8'))
+  result = _read(path)
   saved, now = result['config'], runs_lib.to_save(config)
   changed = config_lib.differences(saved, now)
   if changed or result['steps'] > config.steps:
@@ -88,19 +121,36 @@ def _train(run: Run) -> dict[str, Any]:
     return loop.train(run.config, str(run.folder), log=log)
 
 
+@dataclasses.dataclass
+class Outcome:
+  """What came of the runs so far, in their order.
+
+  Attributes:
+    runs: those that are complete.
+    results: what their result.json hold.
+    failures: the name and the error of those that were not finite.
+  """
+
+  runs: list[Run] = dataclasses.field(default_factory=list)
+  results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  failures: list[tuple[str, NonFiniteError]] = dataclasses.field(
+    default_factory=list
+  )
+
+
 def train(
   runs: Sequence[Run], interrupts: Interrupts, log: Callable[[str], None]
-) -> list[dict[str, Any]]:
-  """The results of all runs; trains what is missing.
+) -> Iterator[Outcome]:
+  """Trains what is missing; the outcome after every run.
 
   Raises:
     ConfigError: before anything is trained, if one has another's result.
     Interrupted: a signal came; what was trained is saved.
   """
   done = [finished(run.config, run.folder) for run in runs]
-  results = []
+  outcome = Outcome()
   for number, (run, result) in enumerate(zip(runs, done, strict=True), 1):
-    name = f'run {number} of {len(runs)}: {run.entry.name}, seed {run.seed}'
+    name = f'run {number} of {len(runs)}: {run.name}'
     before = 'complete already: '
     if result is None:
       interrupts.check()
@@ -112,9 +162,15 @@ def train(
         raise Interrupted(
           f'{name}: {stopped}', stopped.status - 128
         ) from stopped
+      except NonFiniteError as error:
+        log(f'{name}: {error}')
+        outcome.failures.append((run.name, error))
+        yield outcome
+        continue
     log(
       f'{name}: {before}test error {1 - result["test"]["accuracy"]:.2%} after '
       f'{result["steps"]:,} steps, {result["seconds"]:.1f} s of training'
     )
-    results.append(result)
-  return results
+    outcome.runs.append(run)
+    outcome.results.append(result)
+    yield outcome

@@ -1,7 +1,6 @@
 """Two processes: killed and started again, or continued by one."""
 
 import signal
-import time
 
 import numpy as np
 
@@ -33,10 +32,8 @@ def test_a_killed_process_stops_the_other_and_both_start_again(tmp_path):
     runs.wait_for(first, 'step 20/')
     second.send_signal(signal.SIGKILL)
     second.communicate()
-    killed = time.monotonic()
     output = first.communicate(timeout=60)[0]
     assert first.returncode not in (0, None)
-    assert time.monotonic() - killed < 60
     # Whichever sees it first: the trainer, or JAX.
     ours, jaxs = 'another process of this run is gone', 'another task died'
     assert ours in output or jaxs in output, output

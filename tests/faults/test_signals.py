@@ -69,11 +69,9 @@ def test_two_signals_end_a_process_that_is_busy():
     cwd=runs.ROOT,
   )
   process.stdout.readline()
-  started = time.monotonic()
   process.send_signal(signal.SIGTERM)
   time.sleep(0.5)
   assert process.poll() is None
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=30)
   assert process.returncode == 128 + signal.SIGTERM
-  assert time.monotonic() - started < 30
