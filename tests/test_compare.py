@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
-from margin_jax import comparison, files, interrupts, loop
+from margin_jax import comparison, files, interrupts, loop, nonfinite
 from margin_jax import config as config_lib
 from margin_jax.comparison import budgets, runs
 from margin_jax.comparison.entries import Entry
@@ -19,6 +19,8 @@ from margin_jax.config import ConfigError
 from tests.helpers import ROOT, small_config
 
 COSTS = ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait')
+# A weight of MMR.
+DIVERGES = 1e12
 
 
 def quiet(line):
@@ -51,6 +53,8 @@ class Pretended:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     self.trained.append((config.selection.rule, config.seed, config.steps))
+    if config.mmr.alpha == DIVERGES:
+      raise nonfinite.NonFiniteError('loss is inf at step 3', 3)
     log('a line')
     rate = 1 if config.selection.rule == 'uniform' else 4
     error = 0.1 + 0.01 * config.seed + 0.001 * rate
@@ -64,6 +68,7 @@ class Pretended:
     result = {
       'test': {'accuracy': 1 - error},
       'steps': config.steps, **costs, 'device': 'abacus', 'devices': 1,
+      'skipped': 0, 'undecodable': 0, 'host_cores': 5,
       'versions': {'jax': '7'}, 'config': config_lib.as_json(config),
     }  # fmt: skip
     if config.data.validation_examples:
@@ -162,8 +167,9 @@ def test_seconds_are_those_of_pilots_and_kept(tmp_path, pretended):
   rows = compare(tmp_path, 'uniform', 'mms', **options)
   assert [row['steps'] for row in rows] == [400, 100, 100]
   assert [row['seconds'] for row in rows] == [400, 400, 400]
-  pilots = [(rule, 0, 100) for rule in ('uniform', 'mms', 'random')]
-  assert pretended.trained[:3] == pilots
+  # The first of a process is slow, and does not count.
+  rules = ('uniform', 'uniform', 'mms', 'random')
+  assert pretended.trained[:4] == [(rule, 0, 100) for rule in rules]
   saved = json.loads((tmp_path / 'runs/mms/seed_0/result.json').read_text())
   assert saved['config']['optimizer.boundaries'] == [50]
   assert not [*(tmp_path / 'pilots').glob('**/*.*')]
@@ -199,11 +205,77 @@ def test_a_sweep_without_validation_has_no_best(tmp_path, pretended):
   assert not (tmp_path / 'compare.md').exists()
 
 
+def test_files_of_another_command_do_not_stay(tmp_path, pretended):
+  config = small_config(**{'data.validation_examples': 0})
+  compare(tmp_path, 'uniform', config=config)
+  assert (tmp_path / 'compare.md').exists()
+  sweep = ['batch_size=4,8']
+  compare(tmp_path, 'uniform', config=config, sweep=sweep)
+  assert not (tmp_path / 'compare.md').exists()
+  assert not [*tmp_path.glob('*.png')]
+  compare(tmp_path, 'uniform', config=config)
+  assert not (tmp_path / 'sweep.md').exists()
+
+
+def test_a_run_that_diverges_is_left_out_and_named(tmp_path, pretended):
+  options = {'sweep': [f'mmr.alpha=1e-4,{DIVERGES}'], 'seeds': 2}
+  with pytest.raises(nonfinite.NonFiniteError, match='4 of 8 runs') as caught:
+    compare(tmp_path, 'uniform', 'random', **options)
+  assert 'random, mmr.alpha=1000000000000.0, seed 1' in str(caught.value)
+  assert len(pretended.trained) == 8
+  text = (tmp_path / 'sweep.md').read_text()
+  assert 'seed 1: loss is inf at step 3' in text
+  assert len(read(tmp_path / 'runs.csv')) == 4
+  assert (tmp_path / 'compare.md').exists()
+
+
+def test_every_seed_writes_its_tables(tmp_path, pretended):
+  def stop(line):
+    if 'seed 1: starts' in line:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    compare(tmp_path, 'uniform', 'mms', seeds=2, log=stop)
+  assert len(read(tmp_path / 'runs.csv')) == 3
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"config"'])
+def test_a_result_that_cannot_be_read_is_named(tmp_path, pretended, text):
+  compare(tmp_path, 'uniform')
+  path = tmp_path / 'runs/uniform/seed_0/result.json'
+  path.write_text(text)
+  with pytest.raises(ConfigError, match=r'result\.json cannot be read'):
+    compare(tmp_path, 'uniform')
+
+
+@pytest.mark.parametrize('name', ['train.csv', 'eval.csv'])
+def test_tables_that_are_lost_are_named(tmp_path, pretended, name):
+  compare(tmp_path, 'uniform')
+  path = tmp_path / 'runs/uniform/seed_0' / name
+  head = path.read_text().splitlines()[0]
+  for text in (f'{head}\n', 'x\n1\n', None):
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ConfigError, match='uniform/seed_0: its tables'):
+      compare(tmp_path, 'uniform')
+
+
+def test_one_budget_for_all_points_of_a_sweep(tmp_path, pretended):
+  options = {'sweep': ['batch_size=4,8'], 'budget': 'seconds'}
+  rows = compare(
+    tmp_path, 'uniform', 'mms', config=small_config(steps=400), **options
+  )
+  assert {row['seconds'] for row in rows} == {400}
+
+
 @pytest.mark.parametrize(
   ('options', 'words'),
   [
     ({'budget': 'hours'}, "budget='hours' is not allowed: .*'seconds'"),
     ({'seeds': 0}, 'seeds=0 is not allowed'),
+    (
+      {'seeds': 2, 'config': small_config(seed=2**32 - 1)},
+      'uniform, seed 4294967296: seed=4294967296 is not allowed',
+    ),
     ({'baseline': 'mms'}, r"baseline='mms' .* one of \['uniform', 'loss'"),
     (
       {'config': small_config(pool_size=2000)},

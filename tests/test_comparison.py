@@ -209,7 +209,7 @@ def test_spread_is_over_the_steps_that_all_runs_have():
 def rows(errors, **fields):
   costs = {
     'steps': 9, 'examples_scored': 4, 'flops': 2e12, 'seconds': 8.0,
-    'data_wait': 2.0,
+    'data_wait': 2.0, 'skipped': 0,
   } | fields  # fmt: skip
   return [{'test_error': error, **costs} for error in errors]
 
@@ -274,7 +274,8 @@ def test_the_best_of_each_method_is_by_validation():
 
 def result(config, **fields):
   saved = config_lib.as_json(config)
-  return json.dumps({'steps': config.steps, 'config': saved, **fields})
+  found = {'steps': config.steps, 'config': saved, 'test': {}, **fields}
+  return json.dumps(found)
 
 
 def test_a_result_is_taken_if_it_is_of_the_same_config(tmp_path):

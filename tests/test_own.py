@@ -213,6 +213,27 @@ class Headless(Mlp):
   head: str = 'last'
 
 
+class Bare(nn.Module):
+  """Has its head in one piece."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    head = self.param('head', nn.initializers.ones, (2, self.num_classes))
+    return inputs @ head, inputs
+
+
+class Fixed(nn.Module):
+  """Has no parameters."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    return inputs, inputs
+
+
 class Longer(Mlp):
   """Has a class too many."""
 
@@ -224,6 +245,8 @@ class Longer(Mlp):
   [
     (Statistics, 'a field batch_norm_axis, the axis_name'),
     (Headless, r"ends with nn\.Dense\(2, name='head'\)"),
+    (Bare, r"ends with nn\.Dense\(2, name='head'\)"),
+    (Fixed, r"ends with nn\.Dense\(2, name='head'\)"),
     (Longer, 'returns 2 logits, not 3'),
   ],
 )
@@ -276,6 +299,13 @@ def test_bad_arrays_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     data.register(**{'name': 'mine', **GOOD, **arguments})
   assert 'mine' not in DATASETS
+
+
+def test_arrays_that_change_later_change_nothing():
+  images = np.zeros((20, 2, 2, 1), np.uint8)
+  data.register('mine', train=(images, Y), test=(images, Y))
+  images[:] = 1
+  assert not DATASETS['mine'].train['inputs'].any()
 
 
 def test_bad_models_and_rules_are_refused():

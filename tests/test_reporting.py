@@ -140,6 +140,14 @@ def test_speed_and_share_of_waiting_are_of_the_steps_since_the_last_row(
   assert [row['data_wait_share'] for row in rows] == [0.25, 1.0]
 
 
+@pytest.mark.parametrize('cut', ['1', '10,0.5', '\x00\x00'])
+def test_a_row_that_was_cut_is_left_out(tmp_path, cut):
+  path = tmp_path / 'train.csv'
+  path.write_text(f'step,loss,accuracy\n5,1.5,0.5\n{cut}')
+  reporting._Table(path, after=10)
+  assert [row['step'] for row in read_csv(path)] == ['5']
+
+
 def test_memory_is_that_of_the_process_on_cpus():
   memory = parallel.Devices(2).memory()
   assert memory.keys() == {'memory_bytes'}

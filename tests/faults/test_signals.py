@@ -53,6 +53,39 @@ def test_the_first_signal_is_remembered_and_handlers_are_given_back():
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_signals_reach_the_outer_of_two():
+  with interrupts.Interrupts() as outer:
+    with interrupts.Interrupts() as inner:
+      signal.raise_signal(signal.SIGTERM)
+    assert outer.number == inner.number == signal.SIGTERM
+    with pytest.raises(interrupts.Interrupted):
+      outer.check()
+
+
+@pytest.mark.parametrize('again', ['outside', 'in the next'])
+def test_a_second_signal_ends_a_process_whose_first_was_within(again):
+  script = (
+    'import os, signal, time\n'
+    'from margin_jax.interrupts import Interrupts\n'
+    'def come():\n'
+    '  os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  time.sleep(1)\n'
+    'with Interrupts():\n'
+    '  with Interrupts():\n'
+    '    come()\n'
+  )
+  script += {
+    'outside': '  come()\n',
+    'in the next': '  with Interrupts():\n    come()\n',
+  }[again]
+  done = subprocess.run(
+    [sys.executable, '-c', script + 'os._exit(7)\n'],
+    cwd=runs.ROOT,
+    check=False,
+  )
+  assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_two_signals_end_a_process_that_is_busy():
   script = (
     'import time\n'
