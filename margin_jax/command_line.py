@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
-import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from margin_jax import checkpoints, data, interrupts, nonfinite
 from margin_jax import config as config_lib
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of everything that is written.'
+)
 
 # What a disk says that is full, or broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -26,16 +31,11 @@ def begin(argv: list[str]) -> None:
   logging.set_verbosity(logging.FATAL)
 
 
-def run(
-  main: Callable[[list[str]], None],
-  config: flags.FlagHolder[ml_collections.ConfigDict],
-  doc: str | None,
-) -> None:
+def run(main: Callable[[list[str]], None], doc: str | None) -> None:
   """Reads the flags, --config and --workdir among them, and calls `main`.
 
   Args:
-    main: of the module that defines the flags; takes what is no flag.
-    config: the flag --config.
+    main: of the module that defines the other flags; takes what is no flag.
     doc: what --help says, of that module.
   """
   if main.__module__ != '__main__':
@@ -44,33 +44,27 @@ def run(
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     sys.modules['__main__'].__doc__ = doc
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main, flags_parser=_parser(config))
+  app.run(main, flags_parser=_parse)
 
 
-def _parser(
-  config: flags.FlagHolder[ml_collections.ConfigDict],
-) -> Callable[[list[str]], list[str]]:
-  """For `app.run`: a mistake in flags, or in the config file, is one line."""
-
-  def parse(argv: list[str]) -> list[str]:
-    try:
-      rest = flags.FLAGS(argv)
-      dict(config.value)  # a file that could not be read raises only now
-    except flags.Error as error:
-      sys.exit(f'error: {explain(error)}')
-    except (AttributeError, KeyError) as error:  # of a field, of a group
-      if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
-        raise  # a mistake in the config file's own code: show where
-      text = str(error.args[0]).replace('\\n', ' ')
-      name, *hint = re.findall(r'\w+(?: \w+)*', text)
-      hint = ' '.join(hint)
-      sys.exit(f'error: unknown config field {name!r}. {hint}'.strip())
-    except OSError as error:
-      lines = str(error).strip().splitlines()
-      sys.exit(f'error: --config: {lines[-1].strip()}')
-    return rest
-
-  return parse
+def _parse(argv: list[str]) -> list[str]:
+  """Parses flags; a mistake in them, or in the config file, is one line."""
+  try:
+    rest = flags.FLAGS(argv)
+    dict(CONFIG.value)  # a file that could not be read raises only now
+  except flags.Error as error:
+    sys.exit(f'error: {explain(error)}')
+  except (AttributeError, KeyError) as error:  # of a field, of a group
+    if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
+      raise  # a mistake in the config file's own code: show where
+    text = str(error.args[0]).replace('\\n', ' ')
+    name, *hint = re.findall(r'\w+(?: \w+)*', text)
+    hint = ' '.join(hint)
+    sys.exit(f'error: unknown config field {name!r}. {hint}'.strip())
+  except OSError as error:
+    lines = str(error).strip().splitlines()
+    sys.exit(f'error: --config: {lines[-1].strip()}')
+  return rest
 
 
 def explain(error: flags.Error) -> str:

@@ -21,15 +21,7 @@ from margin_jax import command_line, comparison, cpu, parallel
 from margin_jax.comparison import budgets, entries
 from margin_jax.config import UNIFORM, ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  None,
-  'What all have in common. Besides get_config, the file may have '
-  'get_methods(argument): fields by the name of a method.',
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of all runs, tables and pictures.'
-)
+flags.adopt_module_key_flags(command_line)
 _METHODS = flags.DEFINE_string(
   'methods',
   None,
@@ -67,7 +59,7 @@ def _methods() -> Sequence[str] | dict[str, entries.Fields]:
     raise ConfigError(
       f'methods={_METHODS.value!r} is not allowed: there is an empty name'
     )
-  return entries.parse_methods(names, _CONFIG.value, known)
+  return entries.parse_methods(names, command_line.CONFIG.value, known)
 
 
 def main(argv: list[str]) -> None:
@@ -77,8 +69,8 @@ def main(argv: list[str]) -> None:
   parallel.use_compilation_cache()
   with command_line.one_line_errors():
     comparison.compare(
-      _CONFIG.value,
-      _WORKDIR.value,
+      command_line.CONFIG.value,
+      command_line.WORKDIR.value,
       methods=_methods(),
       seeds=_SEEDS.value,
       budget=_BUDGET.value,
@@ -91,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """The command line."""
-  command_line.run(main, _CONFIG, __doc__)
+  command_line.run(main, __doc__)
 
 
 if __name__ == '__main__':

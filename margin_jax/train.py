@@ -9,14 +9,10 @@ import functools
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from margin_jax import command_line, cpu, live, loop, parallel
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of checkpoints, metrics and result.json.'
-)
+flags.adopt_module_key_flags(command_line)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -43,12 +39,14 @@ def main(argv: list[str]) -> None:
     # Flushed, so that a pipe or a log file shows each line at once.
     log = functools.partial(print, flush=True)
     view = live.on_terminal()
-    loop.train(_CONFIG.value, _WORKDIR.value, log=log, view=view)
+    loop.train(
+      command_line.CONFIG.value, command_line.WORKDIR.value, log=log, view=view
+    )
 
 
 def run() -> None:
   """The command line."""
-  command_line.run(main, _CONFIG, __doc__)
+  command_line.run(main, __doc__)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,15 @@ os.environ['XLA_FLAGS'] = (
 # of fonts anew in every session.
 os.environ['MPLCONFIGDIR'] = str(pathlib.Path(__file__).parent / '.jax_cache')
 
+# Of the programs that tests start; a worker of pytest-xdist has its own, since
+# writes to a cache are not atomic.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+  os.path.dirname(__file__),
+  '.jax_cache',
+  os.environ.get('PYTEST_XDIST_WORKER', 'main'),
+  'started',
+)
+
 import jax
 import pytest
 
@@ -26,12 +35,11 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Each worker of pytest-xdist has its own: writes to a cache are not atomic.
-_CACHE = pathlib.Path(__file__).parent / '.jax_cache'
-_CACHE /= os.environ.get('PYTEST_XDIST_WORKER', 'main')
-
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.path.dirname(os.environ['JAX_COMPILATION_CACHE_DIR']),
+)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 

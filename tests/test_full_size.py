@@ -44,6 +44,7 @@ TRACED = (
   ('glue_bert', 'mnli,method=baseline'),
   ('cifar100_wrn28_10', 'mms_mmr'),
   ('imagenet_mobilenet', 'mmr'),
+  ('figures', 'figure5c'),
   ('trimming', 'on,dataset=cifar100,model=resnet34'),
   ('trimming', 'on,dataset=svhn_cropped,model=densenet121'),
 )

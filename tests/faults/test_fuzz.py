@@ -2,11 +2,13 @@
 
 import argparse
 import collections
+import gc
 import math
 import tempfile
 from typing import Any
 
 import hypothesis
+import jax
 import ml_collections
 from hypothesis import strategies
 
@@ -98,6 +100,9 @@ def main(cases: int, seed: int) -> collections.Counter:
   @hypothesis.given(OVERRIDES)
   def run(overrides):
     found[try_config(overrides)] += 1
+    if sum(found.values()) % 20 == 0:  # a program takes memory mappings
+      jax.clear_caches()
+      gc.collect()
     if sum(found.values()) % 100 == 0:
       print(dict(found), flush=True)
 

@@ -63,7 +63,7 @@ def test_two_processes_then_one_then_two(tmp_path):
   what this rule draws does not depend on it.
   """
   fields = (
-    '--config.steps=100',
+    '--config.steps=60',
     '--config.selection.rule=random',
     '--config.optimizer.learning_rates=(0.001,0.0005)',
   )
@@ -75,10 +75,10 @@ def test_two_processes_then_one_then_two(tmp_path):
   for number, process in enumerate(start_both(parts, *fields)):
     output = runs.finish(process)
     assert (f'starting at step {second}' in output) == (number == 0)
-  assert 10 <= first < second < 100
+  assert 10 <= first < second < 60
   counts = [np.load(x / 'selection_counts.npy') for x in (whole, parts)]
   np.testing.assert_array_equal(*counts)
-  assert counts[0].sum() == 8 * 100
+  assert counts[0].sum() == 8 * 60
   losses = [
     [float(row['loss']) for row in read_csv(x / 'eval.csv')]
     for x in (whole, parts)
