@@ -1,7 +1,6 @@
 """The documentation: it builds, its links lead somewhere, its code runs."""
 
 import html.parser
-import inspect
 import os
 import pathlib
 import re
@@ -13,7 +12,7 @@ import sys
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import loop, validation
+from margin_jax import validation
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -31,8 +30,6 @@ MODULES = {
 }
 # What other programs than ours are for.
 OTHERS = ('pip', 'python', '.', 'tensorboard')
-# What pages tell of and is not there yet: their tests say so.
-COMING = set()
 
 
 def blocks(path):
@@ -88,10 +85,8 @@ def check_parsed(text, folder):
     if module is None:
       continue
     source = ROOT / (module.replace('.', '/') + '.py')
-    if not source.exists():
-      COMING.add(module)
-      continue
-    known = re.findall(r"'(?:--)?(\w+)',", source.read_text())
+    shared = (ROOT / 'margin_jax/command_line.py').read_text()
+    known = re.findall(r"'(?:--)?(\w+)',", source.read_text() + shared)
     given = dict(x.removeprefix('--').split('=', 1) for x in arguments[1:])
     if arguments[0].startswith('--'):
       name, _, value = arguments[0].removeprefix('--').partition('=')
@@ -123,7 +118,6 @@ def check_config(given, folder):
 def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
   """In their order, in one folder; those marked `parsed` are only checked."""
   monkeypatch.chdir(tmp_path)
-  COMING.clear()
   space = {'__name__': 'page'}
   for language, title, parsed, text in blocks(path):
     if language == 'bash':
@@ -138,20 +132,8 @@ def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
     code = compile(text, f'{path.name}: {title}', 'exec')
     if title:
       (tmp_path / title).write_text(text)
-    elif (
-      'hook=hook' in text
-      and 'hook' not in inspect.signature(loop.train).parameters
-    ):
-      pytest.skip('loop.train takes no hook yet')
     elif not parsed:
       exec(code, space)
-  if COMING:
-    pytest.skip(f'to come: {sorted(COMING)}')
-
-
-def takes_hook():
-  """Whether `loop.train` does."""
-  return 'hook' in inspect.signature(loop.train).parameters
 
 
 def test_the_costs_are_those_of_the_formula_and_of_the_tables():
@@ -248,6 +230,7 @@ def test_every_link_resolves(site):
     assert re.fullmatch(
       r'https://(arxiv\.org/abs/\d{4}\.\d{5}'
       r'|github\.com/[\w-]+/[\w-]+/(issues|pull)/\d+'
+      r'|github\.com/pypa/pip-audit'
       r'|squidfunk\.github\.io/mkdocs-material/)',
       link,
     ), link
