@@ -27,8 +27,9 @@ def disturb(workdir, kills: int, seed: int, part: float, *arguments) -> int:
     try:
       if i % 5:  # else also while it starts
         runs.wait_for(process, 'starting at')
-      # Less than a part on average, so that the last kill finds it running.
-      process.communicate(timeout=rng.uniform(0, 1.5 * part))
+      # Half a part on average: the last kill, too, finds it running, even if
+      # the machine has become faster.
+      process.communicate(timeout=rng.uniform(0, part))
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
       process.communicate()
