@@ -13,7 +13,6 @@ the smallest MMS are what an annotator should see next.
 import argparse
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from margin_jax import (
   analysis,
   build,
+  command_line,
   data,
   evaluation,
   files,
@@ -32,7 +32,6 @@ from margin_jax import (
   sources,
 )
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import DamagedError
 
 PyTree = Any
 
@@ -232,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     '--config', help='the config file, if it registers a model or a dataset'
   )
   args = parser.parse_args(argv)
-  try:
+  with command_line.one_line_errors():
     if args.config is not None:
       runs.register_from(args.config.partition(':')[0])
     analyze(
@@ -245,12 +244,6 @@ def main(argv: list[str] | None = None) -> None:
       data_dir=args.data_dir,
       out=args.out,
     )
-  except (
-    config_lib.ConfigError,
-    data.DatasetError,
-    DamagedError,
-  ) as error:
-    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

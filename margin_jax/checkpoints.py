@@ -19,6 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from margin_jax import parallel
+
 PyTree = Any
 
 FOLDER = 'checkpoints'
@@ -59,7 +61,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_passing(error: Exception) -> bool:
   """Whether it is no fault of the checkpoint: of memory, rights, a peer."""
-  several = jax.process_count() > 1
+  several = parallel.several_processes()
   return (
     isinstance(error, MemoryError)
     or (isinstance(error, OSError) and error.errno in _PASSING)
@@ -268,7 +270,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds
-      if jax.process_count() > 1 and _is_passing(error):
+      if parallel.several_processes() and _is_passing(error):
         raise
       raise SaveError(
         f'a checkpoint could not be written to {self._folder}: '

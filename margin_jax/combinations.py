@@ -61,6 +61,12 @@ def _check_basics(flat: dict[str, Any]) -> None:
     because = f'with data.name={flat["data.name"]!r}, which lies in memory'
     fields = ('data.image_size', 'data.workers', 'data.undecodable')
     _forbid(flat, fields, because)
+  if flat['data.name'] in data.GENERATED:
+    because = f'with data.name={flat["data.name"]!r}, which is in no folder'
+    _forbid(flat, ('data.data_dir',), because)
+  if not flat['mmr.alpha'] and not flat['mmr.alpha_end']:
+    because = 'with mmr.alpha=0.0: nothing is regularized'
+    _forbid(flat, ('mmr.stop_feature_gradient',), because)
   if flat['optimizer.decay'] == 'linear':
     because = "with optimizer.decay='linear', which falls from one rate"
     _forbid(flat, ('optimizer.boundaries',), because)
@@ -129,8 +135,6 @@ def _check_sentences(flat: dict[str, Any]) -> None:
       flat['data.max_length'] <= most, 'data.max_length',
       flat['data.max_length'], allowed,
     )  # fmt: skip
-    because = f'with model.name={flat["model.name"]!r}, which has no BatchNorm'
-    _forbid(flat, ('model.batch_norm',), because)
   if name not in data.VOCABULARY_NEEDED:
     because = f'with data.name={name!r}, which needs none'
     _forbid(flat, ('data.vocabulary',), because)
@@ -154,6 +158,12 @@ def _check_arrays(flat: dict[str, Any]) -> None:
       )  # fmt: skip
 
 
+def _any_batch_norm(flat: dict[str, Any]) -> bool:
+  """Whether the model has BatchNorm, or the proxy beside it."""
+  used = flat['model.name'], flat['selection.proxy']
+  return any(name is not None and models.has_batch_norm(name) for name in used)
+
+
 def _check_model(flat: dict[str, Any]) -> None:
   """Refuses options of other models."""
   name = flat['model.name']
@@ -163,6 +173,7 @@ def _check_model(flat: dict[str, Any]) -> None:
     ('model.stem', models.has_stems(name), 'has one stem'),
     ('model.width', models.has_widths(name), 'has no width multiplier'),
     ('model.dtype', models.has_dtypes(name), 'has no field dtype'),
+    ('model.batch_norm', _any_batch_norm(flat), 'has no BatchNorm'),
     ('model.pretrained', pretrained.supports(name), 'has no published weights'),
   ):
     if not holds:
@@ -197,6 +208,8 @@ def _check_selection(flat: dict[str, Any]) -> None:
   if stop is not None:
     allowed = f'above selection.start={start}, or nothing is ever scored'
     require(stop > start, 'selection.stop', stop, allowed)
+    allowed = f'below steps={flat["steps"]}, or None: it would stop nothing'
+    require(stop < flat['steps'], 'selection.stop', stop, allowed)
   _check_scorer(flat)
 
 

@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from margin_jax import checkpoints, data, interrupts, nonfinite
+from margin_jax import checkpoints, data, interrupts, nonfinite, parallel
 from margin_jax import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
@@ -55,6 +55,8 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     sys.exit(f'error: {explain(error)}')
   except (AttributeError, KeyError) as error:  # of a field, of a group
+    if 'get_config' in str(error):
+      sys.exit('error: --config: the file has no function get_config')
     if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
       raise  # a mistake in the config file's own code: show where
     text = str(error.args[0]).replace('\\n', ' ')
@@ -87,7 +89,7 @@ def one_line_errors() -> Iterator[None]:
   ) as error:
     _stop(str(error))
   except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+    if not parallel.several_processes() or 'RESOURCE_EXHAUSTED' in str(error):
       raise
     line = str(error).strip().splitlines()[0]
     _stop(
@@ -106,7 +108,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _stop(message: str, at_once: bool = False) -> NoReturn:
   """Ends with one line; where there are several processes, without them."""
-  if jax.process_count() == 1 and not at_once:
+  if not parallel.several_processes() and not at_once:
     sys.exit(f'error: {message}')
   # To leave in good order would be to wait for the others.
   print(f'error: {message}', file=sys.stderr, flush=True)

@@ -355,6 +355,8 @@ def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   for name in ('model.batch_norm', 'selection.scope'):
     if config.get(name) == 'device':
       free.discard('devices')  # whose examples are normalised, or ranked
+  if config.get('trimming.backward') == 'kept':
+    free.discard('devices')  # which divide the part that the gradient sees
   return [
     f'{name}: {saved.get(name)!r} -> {config.get(name)!r}'
     for name in sorted({*saved, *config} - free)

@@ -11,11 +11,9 @@ so does `--config.model.pretrained=/tmp/rte_model`.
 import argparse
 import os
 import pathlib
-import sys
 
-from margin_jax import build, data, initial, models, runs, sources
+from margin_jax import build, command_line, initial, models, runs, sources
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import DamagedError
 from margin_jax.models import bert_weights
 
 
@@ -79,17 +77,11 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--step', type=int, help='default: the last checkpoint')
   parser.add_argument('--data_dir', help='default: where the run found it')
   args = parser.parse_args(argv)
-  try:
+  with command_line.one_line_errors():
     folder = export(
       args.workdir, args.out, step=args.step, data_dir=args.data_dir
     )
-  except (
-    config_lib.ConfigError,
-    data.DatasetError,
-    DamagedError,
-  ) as error:
-    sys.exit(f'error: {error}')
-  print(f'written to {folder}')
+    print(f'written to {folder}')
 
 
 if __name__ == '__main__':

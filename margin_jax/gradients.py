@@ -67,7 +67,7 @@ def _large_margin(
   return jnp.mean(losses)
 
 
-def dropout_by_place(first: Array) -> Callable:
+def dropout_by_place(lane: Array) -> Callable:
   """Gives each example a dropout mask of its own, by its place in the batch.
 
   So that the masks, like the batch, do not depend on the number of devices. A
@@ -75,26 +75,26 @@ def dropout_by_place(first: Array) -> Callable:
   key is the same on all devices.
 
   Args:
-    first: () int32, the place of this device's first example in the batch of
-      all devices.
+    lane: () int32, this device's index.
 
   Returns:
     An interceptor of `nn.Dropout`, for `nn.intercept_methods`. The layer's key
-    must be the same on all devices.
+    must be the same on all devices. What it drops from has a device's examples
+    on its first axis, or a multiple of them in their order.
   """
 
   def intercept(next_function, args, kwargs, context):
     module = context.module
     if not isinstance(module, nn.Dropout) or context.method_name != '__call__':
       return next_function(*args, **kwargs)
-    return _drop(module, first, next_function, *args, **kwargs)
+    return _drop(module, lane, next_function, *args, **kwargs)
 
   return intercept
 
 
 def _drop(
   module: nn.Dropout,
-  first: Array,
+  lane: Array,
   next_function: Callable,
   inputs: Array,
   deterministic: bool | None = None,
@@ -107,7 +107,8 @@ def _drop(
     return next_function(inputs, deterministic, rng)
   # Of the layer: make_rng folds the layer's path into the step's key.
   key = module.make_rng(module.rng_collection) if rng is None else rng
-  places = first + jnp.arange(inputs.shape[0])
+  rows = inputs.shape[0]  # of examples, or of their tokens
+  places = lane * rows + jnp.arange(rows)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
   shape = [1 if i in shared else n for i, n in enumerate(inputs.shape)]
   level = max(round((1 - module.rate) * 2**16), 1)  # of 65,536
@@ -137,8 +138,7 @@ def _gradient(
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': state.batch_stats}
-    first = lane * batch['label'].shape[0]
-    with nn.intercept_methods(dropout_by_place(first)):
+    with nn.intercept_methods(dropout_by_place(lane)):
       (logits, features), updates = method.model.apply(
         variables,
         method.prepare(batch['inputs']),

@@ -136,10 +136,10 @@ def layer_margins(
   def choose(logits: Array) -> tuple[Array, Array]:
     nonlocal valid
     own = jnp.argmax(logits, axis=1) if labels is None else jnp.asarray(labels)
-    rivals = margins.competitors(logits, own)
-    valid = rivals >= 0
+    competitor = margins.competitors(logits, own)
+    valid = competitor >= 0
     own = jnp.where(valid, own, 0).astype(jnp.int32)
-    return own, jnp.where(valid, rivals, 1)[:, None]
+    return own, jnp.where(valid, competitor, 1)[:, None]
 
   gaps, norms = slopes(values_fn, activations, choose, norm)
   gap = gaps[:, 0]

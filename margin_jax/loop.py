@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -19,6 +18,7 @@ from margin_jax import (
   live,
   nonfinite,
   parallel,
+  runs,
   selection,
   sources,
 )
@@ -27,7 +27,7 @@ from margin_jax.checkpoints import Checkpoints
 from margin_jax.interrupts import Interrupted, Interrupts
 from margin_jax.metrics import summarize
 from margin_jax.program import Counters
-from margin_jax.reporting import Hook, Reporter, Silent, versions
+from margin_jax.reporting import ATTACKED, Hook, Reporter, Silent, versions
 from margin_jax.trainer import Trainer
 
 PyTree = Any
@@ -44,8 +44,10 @@ def _run(
     parallel.MAX_CALLS_AHEAD,
     trainer.devices.share.count == 1,
   )
-  # The clock runs while the device trains, and not while it evaluates.
+  # The clock runs while the device trains, and not while it evaluates, nor
+  # while a first call compiles.
   total, started = trainer.counters, time.perf_counter()
+  compiled = trainer.program.compile_seconds
   reported = trainer.start
 
   def report(step: int) -> None:
@@ -67,6 +69,8 @@ def _run(
   evaluations = {}
   for step in range(trainer.start + call, config.steps + 1, call):
     metrics = trainer.call(step - call)
+    started += trainer.program.compile_seconds - compiled
+    compiled = trainer.program.compile_seconds
     if windows and (step - call) % config.log_every == 0:
       report(step - call)  # a call late: the device is busy with the next
     windows.append(metrics)
@@ -178,7 +182,7 @@ def _evaluate_attacked(
     name = f'{config.attack.name} {epsilon}'
     results[name] = trainer.evaluator('test', trainer.state, epsilon)
     reporter.evaluation(
-      config.steps, f'test under {name}', counters, results[name]
+      config.steps, f'{ATTACKED}{name}', counters, results[name]
     )
   return results
 
@@ -319,7 +323,7 @@ def _stored(workdir: pathlib.Path, trainer: Trainer) -> dict[str, Any] | None:
   path = workdir / 'result.json'
   if trainer.start != trainer.config.steps or not path.exists():
     return None
-  result = json.loads(path.read_text())
+  result = runs.read_result(path)
   # A run that was made longer may have been killed before it wrote its own.
   return result if result['steps'] == trainer.config.steps else None
 

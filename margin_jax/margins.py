@@ -172,20 +172,20 @@ def signed_margins(
   """
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)
   kernel = jnp.asarray(kernel)
-  rivals = competitors(logits, labels)
+  competitor = competitors(logits, labels)
   check_kernel(kernel, logits.shape[1])
   dtype, wide = compute_dtype(logits, kernel)
   logits, kernel = logits.astype(wide), kernel.astype(wide)
-  valid = rivals >= 0
+  valid = competitor >= 0
   labels = jnp.where(valid, labels, 0).astype(jnp.int32)
-  rivals = jnp.where(valid, rivals, 1)
+  competitor = jnp.where(valid, competitor, 1)
 
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-  other = jnp.take_along_axis(logits, rivals[:, None], axis=1)[:, 0]
+  other = jnp.take_along_axis(logits, competitor[:, None], axis=1)[:, 0]
   infinite_tie = jnp.isinf(own) & (own == other)
   own, other = (jnp.where(infinite_tie, 0, x) / 2 for x in (own, other))
   gap = own - other
-  scale, norm, no_boundary = _column_distance(kernel, labels, rivals)
+  scale, norm, no_boundary = _column_distance(kernel, labels, competitor)
   distance = gap / scale / norm
   # An overflow would be NaN in the derivative; its gradient is 0 instead.
   finite = jnp.isfinite(distance)

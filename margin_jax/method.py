@@ -220,6 +220,12 @@ class Method:
       return self.batch_size if branch + 1 < len(self.trimming.sizes) else 0
     return self.selection.pool_size if branch == FRESH else 0
 
+  def examples_trained(self, branch: int) -> int:
+    """How many examples the backward pass of this branch runs on."""
+    if self.trimming is not None and self.trimming.kept_only:
+      return self.trimming.sizes[branch]
+    return self.batch_size
+
 
 def _smallest(sizes: tuple[int, ...], keep: int) -> int:
   return next(i for i, size in enumerate(sizes) if size >= keep)

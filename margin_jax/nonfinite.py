@@ -1,5 +1,6 @@
 """Numbers that went wrong: found within the step, and kept out of the state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,7 +55,11 @@ def first_bad_leaf(tree: PyTree) -> Array:
 
 
 def guard(
-  action: str, before: PyTree, after: PyTree, metrics: Metrics
+  action: str,
+  before: PyTree,
+  after: PyTree,
+  metrics: Metrics,
+  free: Sequence[str] = (),
 ) -> tuple[PyTree, Metrics]:
   """The state after a step, unless something in it was not finite.
 
@@ -71,6 +76,7 @@ def guard(
     before: the `TrainState` that the step read.
     after: the one it made.
     metrics: of the step.
+    free: those that need not be finite.
 
   Returns:
     The state, and the metrics with 'nonfinite' () int32: 0, or of what was not
@@ -78,7 +84,9 @@ def guard(
   """
   code = jnp.int32(0)
   for place, name in reversed([*enumerate(CHECKED)]):
-    if name not in metrics or (name == _NAN_SCORES and action == SKIP):
+    if name == _NAN_SCORES and action == SKIP:
+      continue
+    if name not in metrics or name in free:
       continue
     value = metrics[name]
     bad = value > 0 if name == _NAN_SCORES else ~jnp.isfinite(value)

@@ -10,6 +10,7 @@ needs at least one, and it is what tells the devices apart.
 import dataclasses
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,11 @@ def join(
   )
 
 
+def several_processes() -> bool:
+  """Whether this process is one of several that train as one."""
+  return jax.process_count() > 1
+
+
 def use_compilation_cache() -> None:
   """Keeps compiled programs for the next start, where that is quiet.
 
@@ -123,7 +129,7 @@ class Devices:
         f'devices must be between 1 and {available}, the number that JAX '
         f'sees, got {count}'
       )
-    if jax.process_count() > 1 and count != available:
+    if several_processes() and count != available:
       raise ValueError(
         f'devices must be all {available} devices where there are several '
         f'processes, got {count}'
@@ -167,12 +173,12 @@ class Devices:
 
   def meet(self, name: str) -> None:
     """Waits for the other processes to come to the same place."""
-    if jax.process_count() > 1:
+    if several_processes():
       multihost_utils.sync_global_devices(name)
 
   def sum(self, number: int) -> int:
     """Over all processes; all must ask."""
-    if jax.process_count() == 1:
+    if not several_processes():
       return number
     return int(multihost_utils.process_allgather(np.array(number)).sum())
 
@@ -243,7 +249,7 @@ class Devices:
       in_axes=(*axes, 0),
       out_axes=None,
       donate_argnums=(0,) if donate_first else (),
-      devices=self._local if jax.process_count() == 1 else None,
+      devices=self._local if not several_processes() else None,
     )
 
 
@@ -261,6 +267,8 @@ class Compiled:
       program before optimisation, so that they do not depend on the backend
       (on CPUs, jax 0.10 counts up to half a percent more: see `cpu`). The body
       of a loop counts once.
+    first_call_seconds: with several processes, of the first call, which
+      compiles; else 0.
   """
 
   def __init__(
@@ -275,11 +283,17 @@ class Compiled:
     self._lanes = lanes
     # With several processes a program takes global arrays, and only `pmap`
     # itself makes them of each process's own; it then compiles when called.
-    several = jax.process_count() > 1
-    self._executable = mapped if several else self.lowered.compile()
+    self._late = several_processes()
+    self._executable = mapped if self._late else self.lowered.compile()
+    self.first_call_seconds = 0.0
 
   def __call__(self, *args: PyTree) -> PyTree:
-    return self._executable(*args, self._lanes)
+    started = time.perf_counter()
+    results = self._executable(*args, self._lanes)
+    if self._late:
+      self.first_call_seconds = time.perf_counter() - started
+      self._late = False
+    return results
 
   def as_text(self) -> str:
     """The optimised program."""

@@ -70,7 +70,7 @@ def mmr_penalty(
       f'reduction must be one of {REDUCTIONS}, got {reduction!r}'
     )
   margins.check_floating('features', features, 2)
-  rivals = margins.competitors(logits, labels)
+  competitor = margins.competitors(logits, labels)
   margins.check_kernel(kernel, logits.shape[1])
   if features.shape != (logits.shape[0], kernel.shape[0]):
     raise ValueError(
@@ -82,10 +82,13 @@ def mmr_penalty(
   dtype, wide = margins.compute_dtype(features, logits, kernel)
   features, columns = features.astype(wide), kernel.astype(wide).T
 
-  valid = rivals >= 0
-  labels, rivals = jnp.where(valid, labels, 0), jnp.where(valid, rivals, 1)
+  valid = competitor >= 0
+  labels = jnp.where(valid, labels, 0)
+  competitor = jnp.where(valid, competitor, 1)
   largest = jnp.finfo(wide).max / 4  # its double is finite, its square is not
-  difference = jnp.clip(columns[labels] - columns[rivals], -largest, largest)
+  difference = jnp.clip(
+    columns[labels] - columns[competitor], -largest, largest
+  )
   width = jnp.sum(jnp.square(difference), axis=1)
   width = jnp.where(valid, width, jnp.nan)
   radius = jnp.sum(jnp.square(features), axis=1)
@@ -207,8 +210,8 @@ def large_margin_loss(
     own = jnp.where(valid, labels, 0)
     is_label = jnp.arange(classes)[None, :] == own[:, None]
     # Probabilities that underflow to 0 are still above the label's -inf.
-    rivals = jnp.where(is_label, -jnp.inf, values)
-    return own, jax.lax.top_k(rivals, top_k)[1]
+    others = jnp.where(is_label, -jnp.inf, values)
+    return own, jax.lax.top_k(others, top_k)[1]
 
   gaps, norms = layers.slopes(values_fn, activations, choose, norm)
 

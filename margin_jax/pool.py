@@ -61,9 +61,11 @@ def class_counts(labels: Array, num_classes: int, axis: str) -> Array:
   return jax.lax.psum(counts, axis)
 
 
-def _without_dropout(next_function, args, kwargs, context):
-  if isinstance(context.module, nn.Dropout):
-    return args[0]
+def without_dropout(next_function, args, kwargs, context):
+  """Makes `nn.Dropout` hand on what it reads, for `nn.intercept_methods`."""
+  is_call = context.method_name == '__call__'
+  if is_call and isinstance(context.module, nn.Dropout):
+    return args[0] if args else kwargs['inputs']
   return next_function(*args, **kwargs)
 
 
@@ -102,7 +104,7 @@ def _score(
 
   if chosen.pool_statistics:
     inputs = _seen(method, inputs)
-    with nn.intercept_methods(_without_dropout):
+    with nn.intercept_methods(without_dropout):
       (logits, _), updates = chosen.scorer.apply(
         variables, inputs, train=True, mutable=['batch_stats']
       )

@@ -14,12 +14,15 @@ from margin_jax.live import Row
 
 # Takes a row of numbers by its prefix, 'train' or a split, and its step.
 Hook = Callable[[str, int, Row], None]
+# What an evaluation of the test split under an attack begins with.
+ATTACKED = 'test under '
 
 
 class _Table:
   """A CSV file that grows by rows; a resumed run drops rows it will redo."""
 
-  def __init__(self, path: pathlib.Path, after: int):
+  def __init__(self, path: pathlib.Path, after: int, redone: str = ''):
+    """Keeps rows up to `after`, but at it none of a split `redone`..."""
     self._path = path
     self._fields: list[str] = []
     if not path.exists():
@@ -27,6 +30,12 @@ class _Table:
     rows = self._read()
     if self._fields:
       kept = [row for row in rows if _whole(row) and int(row['step']) <= after]
+      if redone:
+        kept = [
+          row
+          for row in kept
+          if int(row['step']) < after or not row['split'].startswith(redone)
+        ]
       files.write_csv(path, self._fields, kept)
 
   def _read(self) -> list[dict[str, str]]:
@@ -90,7 +99,9 @@ class Reporter:
     self._steps = steps
     self._log = log
     self._train = _Table(folder / 'train.csv', after)
-    self._eval = _Table(folder / 'eval.csv', after)
+    # At the end of a run all attacks are made again.
+    redone = ATTACKED if after == steps else ''
+    self._eval = _Table(folder / 'eval.csv', after, redone)
     self._classes = _Table(folder / 'classes.csv', after)
     self._board = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'), purge_step=after + 1

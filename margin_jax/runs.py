@@ -1,5 +1,6 @@
 """What a run keeps of its config; a run that has trained, opened again."""
 
+import json
 import os
 import pathlib
 import runpy
@@ -57,10 +58,32 @@ def _check_registered(saved: dict[str, Any]) -> None:
 
 def register_from(path: str) -> None:
   """Runs a config file, for the models and datasets that it registers."""
+  path = os.path.expanduser(path)
+  if os.path.isdir(path):
+    raise config_lib.ConfigError(f'config={path!r}: it is a folder')
   try:
-    runpy.run_path(os.path.expanduser(path))
+    runpy.run_path(path)
   except OSError as error:
     raise config_lib.ConfigError(f'config={path!r}: {error}') from error
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any]:
+  """What a run's result.json holds.
+
+  Raises:
+    ConfigError: it is cut, or somebody else's.
+  """
+  try:
+    result = json.loads(path.read_text(encoding='utf-8'))
+    if {'config', 'steps', 'test'} <= {*result}:
+      return result
+    problem = 'it is no result of margin_jax'
+  except (ValueError, TypeError) as error:
+    problem = str(error)
+  raise config_lib.ConfigError(
+    f'{path} cannot be read ({problem}): remove it, and the run is finished '
+    'again'
+  )
 
 
 def _no_checkpoints(workdir: str) -> config_lib.ConfigError:

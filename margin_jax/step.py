@@ -7,6 +7,7 @@ Pure functions of (state, data, lane), meant to be mapped over devices under
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -106,12 +107,15 @@ def _train_proxy(
     return proxy, {}
 
   def loss_function(params: PyTree):
-    (logits, _), updates = method.proxy.apply(
-      {'params': params, 'batch_stats': proxy['batch_stats']},
-      method.prepare(batch['inputs']),
-      train=True,
-      mutable=['batch_stats'],
-    )
+    variables = {'params': params, 'batch_stats': proxy['batch_stats']}
+    # A proxy is small, and has no key to drop anything by.
+    with nn.intercept_methods(pool.without_dropout):
+      (logits, _), updates = method.proxy.apply(
+        variables,
+        method.prepare(batch['inputs']),
+        train=True,
+        mutable=['batch_stats'],
+      )
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits.astype(jnp.float32), batch['label']
     )
@@ -223,7 +227,9 @@ def train_step(
   state, metrics = _update(method, state, choice.batch, step_key, lane)
   if method.selection is not None:
     metrics |= choice.metrics
-  return nonfinite.guard(method.on_nonfinite, before, state, metrics)
+  # Without MMR nothing depends on the penalty.
+  free = ('penalty',) if method.alpha is None else ()
+  return nonfinite.guard(method.on_nonfinite, before, state, metrics, free)
 
 
 def repeat(step: Callable, times: int) -> Callable:

@@ -186,8 +186,9 @@ def _check_values(flat: dict[str, Any]) -> None:
   for name in ('optimizer.momentum', 'model.dropout'):
     require(flat[name] < 1, name, flat[name], 'below 1')
   end = flat['mmr.alpha_end']
-  holds = end is None or (_is_real(end) and end >= 0)
-  require(holds, 'mmr.alpha_end', end, 'None or a finite number, at least 0')
+  most = penalties.LARGEST
+  holds = end is None or (_is_real(end) and 0 <= end <= most)
+  require(holds, 'mmr.alpha_end', end, f'None or a number from 0 to {most}')
   for name in ('data.data_dir', 'data.vocabulary', 'model.pretrained'):
     holds = flat[name] is None or isinstance(flat[name], str)
     require(holds, name, flat[name], 'None or a string')
@@ -237,6 +238,8 @@ def _check_sequences(flat: dict[str, Any]) -> None:
     f'{len(boundaries) + 1} finite numbers, at least 0: one more than '
     'optimizer.boundaries has',
   )
+  holds = all(x <= 1e38 for x in rates)  # or they are infinite in float32
+  require(holds, 'optimizer.learning_rates', rates, 'at most 1e38')
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -34,18 +34,18 @@ def random_head(shape, seed=0):
 
 def competitors(logits, labels) -> np.ndarray:
   """The best class other than the label; NaN beats all; -1: no such label."""
-  rivals = []
+  competing = []
   for row, label in zip(float64(logits), np.asarray(labels), strict=True):
     others = [j for j in range(len(row)) if j != label]
     nans = [j for j in others if math.isnan(row[j])]
     if not 0 <= label < len(row):
-      rivals.append(-1)
+      competing.append(-1)
     elif nans:
-      rivals.append(nans[0])
+      competing.append(nans[0])
     else:
       # max returns the first of equals: the lowest class.
-      rivals.append(max(others, key=lambda j: row[j]))
-  return np.array(rivals, np.int32)
+      competing.append(max(others, key=lambda j: row[j]))
+  return np.array(competing, np.int32)
 
 
 def _distance(row, kernel, p, q) -> float:
@@ -62,11 +62,11 @@ def _distance(row, kernel, p, q) -> float:
 def signed_margins(logits, kernel, labels) -> np.ndarray:
   """2020, Eq. 7: label against competitor; NaN for a label that is none."""
   logits, kernel = float64(logits), float64(kernel)
-  rivals = competitors(logits, labels)
+  competing = competitors(logits, labels)
   return np.array(
     [
       math.nan if m < 0 else _distance(row, kernel, y, m)
-      for row, y, m in zip(logits, np.asarray(labels), rivals, strict=True)
+      for row, y, m in zip(logits, np.asarray(labels), competing, strict=True)
     ]
   )
 
@@ -236,8 +236,8 @@ def _at(weights, x, layer):
 def layer_margins(weights, inputs, labels, layer, norm) -> np.ndarray:
   """Difference of logits over the dual norm of its gradient at the layer."""
   found = []
-  rivals = competitors([network_logits(weights, x) for x in inputs], labels)
-  for x, y, m in zip(float64(inputs), labels, rivals, strict=True):
+  competing = competitors([network_logits(weights, x) for x in inputs], labels)
+  for x, y, m in zip(float64(inputs), labels, competing, strict=True):
     logits, size = _at(weights, x, layer)
     gap = logits(np.zeros(size))
     slope = _slope(_difference(logits, y, m), size, norm)
@@ -261,12 +261,12 @@ def large_margin_losses(
   losses = []
   for x, y in zip(float64(inputs), labels, strict=True):
     own = values(network_logits(weights, x))
-    rivals = sorted({*range(len(own))} - {y}, key=lambda k, own=own: -own[k])
+    competing = sorted({*range(len(own))} - {y}, key=lambda k, own=own: -own[k])
     per_layer = []
     for layer in layers:
       logits, size = _at(weights if frozen is None else frozen, x, layer)
       distances = []
-      for k in rivals[:top_k]:
+      for k in competing[:top_k]:
         slope = _slope(_difference(logits, y, k, values), size, norm)
         if by_size:
           slope /= size

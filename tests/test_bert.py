@@ -48,12 +48,12 @@ def random_params():
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def apply(inputs, train=False, key=0, first=0, **fields):
+def apply(inputs, train=False, key=0, lane=0, **fields):
   """Logits and features, in training with the masks of the train step."""
   model = bert.Bert(**{**TINY, **fields})
 
   def forward(variables, inputs, key):
-    with nn.intercept_methods(gradients.dropout_by_place(first)):
+    with nn.intercept_methods(gradients.dropout_by_place(lane)):
       return model.apply(variables, inputs, train=train, rngs={'dropout': key})
 
   forward = jax.jit(forward) if train else forward
@@ -238,7 +238,7 @@ def test_dropout_masks_are_of_the_place_in_the_batch():
   assert len(np.unique(np.asarray(logits)[:, 0])) == 4
   # Another device's share.
   share = jax.tree.map(lambda x: x[2:], same)
-  others = apply(share, train=True, dropout=0.3, first=2)
+  others = apply(share, train=True, dropout=0.3, lane=1)
   np.testing.assert_allclose(others[0], logits[2:], 1e-5, 1e-5)
   np.testing.assert_allclose(others[1], features[2:], 1e-5, 1e-5)
 

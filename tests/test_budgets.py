@@ -38,6 +38,11 @@ def test_a_schedule_is_scaled_as_a_whole(steps):
   assert (selection.start, selection.stop) == (steps // 10, steps * 9 // 10)
   assert found.eval_every == steps // 10
   assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
+
+
+def test_a_selection_that_stops_with_the_run_does_not_stop():
+  config = small_config(steps=1000, **{'selection.stop': 999})
+  assert budgets.scaled(config, 100).selection.stop is None
   assert budgets.scaled(config, 1000) == config
   assert config.steps == 1000
 
@@ -121,3 +126,17 @@ def test_a_pilot_of_trimming_has_two_epochs():
   )
   facts = budgets.Facts(grain=1, epoch=179)
   assert budgets.pilot(config, facts).steps == 2 * 179
+
+
+def test_a_pilot_that_would_diverge_ends_nothing():
+  """It begins without the warm-up, and only its seconds matter."""
+  config = small_config(steps=400, **{'optimizer.warmup': 300})
+  made = budgets.pilot(config, budgets.Facts(grain=1, epoch=100))
+  assert made.optimizer.warmup == 0
+  assert made.on_nonfinite == 'skip'
+
+
+def test_a_checkpoint_that_is_never_reached_is_not_kept():
+  config = small_config(steps=400, keep_every=200)
+  assert budgets.scaled(config, 100).keep_every is None
+  assert budgets.scaled(config, 300).keep_every == 200

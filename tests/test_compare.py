@@ -230,6 +230,13 @@ def test_a_run_that_diverges_is_left_out_and_named(tmp_path, pretended):
   assert (tmp_path / 'compare.md').exists()
 
 
+@pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": {"cost": 1}}'])
+def test_costs_that_cannot_be_read_are_named(tmp_path, pretended, text):
+  (tmp_path / 'costs.json').write_text(text)
+  with pytest.raises(ConfigError, match=r'costs\.json cannot be read'):
+    compare(tmp_path, 'uniform', budget='seconds')
+
+
 def test_every_seed_writes_its_tables(tmp_path, pretended):
   def stop(line):
     if 'seed 1: starts' in line:

@@ -10,7 +10,15 @@ import pytest
 import scipy.stats
 
 from margin_jax import config as config_lib
-from margin_jax.comparison import curves, entries, report, runs, tables
+from margin_jax import plots
+from margin_jax.comparison import (
+  curves,
+  entries,
+  pictures,
+  report,
+  runs,
+  tables,
+)
 from margin_jax.config import ConfigError
 from tests.helpers import small_config
 
@@ -131,8 +139,21 @@ def test_every_point_of_the_grid_once_where_it_makes_a_difference():
   ]
   assert len({entry.folder for entry in found}) == 6
   assert found[4].config.selection.reuse == 2
-  baselines = [entries.matching(x, found, 'uniform').name for x in found]
-  assert baselines == [names[i] for i in (0, 0, 2, 2, 0, 2)]
+
+
+def test_a_baseline_without_a_pool_is_trained_once_for_all_sizes():
+  found = made(small_config(), ['uniform', 'mms'], ['pool_size=16,32'])
+  assert [entry.name for entry in found] == [
+    'uniform', 'mms, pool_size=16', 'mms, pool_size=32',
+  ]  # fmt: skip
+  with pytest.raises(ConfigError, match='none of the methods has it'):
+    made(small_config(), ['uniform'], ['pool_size=16,32'])
+
+
+def test_a_method_may_change_nothing():
+  config = small_config()
+  found = entries.parse_methods(['as it is'], config, {'as it is': {}})
+  assert found == {'as it is': {}}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +180,10 @@ def test_bad_entries_are_refused(methods, sweep, words):
     (['uniform', 'mms'], ['random']),
     (['random+pool_size=16', 'mms'], []),
     ({'of the config': {}}, ['random']),
+    (
+      ['uniform', 'mms', 'loss+ramp=0.1', 'mms+pool_size=16+every=2'],
+      ['random', 'random+pool_size=16+every=2'],
+    ),
   ],
 )
 def test_the_control_is_added_where_a_rule_scores(rules, added):
@@ -216,7 +241,9 @@ def rows(errors, **fields):
 
 def test_a_summary_is_against_the_baseline():
   own, baseline = [0.01, 0.03], [0.04, 0.05]
-  found = curves.summarize(rows(own), rows(baseline))
+  base = rows(baseline)
+  found = curves.summarize(rows(own)) | curves.against(rows(own), base)
+  assert found['seeds'] == 2
   assert found['test'] == pytest.approx((0.02, math.sqrt(2e-4)))
   assert found['difference'] == pytest.approx(-0.025)
   assert found['p'] == pytest.approx(curves.welch(own, baseline))
@@ -226,25 +253,58 @@ def test_a_summary_is_against_the_baseline():
 
 def test_the_table_of_a_comparison():
   base = rows([0.04, 0.05])
-  found = tables.comparison(
-    {
-      'uniform': curves.summarize(base, base),
-      'mms': curves.summarize(rows([0.01, 0.03], flops=8e12), base),
-      'one': curves.summarize(rows([0.5]), base),
-    },
-    'uniform',
-  )
+  of = {
+    'uniform': base, 'mms': rows([0.01, 0.03], flops=8e12), 'one': rows([0.5])
+  }  # fmt: skip
+  summaries = {
+    name: curves.summarize(x) | curves.against(x, base)
+    for name, x in of.items()
+  }
+  found = tables.comparison(summaries, 'uniform')
   cells = [[x.strip() for x in line.split('|')[1:-1]] for line in found]
   p = scipy.stats.ttest_ind([0.01, 0.03], [0.04, 0.05], equal_var=False).pvalue
-  assert cells[0][:5] == [
-    'method', 'steps', 'test error, %', 'difference to `uniform`', 'p',
+  assert cells[0][:6] == [
+    'method', 'steps', 'seeds', 'test error, %', 'difference to `uniform`', 'p',
   ]  # fmt: skip
-  assert cells[0][6] == 'TFLOP'
-  assert cells[2][2:5] == ['4.50 ± 0.71', '-', '-']
+  assert cells[0][7] == 'TFLOP'
+  assert cells[2][3:6] == ['4.50 ± 0.71', '-', '-']
   assert cells[3] == [
-    '`mms`', '9', '2.00 ± 1.41', '-2.50', f'{p:.3f}', '4', '8', '8.0', '25.0%',
+    '`mms`', '9', '2', '2.00 ± 1.41', '-2.50', f'{p:.3f}', '4', '8', '8.0',
+    '25.0%',
   ]  # fmt: skip
-  assert cells[4][2:5] == ['50.00', '+45.50', '-']
+  assert cells[4][2:6] == ['1', '50.00', '+45.50', '-']
+
+
+def test_a_task_is_shown_by_what_it_is_reported_by():
+  costs = dict.fromkeys(
+    ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',
+     'skipped', 'undecodable'), 1,
+  )  # fmt: skip
+  tests = {
+    'test': {'accuracy': 0.75, 'f1': 0.875},
+    'test_mismatched': {'accuracy': 0.5},
+  }
+  row = curves.row('uniform', {}, 0, {'steps': 9, **tests, **costs})
+  assert (row['test_f1'], row['test_mismatched_error']) == (0.875, 0.5)
+  base = curves.summarize([row, row]) | curves.against([row], [row])
+  header, _, line = tables.comparison({'uniform': base}, 'uniform')
+  assert '| test error, % | F1, % | mismatched test error, % |' in header
+  assert '| 25.00 ± 0.00 | 87.50 ± 0.00 | 50.00 ± 0.00 | - |' in line
+
+
+def test_errors_of_batches_are_in_the_picture(tmp_path, monkeypatch):
+  def rows(*errors):
+    costs = {'flops': 1.0, 'seconds': 1.0}
+    return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
+
+  saved = []
+  monkeypatch.setattr(plots, 'save', lambda figure, *_: saved.append(figure))
+  for last in (0.01, 0.0001):
+    run = curves.Curves(test=rows(0.3, 0.05), train=rows(0.6, last))
+    pictures.error(tmp_path / 'error.png', {'mms': [run]})
+  limits = [figure.axes[0].get_ylim() for figure in saved]
+  assert limits[0] == pytest.approx((1 / 1.3, 60 * 1.3))
+  assert limits[1] == pytest.approx((5 / 1.3, 60 * 1.3))  # below a tenth of 5
 
 
 @pytest.mark.parametrize(
@@ -264,12 +324,16 @@ def test_the_best_of_each_method_is_by_validation():
   found = made(small_config(), ['uniform', 'mms'], ['mmr.alpha=1e-5,1e-4'])
   errors = dict(zip([e.name for e in found], (0.3, 0.1, 0.2, 0.4), strict=True))
   summaries = {
-    name: {'validation': (error, None)} for name, error in errors.items()
+    name: {'validation': (error, None), 'seeds': 3}
+    for name, error in errors.items()
   }
   chosen = report.best(found, summaries)
   assert [e.name for e in chosen] == [
     'uniform, mmr.alpha=0.0001', 'mms, mmr.alpha=1e-05',
   ]  # fmt: skip
+  # One lucky seed of three is no mean.
+  summaries['mms, mmr.alpha=1e-05']['seeds'] = 1
+  assert report.best(found, summaries)[1].name == 'mms, mmr.alpha=0.0001'
 
 
 def result(config, **fields):

@@ -226,6 +226,16 @@ def test_a_change_is_a_difference_unless_a_run_may_make_it(name):
     ('devices', 2, {'selection.scope': 'device', 'selection.rule': 'mms'}),
     # The share that is kept is linear between the first and the last epoch.
     ('steps', 2000, {'trimming.last': 0.2}),
+    # So many examples are kept that the devices can share them evenly.
+    (
+      'devices',
+      2,
+      {
+        'trimming.last': 0.2,
+        'trimming.first': 0.2,
+        'trimming.backward': 'kept',
+      },
+    ),
   ],
 )
 def test_a_continued_run_may_not_change_its_updates(name, value, because):

@@ -196,6 +196,8 @@ def test_command_line_errors_are_one_line(tmp_path):
   )
   assert "error: model.name='resnet9' is not allowed" in message
   digits = '--config=configs/digits.py'
+  message = error_of('--config=tests/helpers.py', workdir)
+  assert 'error: --config: the file has no function get_config' in message
   message = error_of(digits, workdir, '--config.workdir=x')
   assert "unknown config field 'workdir'" in message
   message = error_of(digits, workdir, '--config.stepz=3')
@@ -256,6 +258,10 @@ def test_a_run_stopped_before_its_result_writes_it(tmp_path):
   again, _ = train(tmp_path, steps=5)
   assert again['test'] == first['test']
   assert (tmp_path / 'result.json').exists()
+  for text in ('', '{}', '{"steps": 5}'):
+    (tmp_path / 'result.json').write_text(text)
+    with pytest.raises(config_lib.ConfigError, match='cannot be read'):
+      train(tmp_path, steps=5)
 
 
 @pytest.mark.parametrize(

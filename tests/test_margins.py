@@ -24,9 +24,11 @@ jit_mms = jax.jit(mms_scores)
 @pytest.mark.parametrize('shape', SHAPES)
 def test_random_inputs_agree_with_oracle(shape):
   _, logits, kernel, labels = references.random_head(shape)
-  rivals = jit_competitors(logits, labels)
-  assert rivals.dtype == jnp.int32
-  np.testing.assert_array_equal(rivals, references.competitors(logits, labels))
+  competing = jit_competitors(logits, labels)
+  assert competing.dtype == jnp.int32
+  np.testing.assert_array_equal(
+    competing, references.competitors(logits, labels)
+  )
   signed = jit_signed(logits, kernel, labels)
   assert signed.dtype == jnp.float32
   np.testing.assert_allclose(
@@ -75,7 +77,7 @@ def test_infinities_nans_and_invalid_labels_agree_with_oracle():
 
 
 @pytest.mark.parametrize(
-  ('logits', 'label', 'rival', 'signed', 'score'),
+  ('logits', 'label', 'competing', 'signed', 'score'),
   [
     ([3, 1, 0], 0, 1, 0.4, 0.4),  # the columns of 0 and 1 are 5 apart
     ([3, 1, 0], 1, 0, -0.4, 0.4),
@@ -98,11 +100,11 @@ def test_infinities_nans_and_invalid_labels_agree_with_oracle():
     ([3, 1, 0], -(2**31), -1, NAN, 0.4),
   ],
 )
-def test_documented_edge_cases(logits, label, rival, signed, score):
+def test_documented_edge_cases(logits, label, competing, signed, score):
   logits = np.array([logits], np.float32)
   kernel = np.array([[4, 1, 4], [5, 1, 5]], np.float32)
   labels = np.array([label], np.int32)
-  assert jit_competitors(logits, labels)[0] == rival
+  assert jit_competitors(logits, labels)[0] == competing
   np.testing.assert_allclose(
     jit_signed(logits, kernel, labels)[0], signed, 1e-6
   )
@@ -144,14 +146,14 @@ def test_margin_is_the_displacement_that_reaches_the_boundary():
   rng = np.random.default_rng(1)
   bias = rng.normal(size=(1, 10)).astype(np.float32)
   logits = features @ kernel + bias
-  rivals = references.competitors(logits, labels)
-  normal = (kernel[:, labels] - kernel[:, rivals]).T
+  competing = references.competitors(logits, labels)
+  normal = (kernel[:, labels] - kernel[:, competing]).T
   normal = normal / np.linalg.norm(normal, axis=1, keepdims=True)
   distance = np.asarray(jit_signed(logits, kernel, labels))[:, None]
   moved = (features - distance * normal) @ kernel + bias
   rows = np.arange(16)
   np.testing.assert_allclose(
-    moved[rows, labels], moved[rows, rivals], rtol=0, atol=1e-5
+    moved[rows, labels], moved[rows, competing], rtol=0, atol=1e-5
   )
 
 

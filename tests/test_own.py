@@ -63,6 +63,22 @@ class Normed(nn.Module):
     return nn.Dense(self.num_classes, name='head')(features), features
 
 
+class Tokens(nn.Module):
+  """Drops rows of which each example has four, always at the same rate."""
+
+  num_classes: int
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs, *, train):
+    x = nn.BatchNorm(
+      use_running_average=not train, axis_name=self.batch_norm_axis
+    )(nn.Dense(16)(inputs))
+    drop = nn.Dropout(0.5, deterministic=not train)
+    x = drop(inputs=x.reshape(-1, 4)).reshape(x.shape)
+    return nn.Dense(self.num_classes, name='head')(x), x
+
+
 def rings(seed, examples=400):
   """Two rings of different radius, as float64."""
   rng = np.random.default_rng(seed)
@@ -162,6 +178,14 @@ def test_statistics_of_an_own_model_do_not_depend_on_devices():
     'selection.score_dtype': 'bfloat16',
     'mmr.alpha': 0.0,
   }
+  made = assert_one_device_is_two(**fields)
+  model = made.method.model
+  assert (model.width, model.dropout) == (2.0, 0.1)
+  assert made.method.selection.scorer.dtype == jnp.bfloat16
+
+
+def assert_one_device_is_two(**fields):
+  """Compares what they train; the setup with two."""
   source = data.load('rings', validation_examples=180)
   states = []
   for devices in (1, 2):
@@ -171,12 +195,19 @@ def test_statistics_of_an_own_model_do_not_depend_on_devices():
       **{'data.name': 'rings', 'data.augmentations': (), **fields},
     )
     states.append(made.run(2)[0])
-  model = made.method.model
-  assert (model.width, model.dropout) == (2.0, 0.1)
-  assert made.method.selection.scorer.dtype == jnp.bfloat16
-  for name in ('params', 'batch_stats'):
+  for name in ('params', 'batch_stats', 'proxy'):
     one, two = (getattr(state, name) for state in states)
     helpers.assert_trees_close(one, two, 1e-5)
+  return made
+
+
+@pytest.mark.parametrize(
+  'fields', [{'selection.batch_stats': 'pool'}, {'selection.proxy': 'tokens'}]
+)
+def test_masks_of_an_own_model_do_not_depend_on_devices(fields):
+  data.register('rings', train=rings(0), test=rings(1, 100))
+  models.register('tokens', Tokens)
+  assert_one_device_is_two(**{'model.name': 'tokens', **fields})
 
 
 @pytest.mark.parametrize(

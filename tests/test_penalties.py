@@ -83,13 +83,13 @@ def test_gradients_agree_with_finite_differences(shape, reduction):
 def test_stopped_features_give_the_gradient_at_a_frozen_radius(reduction):
   """The features are a function of a parameter that the kernel shares."""
   features, logits, kernel, labels = references.random_head((6, 5, 4))
-  rivals = references.competitors(logits, labels)
+  competing = references.competitors(logits, labels)
   with jax.enable_x64(True):
     features, kernel = features.astype(np.float64), kernel.astype(np.float64)
     radius = np.square(features).sum(axis=1).max()
 
     def frozen(t):
-      width = t**2 * jnp.square(kernel[:, labels] - kernel[:, rivals])
+      width = t**2 * jnp.square(kernel[:, labels] - kernel[:, competing])
       width = jnp.sum(width, axis=0)
       if reduction == 'square_of_mean':
         return radius * jnp.mean(jnp.sqrt(width)) ** 2

@@ -89,6 +89,23 @@ def test_two_processes_train_as_one_with_four_devices(tmp_path):
   assert counts.sum() == 10 * 8
 
 
+def test_what_the_first_call_compiles_is_not_training(monkeypatch):
+  """Of several processes; one compiles before."""
+
+  def compiled(several):
+    devices = parallel.Devices(8)
+    monkeypatch.setattr(parallel, 'several_processes', lambda: several)
+    return devices.compile(lambda x, lane: x + 1 + 0 * lane, np.float32(1))
+
+  alone, late = compiled(False), compiled(True)
+  assert late(np.float32(1)) == alone(np.float32(1)) == 2
+  assert alone.first_call_seconds == 0
+  spent = late.first_call_seconds
+  assert spent > 0
+  late(np.float32(1))
+  assert late.first_call_seconds == spent
+
+
 def collective_bytes(text):
   """Bytes of the results of each collective in an optimised program."""
   sizes = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1, 'f16': 2}

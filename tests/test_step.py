@@ -70,13 +70,13 @@ def test_one_step_equals_its_parts():
   chosen = np.argsort(scores, kind='stable')[:8]
   label = np.asarray(pool['label'])[chosen]
   # The CNN has no train mode, so these are the gradient step's logits too.
-  rivals = references.competitors(np.asarray(logits)[chosen], label)
+  competing = references.competitors(np.asarray(logits)[chosen], label)
 
   def loss(params):
     logits, features = apply({'params': params}, inputs[chosen])
     log_p = jax.nn.log_softmax(logits)
     kernel = params['head']['kernel']
-    width = jnp.sum((kernel[:, label] - kernel[:, rivals]) ** 2, axis=0)
+    width = jnp.sum((kernel[:, label] - kernel[:, competing]) ** 2, axis=0)
     penalty = jnp.mean(width) * jnp.max(jnp.sum(features**2, axis=1))
     return -jnp.mean(log_p[np.arange(8), label]) + 1e-4 * penalty
 

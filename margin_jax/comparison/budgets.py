@@ -13,7 +13,15 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import build, checkpoints, files, loop, sources, trainer
+from margin_jax import (
+  build,
+  checkpoints,
+  files,
+  loop,
+  nonfinite,
+  sources,
+  trainer,
+)
 from margin_jax import config as config_lib
 from margin_jax.comparison.entries import Entry
 from margin_jax.config import ConfigError
@@ -29,7 +37,8 @@ def scaled(
 ) -> ml_collections.ConfigDict:
   """The config with other steps, and its schedule as a whole in them.
 
-  The boundaries of the learning rate, its warm-up, the start and stop of
+  What `keep_every` keeps is dropped if there would be none. The boundaries of
+  the learning rate, its warm-up, the start and stop of
   selection and the interval between evaluations are scaled along; MMR's alpha
   and a linear learning rate depend on `steps` anyhow.
 
@@ -59,10 +68,13 @@ def scaled(
       f'{tuple(config.optimizer.boundaries)} does not fit'
     )
   made.optimizer.warmup = times(config.optimizer.warmup)
+  if made.keep_every is not None and made.keep_every > steps:
+    made.keep_every = None  # of those there would be none
   made.selection.start = times(config.selection.start)
   if config.selection.stop is not None:
     stop = times(config.selection.stop)
-    made.selection.stop = max(made.selection.start + 1, stop)
+    stop = max(made.selection.start + 1, stop)
+    made.selection.stop = stop if stop < steps else None
   return made
 
 
@@ -129,6 +141,8 @@ def pilot(
   made.optimizer.warmup = 0
   made.attack = config_lib.default().attack
   made.keep_every = None
+  # It costs the same, and begins without the warm-up that `config` may need.
+  made.on_nonfinite = nonfinite.SKIP
   unit = _unit(config, facts)
   least = PILOT_STEPS
   if config.trimming.first != config.trimming.last:
@@ -177,7 +191,7 @@ class Costs:
     self._warm = False
     self._known: dict[str, Any] = {}
     if self._path.exists():
-      self._known = json.loads(self._path.read_text(encoding='utf-8'))
+      self._known = _read(self._path)
 
   def __call__(self, entry: Entry, facts: Facts) -> float:
     """FLOPs or seconds of the entry's own schedule."""
@@ -207,6 +221,21 @@ class Costs:
         'again',
         stopped.status - 128,
       ) from stopped
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """What costs.json holds."""
+  try:
+    known = json.loads(path.read_text(encoding='utf-8'))
+    if all({'cost', 'config'} == {*cost} for cost in known.values()):
+      return known
+    problem = 'it is none of margin_jax'
+  except (ValueError, TypeError, AttributeError) as error:
+    problem = str(error)
+  raise ConfigError(
+    f'{path} cannot be read ({problem}): remove it, and use another workdir if '
+    'steps come out otherwise'
+  )
 
 
 def _same(saved: dict[str, Any], config: dict[str, Any]) -> bool:

@@ -12,6 +12,8 @@ import scipy.stats
 from margin_jax.config import ConfigError
 
 Row = dict[str, float]
+# What tasks are reported by beside their test error, and how tables call it.
+OTHERS = {'test_f1': 'F1', 'test_mismatched_error': 'mismatched test error'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +113,11 @@ def row(
 ) -> dict[str, Any]:
   """A line of runs.csv, of what result.json holds; errors are shares."""
   found = {'method': method, **point, 'seed': seed, 'steps': result['steps']}
-  for split in ('validation', 'test'):
+  for split in ('validation', 'test', 'test_mismatched'):
     if split in result:
       found[f'{split}_error'] = 1 - result[split]['accuracy']
+  if 'f1' in result['test']:
+    found['test_f1'] = result['test']['f1']
   costs = (
     'examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',
     'skipped', 'undecodable',
@@ -121,33 +125,41 @@ def row(
   return found | {name: result[name] for name in costs}
 
 
-def summarize(
+def against(
   rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """An entry over its seeds, and against the baseline.
+  """'difference' of two entries' mean test errors, and its 'p'."""
+  test, reference = ([row['test_error'] for row in x] for x in (rows, baseline))
+  difference = float(np.mean(test) - np.mean(reference))
+  return {'difference': difference, 'p': welch(test, reference)}
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """An entry over its seeds.
 
   Args:
     rows: of one entry, a row a seed.
-    baseline: the baseline's.
 
   Returns:
-    'steps'; mean and deviation of 'test' and, if there is one, 'validation';
-    'difference' of the mean test errors and its 'p'; means of the costs.
+    'steps', how many 'seeds'; mean and deviation of 'test' and, if there is
+    one, 'validation'; of what else the task is reported by (`OTHERS`); means of
+    the costs.
   """
 
-  def values(name: str, of: Sequence[Mapping[str, Any]] = rows) -> list[float]:
-    return [row[name] for row in of]
+  def values(name: str) -> list[float]:
+    return [row[name] for row in rows]
 
-  test, reference = values('test_error'), values('test_error', baseline)
   found = {
     'steps': rows[0]['steps'],
-    'test': mean_and_deviation(test),
-    'difference': float(np.mean(test) - np.mean(reference)),
-    'p': welch(test, reference),
+    'seeds': len(rows),
+    'test': mean_and_deviation(values('test_error')),
     'wait': sum(values('data_wait')) / sum(values('seconds')),
   }
   if 'validation_error' in rows[0]:
     found['validation'] = mean_and_deviation(values('validation_error'))
+  for name in OTHERS:
+    if name in rows[0]:
+      found[name] = mean_and_deviation(values(name))
   for name in ('examples_scored', 'flops', 'seconds', 'skipped'):
     found[name] = float(np.mean(values(name)))
   return found

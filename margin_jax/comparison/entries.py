@@ -18,11 +18,12 @@ from ml_collections import config_flags
 
 from margin_jax import combinations, validation
 from margin_jax import config as config_lib
+from margin_jax.combinations import SCORING
 from margin_jax.config import UNIFORM, ConfigError
 
 Fields = dict[str, Any]
 
-RULE = 'selection.rule'
+RULE, POOL = 'selection.rule', 'pool_size'
 # The rule that pays for scoring and does not use it.
 CONTROL = 'random'
 
@@ -158,8 +159,8 @@ def parse_methods(
   for name in methods:
     if name in found:
       raise ConfigError(f'methods: {name!r} is given twice')
-    known_fields = (known or {}).get(name)
-    found[name] = known_fields or parse_method(name, config)
+    given = known is not None and name in known
+    found[name] = dict(known[name]) if given else parse_method(name, config)
   return found
 
 
@@ -182,7 +183,7 @@ def parse_sweep(
     if not all(split(values)):
       raise ConfigError(f'{where} must be field=value,value,...')
     grid[name] = [_parse(config, name, x, where) for x in split(values)]
-    if len({*grid[name]}) < len(grid[name]):
+    if len({*map(repr, grid[name])}) < len(grid[name]):
       raise ConfigError(f'{where}: a value is given twice')
   return grid
 
@@ -212,12 +213,22 @@ def _apply(
 def with_control(
   methods: Mapping[str, Fields], config: ml_collections.ConfigDict
 ) -> dict[str, Fields]:
-  """The methods, and `random` where a rule scores and it is missing."""
+  """The methods, and `random` where a rule scores and it is missing.
+
+  One for each way of scoring: `mms+reuse=5` is answered by `random+reuse=5`.
+  """
   own = config.selection.rule
-  rules = {fields.get(RULE, own) for fields in methods.values()}
-  if CONTROL in rules or rules <= {UNIFORM}:
+  rules = {name: f.get(RULE, own) for name, f in methods.items()}
+  if CONTROL in rules.values():
     return dict(methods)
-  return {**methods, CONTROL: {RULE: CONTROL}}
+  complete = dict(methods)
+  for name, fields in methods.items():
+    if rules[name] == UNIFORM:
+      continue
+    paid = {k: v for k, v in fields.items() if k in (POOL, *SCORING)}
+    shown = (f'{k.removeprefix("selection.")}={v}' for k, v in paid.items())
+    complete['+'.join([CONTROL, *shown])] = {RULE: CONTROL, **paid}
+  return complete
 
 
 def make(
@@ -237,7 +248,8 @@ def make(
       for field in grid:
         if field in fields:
           raise ConfigError(f'methods: {name!r} sets {field}, which is swept')
-      void = combinations.void(fields.get(RULE, config.selection.rule))
+      rule = fields.get(RULE, config.selection.rule)
+      void = combinations.void(rule) + (POOL,) * (rule == UNIFORM)
       point = dict(zip(grid, values, strict=True))
       point = {k: v for k, v in point.items() if k not in void}
       changed = _apply(config, name, {**point, **fields})
@@ -259,16 +271,3 @@ def make(
     except ConfigError as error:
       raise ConfigError(f'{entry.name}: {error}') from error
   return list(entries.values())
-
-
-def matching(
-  entry: Entry, entries: Sequence[Entry], method: str
-) -> Entry | None:
-  """The entry of a method at the same point, as far as it has the fields."""
-  for other in entries:
-    shared = {*entry.point} & {*other.point}
-    if other.method == method and all(
-      entry.point[field] == other.point[field] for field in shared
-    ):
-      return other
-  return None

@@ -68,7 +68,8 @@ def error(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
   """Test error against steps, FLOPs and seconds (ICLR, Figures 2, 4, 5).
 
   Means over the seeds, with a band of one standard deviation; dashed and thin,
-  the error on the batches that were trained on.
+  the error on the batches that were trained on, down to a tenth of the least
+  test error.
 
   Args:
     path: of the PNG file.
@@ -76,7 +77,7 @@ def error(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
   """
   figure = plots.figure(WIDTH, 4.2)
   grid = figure.subplots(1, len(COSTS), sharey=True)
-  means = []
+  means, trained = [], []
   for axes, (cost, label) in zip(grid, COSTS.items(), strict=True):
     for index, (name, seeds) in enumerate(runs.items()):
       style = _style(index)
@@ -87,12 +88,16 @@ def error(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
       x, y, _ = curves_lib.spread([r.train for r in seeds], cost, 'error')
       dashed = style | {'linestyle': '--'}
       axes.plot(x, 100 * y, linewidth=0.8, alpha=0.7, **dashed)
+      trained += list(100 * y)
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
     _count_axis(axes.xaxis)
   least = min((x for x in means if x > 0), default=0.1)
+  # Of a fitted training set one decade, so that the test errors have room.
+  least = min([x for x in trained if x > least / 10] + [least])
+  most = max([*means, *trained], default=100) or 100
   for axes in grid:
-    _percent_axis(axes, least, max(means, default=100) or 100)
+    _percent_axis(axes, least, most)
   grid[0].set_ylabel('error, % (— test, - - training batches)')
   _legend(figure, grid[0])
   plots.save(figure, path, DPI)

@@ -7,14 +7,15 @@ from typing import Any
 
 from margin_jax import files
 from margin_jax.comparison import curves, pictures, tables
-from margin_jax.comparison.entries import Entry, matching
+from margin_jax.comparison.entries import Entry
 from margin_jax.comparison.runs import Run
 
 Rows = list[dict[str, Any]]
 COMPARISON, SWEEP = 'compare.md', 'sweep.md'
 PICTURES = ('error', 'mean_mms', 'cost')
 EXPLANATION = (
-  'Test error at the last step: mean ± standard deviation over the seeds. p: '
+  'Test error at the last step: mean ± standard deviation over the seeds whose '
+  'runs were finite. p: '
   'two-sided Welch t-test of the test errors against `{baseline}`, not '
   'corrected for the number of methods; there is none with one seed, or where '
   'all errors are equal. FLOPs are those of XLA, scoring included; seconds are '
@@ -53,10 +54,16 @@ def grouped(runs: Sequence[Run], values: Sequence[Any]) -> dict[str, list]:
 def best(
   entries: Sequence[Entry], summaries: Mapping[str, Mapping[str, Any]]
 ) -> list[Entry]:
-  """Of each method the entry with the lowest mean validation error."""
+  """Of each method the entry with the lowest mean validation error.
+
+  Where runs were not finite, of those with the most that were: an entry must
+  not win by the one seed that it survived.
+  """
   found = []
   for method in dict.fromkeys(entry.method for entry in entries):
     own = [entry for entry in entries if entry.method == method]
+    most = max(summaries[entry.name]['seeds'] for entry in own)
+    own = [entry for entry in own if summaries[entry.name]['seeds'] == most]
     found.append(min(own, key=lambda x: summaries[x.name]['validation'][0]))
   return found
 
@@ -86,16 +93,10 @@ class Report:
     self._baseline = baseline
     self._entries = list({run.entry.name: run.entry for run in runs}.values())
     self._curves = [curves.read(run.folder) for run in runs]
-    rows = grouped(runs, self.rows)
-    self._summaries = {}
-    for entry in self._entries:
-      # A diverged run is not among these; that of another point may be.
-      reference = matching(entry, self._entries, baseline) or next(
-        x for x in self._entries if x.method == baseline
-      )
-      self._summaries[entry.name] = curves.summarize(
-        rows[entry.name], rows[reference.name]
-      )
+    self._summaries = {
+      name: curves.summarize(rows)
+      for name, rows in grouped(runs, self.rows).items()
+    }
 
   def write(self, folder: pathlib.Path, about: Sequence[str]) -> str:
     """Writes all files, and removes those of another command; the table.
@@ -163,7 +164,8 @@ class Report:
     found = grouped(self._runs, self._curves)
     baseline = next(e.name for e in entries if e.method == self._baseline)
     summaries = {
-      entry.name: curves.summarize(rows[entry.name], rows[baseline])
+      entry.name: self._summaries[entry.name]
+      | curves.against(rows[entry.name], rows[baseline])
       for entry in entries
     }
     text = tables.comparison(summaries, baseline)

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -70,32 +69,19 @@ def check(runs: Sequence[Run]) -> None:
       raise ConfigError(f'{run.name}: {error}') from error
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    result = json.loads(path.read_text(encoding='utf-8'))
-    if {'config', 'steps', 'test'} <= {*result}:
-      return result
-    problem = 'it is no result of margin_jax'
-  except (ValueError, TypeError) as error:
-    problem = str(error)
-  raise ConfigError(
-    f'{path} cannot be read ({problem}): remove it, and the run is finished '
-    'again'
-  )
-
-
 def finished(
   config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> dict[str, Any] | None:
   """The result of a run that is complete; None if it is not.
 
   Raises:
-    ConfigError: the folder has the result of another config.
+    ConfigError: the folder has the result of another config, or none that
+      can be read.
   """
   path = folder / 'result.json'
   if not path.exists():
     return None
-  result = _read(path)
+  result = runs_lib.read_result(path)
   saved, now = result['config'], runs_lib.to_save(config)
   changed = config_lib.differences(saved, now)
   if changed or result['steps'] > config.steps:

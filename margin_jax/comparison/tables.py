@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from margin_jax.comparison import curves
+
 # Names of powers of a thousand, for counts of operations.
 PREFIXES = ('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')
 
@@ -43,22 +45,27 @@ def comparison(
     baseline: the name that the differences are to.
   """
   divisor, prefix = unit(max(x['flops'] for x in summaries.values()))
+  others = [x for x in curves.OTHERS if x in summaries[baseline]]
   rows = []
   for name, found in summaries.items():
-    other = name != baseline
+    compared = name != baseline
     rows.append([
       f'`{name}`',
       f'{found["steps"]:,}',
+      f'{found["seeds"]}',
       percent(*found['test']),
-      f'{100 * found["difference"]:+.2f}' if other else '-',
-      _significance(found['p']) if other else '-',
+      *(percent(*found[other]) for other in others),
+      f'{100 * found["difference"]:+.2f}' if compared else '-',
+      _significance(found['p']) if compared else '-',
       f'{found["examples_scored"]:,.0f}',
       f'{found["flops"] / divisor:.3g}',
       f'{found["seconds"]:.1f}',
       f'{found["wait"]:.1%}',
     ])  # fmt: skip
   header = (
-    'method', 'steps', 'test error, %', f'difference to `{baseline}`', 'p',
+    'method', 'steps', 'seeds', 'test error, %',
+    *(f'{curves.OTHERS[other]}, %' for other in others),
+    f'difference to `{baseline}`', 'p',
     'examples scored', f'{prefix}FLOP', 'seconds', 'of these waiting for data',
   )  # fmt: skip
   return markdown(header, rows)
@@ -81,7 +88,7 @@ def sweep(
   validated = 'validation' in summaries[0]
   header = ['method', *(f'`{field}`' for field in fields)]
   header += ['validation error, %'] if validated else []
-  header += ['test error, %', 'steps', 'seconds']
+  header += ['test error, %', 'seeds', 'steps', 'seconds']
   rows = []
   for index, ((method, point), found) in enumerate(
     zip(entries, summaries, strict=True)
@@ -92,5 +99,6 @@ def sweep(
     line.append(percent(*found['test']))
     if index in best:
       line = [f'**{cell}**' for cell in line]
-    rows.append([*line, f'{found["steps"]:,}', f'{found["seconds"]:.1f}'])
+    rest = f'{found["seeds"]}', f'{found["steps"]:,}', f'{found["seconds"]:.1f}'
+    rows.append([*line, *rest])
   return markdown(header, rows)

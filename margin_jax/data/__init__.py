@@ -24,6 +24,7 @@ from margin_jax.data.streamed import Streamed
 from margin_jax.data.tfds_images import DatasetError
 
 __all__ = [
+  'GENERATED',
   'IMAGES',
   'NAMES',
   'SENTENCES',
@@ -48,6 +49,8 @@ SENTENCES = (*entailment.NAMES, *glue.NAMES)
 VOCABULARY_NEEDED = glue.NAMES
 IMAGES = ('digits', *tfds_images.NAMES, *imagenet.NAMES)
 NAMES = (*IMAGES, *SENTENCES)
+# In no folder.
+GENERATED = ('digits', *entailment.NAMES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')

@@ -21,10 +21,6 @@ from margin_jax.data.tfds_images import DatasetError
 
 PyTree = Any
 
-# Random-resized-crop (Szegedy et al. 2015), as everybody trains on ImageNet.
-CROP_AREA = (0.08, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
-CROP_ATTEMPTS = 10
 # In evaluation the shorter side is this many times the image that is read.
 EVALUATION_SCALE = 256 / 224
 # So many in a row that cannot be decoded are no accident.
@@ -38,17 +34,17 @@ def crop_box(
 
   Where ten attempts do not fit, the largest central box with a ratio allowed.
   """
-  for _ in range(CROP_ATTEMPTS):
-    area = width * height * rng.uniform(*CROP_AREA)
-    ratio = np.exp(rng.uniform(*np.log(CROP_RATIO)))
+  for _ in range(augment_lib.TRIES):
+    area = width * height * rng.uniform(*augment_lib.AREAS)
+    ratio = np.exp(rng.uniform(*np.log(augment_lib.RATIOS)))
     w = round(float(np.sqrt(area * ratio)))
     h = round(float(np.sqrt(area / ratio)))
     if 0 < w <= width and 0 < h <= height:
       left = int(rng.integers(0, width - w + 1))
       top = int(rng.integers(0, height - h + 1))
       return left, top, left + w, top + h
-  w = min(width, round(height * CROP_RATIO[1]))
-  h = min(height, round(width / CROP_RATIO[0]))
+  w = min(width, round(height * augment_lib.RATIOS[1]))
+  h = min(height, round(width / augment_lib.RATIOS[0]))
   left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
 

@@ -94,6 +94,19 @@ def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
     assert np.isfinite(leaf).all()
 
 
+@pytest.mark.parametrize('alpha', [0.0, 1e-9])
+def test_a_penalty_that_is_in_no_loss_may_overflow(alpha):
+  """Features and kernel fit float32, the product of their squares does not."""
+  fields = {'selection.rule': 'uniform', 'optimizer.weight_decay': 0.0}
+  setup = helpers.Setup(**fields, **{'mmr.alpha': alpha})
+  for layer in setup.first.params.values():
+    layer['kernel'] *= 1e5
+  state, metrics = setup.run(1)
+  assert np.isinf(metrics['penalty']).all()
+  assert np.isfinite(metrics['loss']).all()
+  assert int(state.step) == (alpha == 0)
+
+
 def nan_scores(logits, kernel, labels, keys):
   """A rule of one's own that fails for one class."""
   del kernel, keys
