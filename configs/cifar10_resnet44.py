@@ -4,7 +4,8 @@
         --workdir=/tmp/cifar10_mms
 
 Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
-steps, as the papers' 200 epochs) or `regime=early_drop` (44K steps).
+steps, the papers' 200 epochs of 50,000 images; 5,000 are held out here) or
+`regime=early_drop` (44K steps).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
 submission, Table 1):

@@ -11,8 +11,9 @@ Papers' test accuracy (Weinstein et al. 2020, Table 1), baseline and mmr:
     cifar10    93.19%  93.34%
     cifar100   73.93%  74.19%
 
-The paper gives no schedule for VGG; this is its ResNet-44's, with the weight
-decay of 5e-4 that is usual for VGG. Ours: not run at full length yet.
+The paper gives neither depth nor schedule for VGG; this is VGG-16 with the
+schedule of its ResNet-44, and the weight decay of 5e-4 that is usual for VGG.
+Ours: not run at full length yet.
 
 Cost, calculated from XLA's FLOP count of the step (95 GFLOP): 15 PFLOP, at
 50 TFLOP/s 0.1 GPU-hours.

@@ -3,11 +3,11 @@
     python -m margin_jax.compare --config=configs/figures.py:figure2a \\
         --workdir=/tmp/figure2a --config.data.data_dir=DIR
 
-Arguments: the figure; scale=0.01 takes so much of the steps, with the learning
-rate's drops at the same share of them; model=resnet8, another network in place
-of the paper's. Panels a and b are the training and the test error of ResNet-44
-on CIFAR-10, c and d those of WRN-28-10 on CIFAR-100; a pair comes from the same
-runs and is in the same picture, so that both letters do the same.
+Arguments: the figure; scale=0.01 takes that share of the steps, with the
+learning rate's drops at the same share of them; model=resnet8, another network
+in place of the paper's. Panels a and b are the training and the test error of
+ResNet-44 on CIFAR-10, c and d those of WRN-28-10 on CIFAR-100; a pair comes
+from the same runs and is in the same picture, so that both letters do the same.
 
     figure2a  figure2b  figure2c  figure2d   plain, hard negatives, MMS
     figure3a  figure3c                       their mean MMS: mean_mms.png

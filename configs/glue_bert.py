@@ -1,15 +1,16 @@
 """GLUE, BERT-base: multi-margin regularization in fine-tuning.
 
     python -m margin_jax.train --config=configs/glue_bert.py:rte \\
-        --config.model.pretrained=DIR --workdir=/tmp/glue_rte
+        --config.model.pretrained=FOLDER --config.data.data_dir=DIR \\
+        --workdir=/tmp/glue_rte
 
-DIR is a folder with config.json, vocab.txt and model.safetensors (or
-pytorch_model.bin), or a name on the Hugging Face hub, which is downloaded:
-google-bert/bert-base-uncased.
+FOLDER has config.json, vocab.txt and model.safetensors (or
+pytorch_model.bin), or is a name on the Hugging Face hub, which is downloaded:
+google-bert/bert-base-uncased. DIR is where TFDS prepared the task.
 
 Arguments: the task `rte`, `mrpc`, `sst2`, `qnli`, `qqp` or `mnli`;
 method=mmr or baseline; epochs=3; model=bert_base, or the sizes of the weights
-in DIR, as in bert6_384_12.
+in FOLDER, as in bert6_384_12.
 
 Paper's results (Weinstein et al. 2020, Table 1), baseline and MMR. It calls
 them test results; ours are of the validation splits, because the labels of
@@ -26,11 +27,12 @@ decay, clipping at norm 1 are BERT's own.
 
 Ours: not run yet with BERT-base. With a small pretrained BERT (6 layers of 384)
 MRPC has F1 83.05 +- 0.71 and accuracy 73.61 +- 1.21, with and without MMR, over
-3 seeds: `python -m benchmarks.glue_minilm`.
+3 seeds: benchmarks/glue_minilm.md.
 
 Cost, calculated from 6 FLOP a parameter and token at the full 128 tokens: 66
 GFLOP an example, 0.5 PFLOP for RTE, 78 PFLOP for MNLI: at 50 TFLOP/s from ten
-seconds to half an hour. Length buckets save about half of it.
+seconds to half an hour. Shorter
+sentences are padded to 32 or 64 tokens, and cost less.
 """
 
 from margin_jax import config as config_lib

@@ -12,13 +12,13 @@ Arguments, behind a colon and separated by commas:
     epsilon=0.1          its radius; pixels are in [0, 1]
     steps=46800          200 epochs of 234 batches
 
-for example `configs/mnist_large_margin.py:small=0.01,attack=fgsm,steps=1000`.
+for example `configs/mnist_large_margin.py:noisy=0.4,attack=fgsm`.
 
 From the released code: l_inf margins at the input and after both convolutional
 blocks, no cross-entropy, batches of 256, RMSProp at 0.1, times 0.96 every 2,000
 steps, L2 penalty on all parameters, gradients clipped to norm 5. Unlike there,
-the loss sees BatchNorm in evaluation mode: with a batch's own statistics its
-examples leak into each other's gradients.
+the loss holds the batch's BatchNorm statistics fixed while it looks for the
+nearest boundary: else examples leak into each other's gradients.
 
 Expected, with 1% of the labels (600 images, 600 steps of 64, five seeds): 95.1%
 test accuracy, as cross-entropy has, and 52.6% under FGSM of 0.1 (cross-entropy

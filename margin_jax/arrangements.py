@@ -103,8 +103,8 @@ def percentile_draw(
       weight_i = percentile(loss_i) ^ beta
 
   The k lowest of the returned scores are a draw of k examples without
-  replacement, with these weights (the Gumbel trick). Jiang et al. (2019) toss
-  a coin per example, with percentiles over the last losses seen; here the
+  replacement, with these weights (the Gumbel trick). The authors toss a
+  coin per example, with percentiles over the last losses seen; here the
   percentile is over the pool, and the batch always has its size.
 
   Args:
@@ -117,6 +117,8 @@ def percentile_draw(
 
   Returns:
     (B,) scores; NaN where `scores` is.
+
+  Source: A. H. Jiang et al. 2019, arXiv 1910.00762.
   """
   del labels, key, epoch
   ordered = jnp.sort(scores)

@@ -55,6 +55,9 @@ def _data() -> dict[str, Any]:
     # those that gets a wrong label; `seed` decides which.
     'fraction': 1.0,
     'label_noise': 0.0,
+    # Of training images, in this order: 'crop', 'flip', 'cutout',
+    # 'autoaugment', 'random_resized_crop'. A crop is of an image with so many
+    # pixels of padding on every side.
     'augmentations': (),
     'crop_padding': 4,
     # The side of the square that the augmentation cutout covers.
@@ -83,6 +86,7 @@ def _model() -> dict[str, Any]:
     'name': 'cnn',
     # Of the CIFAR ResNets: He's layout, or the one of the MMS authors' code.
     'variant': 'he',
+    # Of the computation; parameters and the head stay float32.
     'dtype': 'float32',
     # Whose examples BatchNorm normalises with: all devices' ('global', which
     # does not depend on their number) or each device's own.
@@ -104,7 +108,7 @@ def _model() -> dict[str, Any]:
 def _optimizer() -> dict[str, Any]:
   optional = config_dict.placeholder
   return {
-    'name': 'sgd',
+    'name': 'sgd',  # or 'adam', 'rmsprop'; the momentum below is not Adam's
     # learning_rates[i] from step boundaries[i-1] on.
     'learning_rates': (0.1,),
     'boundaries': (),
@@ -209,16 +213,18 @@ def default() -> ml_collections.ConfigDict:
       # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
       # on gradients of convolutions in loops, and up to 100 on accelerators.
       'steps_per_call': optional(int),
-      # What to do where a loss, a gradient or a score is NaN or infinite:
-      # 'stop' the run, or 'skip' the step.
+      # What to do where a loss, a gradient or an update is NaN or infinite:
+      # 'stop' the run, or 'skip' the step. A NaN score stops it too; with
+      # 'skip' it ranks last.
       'on_nonfinite': 'stop',
+      # Steps between two lines of train.csv, two evaluations, two checkpoints.
       'log_every': 100,
       'eval_every': 1000,
       'checkpoint_every': 1000,
       # Checkpoints at multiples of it are never deleted; None: the last two and
       # the best are kept.
       'keep_every': optional(int),
-      'eval_batch_size': 1000,
+      'eval_batch_size': 1000,  # over all devices
       'data': _data(),
       'model': _model(),
       'optimizer': _optimizer(),
@@ -237,6 +243,8 @@ def default() -> ml_collections.ConfigDict:
         # Weight of MMR in the loss; linear in the step up to alpha_end, if set.
         'alpha': 0.0,
         'alpha_end': optional(float),
+        # The paper's mean over the batch, or 'square_of_mean' as in the later
+        # code; and whether the radius of the features is a constant.
         'reduction': 'mean_of_squares',
         'stop_feature_gradient': False,
       },

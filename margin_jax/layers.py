@@ -116,7 +116,8 @@ def layer_margins(
     norm: 'l1', 'l2' or 'l_inf': how the distance is measured.
 
   Returns:
-    The pytree with (B,) float32 margins for each leaf.
+    The pytree with (B,) margins for each leaf: float32, or float64 for float64
+    logits.
 
   Raises:
     TypeError: the logits are not floating, or `labels` not integer.

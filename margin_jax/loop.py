@@ -44,10 +44,8 @@ def _run(
     parallel.MAX_CALLS_AHEAD,
     trainer.devices.share.count == 1,
   )
-  # The clock runs while the device trains, and not while it evaluates, nor
-  # while a first call compiles.
-  total, started = trainer.counters, time.perf_counter()
-  compiled = trainer.program.compile_seconds
+  # Seconds are of training: evaluations move the start.
+  total, started = trainer.counters, _clock(trainer)
   reported = trainer.start
 
   def report(step: int) -> None:
@@ -57,7 +55,7 @@ def _run(
     total = total.plus(trainer.program.cost(reported, step))
     total.skipped += int(metrics.pop('skipped', 0))
     elapsed = Counters(
-      seconds=time.perf_counter() - started,
+      seconds=_clock(trainer) - started,
       data_wait=trainer.feed.seconds_waited,
       undecodable=trainer.devices.sum(trainer.feed.undecodable),
     )
@@ -69,8 +67,6 @@ def _run(
   evaluations = {}
   for step in range(trainer.start + call, config.steps + 1, call):
     metrics = trainer.call(step - call)
-    started += trainer.program.compile_seconds - compiled
-    compiled = trainer.program.compile_seconds
     if windows and (step - call) % config.log_every == 0:
       report(step - call)  # a call late: the device is busy with the next
     windows.append(metrics)
@@ -81,14 +77,14 @@ def _run(
     save = last or stop or step % config.checkpoint_every == 0
     if evaluate or save:
       report(step)
-      paused = time.perf_counter()
+      paused = _clock(trainer)
       accuracy = None
       if evaluate:
         evaluations, accuracy, improved = _evaluate(trainer, reporter, step)
         save = save or improved
       if save:
         trainer.save(step, accuracy)
-      started += time.perf_counter() - paused
+      started += _clock(trainer) - paused
     if stop:
       trainer.checkpoints.wait()
       raise Interrupted(
@@ -97,6 +93,11 @@ def _run(
         interrupts.number or signal.SIGTERM,
       )
   return evaluations
+
+
+def _clock(trainer: Trainer) -> float:
+  """Seconds, but for those that a first call spent on compiling."""
+  return time.perf_counter() - trainer.program.compile_seconds
 
 
 def _asked_to_stop(trainer: Trainer, interrupts: Interrupts, step: int) -> bool:
@@ -228,10 +229,11 @@ def train(
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.
     DatasetError: the dataset is missing or broken.
-    NonFiniteError: a loss, gradient or score became NaN or infinite, and
-      `config.on_nonfinite` is 'stop'. Checkpoints saved before are kept, and
-      what the step read is in nonfinite_step_N.npz.
+    NonFiniteError: a loss, gradient or update became NaN or infinite, or a
+      score NaN, and `config.on_nonfinite` is 'stop'. Checkpoints saved before
+      are kept, and what the step read is in nonfinite_step_N.npz.
     DamagedError: there are checkpoints, and none can be read.
+    SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   workdir = os.path.abspath(os.path.expanduser(workdir))

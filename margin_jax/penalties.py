@@ -180,8 +180,8 @@ def large_margin_loss(
     second_order: let the gradient flow through g.
 
   Returns:
-    (B,) float32, each in [-n * gamma, n * gamma * (alpha - 1)] where n is
-    `top_k`, or 1 with `worst_case`.
+    (B,) float32 (float64 for float64 logits), each in [-n * gamma,
+    n * gamma * (alpha - 1)] where n is `top_k`, or 1 with `worst_case`.
 
   Raises:
     TypeError: the logits are not floating, or `labels` not integer.

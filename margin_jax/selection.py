@@ -91,7 +91,7 @@ def query(
     are fewer than k others.
 
   Raises:
-    TypeError: `scores` is not floating or `labelled` not bool.
+    TypeError: `scores` is not floating, `k` no integer or `labelled` not bool.
     ValueError: a shape does not fit, or there are fewer than k examples.
 
   Source: Weinstein et al. 2020 and the ICLR 2020 submission, which name active
@@ -151,6 +151,7 @@ def take_lowest(
     The pytree with k/D rows in each array.
 
   Raises:
+    TypeError: `scores` is not floating, or `k` no integer.
     ValueError: k is out of range or not divisible by the number of devices,
       or the arrays of `examples` do not have n rows.
   """
@@ -195,13 +196,23 @@ def take_lowest(
 
 
 def mms(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
-  """Minimal margin score: nearest to the decision boundary first (Eq. 9)."""
+  """Minimal margin score: nearest to the decision boundary first.
+
+  (n,) `mms_scores` of logits (n, C) and kernel (D, C). Source: Weinstein et al.
+  2020, Eq. 9.
+  """
   del labels, keys
   return margins.mms_scores(logits, kernel)
 
 
 def loss(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
-  """Minus the cross-entropy: hard-negative mining ("NM-samples")."""
+  """Minus the cross-entropy: hard-negative mining.
+
+      log p_y,    p = softmax(logits)
+
+  (n,) float32 of logits (n, C) and labels (n,) in [0, C). Source: the
+  "NM-samples" of the ICLR 2020 submission.
+  """
   del kernel, keys
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   return jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
@@ -210,7 +221,12 @@ def loss(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
 def entropy(
   logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
 ) -> Scores:
-  """Minus the entropy of the softmax: most uncertain first (ICLR 4.2)."""
+  """Minus the entropy of the softmax: most uncertain first.
+
+      sum_j p_j log p_j,    p = softmax(logits)
+
+  (n,) float32 of logits (n, C). Source: ICLR 2020 submission, section 4.2.
+  """
   del kernel, labels, keys
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   # p log p tends to 0 where log p is -inf; the product alone would be NaN.
@@ -221,7 +237,12 @@ def entropy(
 def margin(
   logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
 ) -> Scores:
-  """The difference of the two highest softmax probabilities."""
+  """The difference of the two highest softmax probabilities: smallest first.
+
+      p_j1 - p_j2,    p = softmax(logits)
+
+  (n,) float32 of logits (n, C).
+  """
   del kernel, labels, keys
   p = jax.nn.softmax(logits.astype(jnp.float32))
   top = jax.lax.top_k(p, 2)[0]
@@ -231,7 +252,10 @@ def margin(
 def random(
   logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
 ) -> Scores:
-  """A uniform draw: the control that pays for scoring and ignores it."""
+  """A uniform draw: the control that pays for scoring and ignores it.
+
+  (n,) float32 in [0, 1), one of each of the keys (n,).
+  """
   del logits, kernel, labels
   return jax.vmap(jax.random.uniform)(keys)
 

@@ -1,8 +1,6 @@
-"""Configs: what is refused and how, arguments, JSON, the files in configs/."""
+"""Configs: what is refused and how, arguments, JSON."""
 
 import ast
-import importlib.util
-import itertools
 import json
 import pathlib
 import re
@@ -12,12 +10,10 @@ import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
-from margin_jax import data, sources, validation
+from margin_jax import validation
 from margin_jax.config import ConfigError
 from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-CONFIG_FILES = sorted((REPOSITORY / 'configs').glob('*.py'))
 FIELDS = tuple(config_lib.flatten(config_lib.default()))
 # What may differ between a checkpoint and the run that continues it.
 RESUMABLE = {
@@ -259,152 +255,3 @@ def test_every_field_is_read_outside_of_config():
     if not any(f'.{chain}'.endswith(f'.config.{name}') for chain in read)
   ]
   assert not unread
-
-
-def load_config_file(path):
-  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def arguments_of(module, monkeypatch):
-  """No argument, and every combination of arguments."""
-  seen = {}
-  parse_arguments = config_lib.parse_arguments
-
-  def spy(text, **fields):
-    seen.update({} if seen else fields)  # not what another file asks for
-    return parse_arguments(text, **fields)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(config_lib, 'parse_arguments', spy)
-    module.get_config()
-  choices = [
-    [f'{name}={value}' for value in values]
-    for name, values in seen.items()
-    if isinstance(values, tuple)  # a set of values, not a default
-  ]
-  combinations = [','.join(parts) for parts in itertools.product(*choices)]
-  return [None, *filter(None, combinations)]
-
-
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
-def test_config_files_are_valid(path, monkeypatch):
-  module = load_config_file(path)
-  assert f'--config=configs/{path.name}' in module.__doc__
-  for argument in arguments_of(module, monkeypatch):
-    config = module.get_config(*filter(None, [argument]))
-    validation.validate(config)
-
-
-# Design, section 6: epochs of 781 steps; drops by 10; where the run ends.
-REGIMES = {
-  'standard': (200 * 781, (81 * 781, 122 * 781, 164 * 781)),
-  'early_drop': (44_000, (24_992, 27_335, 29_678)),
-}
-MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
-# What a method changes of plain training.
-METHODS = {
-  'baseline': {'selection.rule': 'uniform', 'mmr.alpha': 0.0},
-  'mms': {'selection.rule': 'mms', 'mmr.alpha': 0.0, 'mmr.alpha_end': None},
-  'mmr': {'selection.rule': 'uniform', **MMR},
-  'mms_mmr': {'selection.rule': 'mms', **MMR},
-}
-
-
-@pytest.mark.parametrize('regime', REGIMES)
-@pytest.mark.parametrize('method', METHODS)
-def test_cifar10_resnet44_has_the_numbers_of_the_papers(method, regime):
-  module = load_config_file(REPOSITORY / 'configs/cifar10_resnet44.py')
-  config = config_lib.flatten(module.get_config(f'{method},regime={regime}'))
-  steps, boundaries = REGIMES[regime]
-  expected = {
-    'steps': steps, BOUNDARIES: boundaries, RATES: (0.1, 0.01, 0.001, 0.0001),
-    'batch_size': 64, 'pool_size': 640, 'model.name': 'resnet44',
-    'optimizer.name': 'sgd', 'optimizer.momentum': 0.9,
-    'optimizer.nesterov': False, 'optimizer.weight_decay': 1e-4,
-    'data.name': 'cifar10', 'data.validation_examples': 5000,
-    'data.augmentations': ('crop', 'flip'), 'data.crop_padding': 4,
-  } | METHODS[method]  # fmt: skip
-  assert config.items() >= expected.items()
-
-
-SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}
-# Design, section 6, for the other rows: file, argument, and what it must have.
-ROWS = [
-  (
-    'cifar100_wrn28_10', 'mms,regime=early_drop',
-    {
-      **SGD, 'steps': 80_000, BOUNDARIES: (39_050, 41_393, 43_736),
-      RATES: (0.1, 0.02, 0.004, 0.0008), 'optimizer.weight_decay': 5e-4,
-      'batch_size': 64, 'pool_size': 640, 'selection.rule': 'mms',
-      'data.name': 'cifar100', 'data.cutout_size': 16,
-      'data.augmentations': ('crop', 'flip', 'autoaugment', 'cutout'),
-    },
-  ),
-  (
-    'cifar100_wrn28_10', 'mmr',
-    {
-      **SGD, **MMR, 'steps': 156_200,
-      BOUNDARIES: (60 * 781, 120 * 781, 160 * 781),
-    },
-  ),
-  (
-    'imagenet_mobilenet', 'mmr',
-    {
-      **SGD, 'batch_size': 256, 'steps': 90 * 5004, 'mmr.alpha': 1e-5,
-      RATES: (0.1, 0.01, 0.001, 0.0001),
-      BOUNDARIES: (30 * 5004, 60 * 5004, 80 * 5004),
-      'optimizer.decayed': 'convolutions', 'model.name': 'mobilenet',
-    },
-  ),
-  (
-    'cifar_vgg', 'mmr,dataset=cifar10',
-    {**SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10'},
-  ),
-  (
-    'trimming', 'on,dataset=svhn_cropped,model=densenet121',
-    {
-      'optimizer.name': 'adam', RATES: (1e-3, 5e-4, 2.5e-4),
-      BOUNDARIES: (50 * 572, 100 * 572), 'steps': 150 * 572,
-      'optimizer.weight_decay': 1e-4, 'batch_size': 128,
-      'trimming.first': 1.0, 'trimming.last': 0.2,
-      'model.name': 'densenet121', 'model.stem': 'small',
-    },
-  ),
-  (
-    'glue_bert', 'mrpc',
-    {
-      'optimizer.name': 'adam', RATES: (2e-5,), 'model.dropout': 0.1,
-      'optimizer.decay': 'linear', 'mmr.alpha': 1e-5, 'batch_size': 32,
-      'steps': 3 * (3668 // 32), 'model.name': 'bert_base',
-      'data.name': 'glue/mrpc', 'data.max_length': 128,
-    },
-  ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(('name', 'argument', 'expected'), ROWS)
-def test_configs_have_the_numbers_of_the_papers(name, argument, expected):
-  module = load_config_file(REPOSITORY / f'configs/{name}.py')
-  config = config_lib.flatten(module.get_config(argument))
-  assert {k: config[k] for k in expected} == expected
-
-
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
-def test_a_missing_dataset_is_one_message(path, tmp_path, capfd):
-  config = load_config_file(path).get_config()
-  if config.data.name in ('digits', 'entailment'):
-    return  # always there
-  config.data.data_dir = str(tmp_path)
-  if config.data.name in data.VOCABULARY_NEEDED:
-    vocabulary = tmp_path / 'vocab.txt'
-    vocabulary.write_text('[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n')
-    config.data.vocabulary = str(vocabulary)
-  with pytest.raises(data.DatasetError) as caught:
-    sources.load(config, None)
-  words = f'margin_jax.data.prepare {config.data.name}'
-  assert words in str(caught.value)
-  assert '\n' not in str(caught.value)
-  assert not capfd.readouterr().err

@@ -93,7 +93,7 @@ def compare(
     DatasetError: the dataset is missing or broken.
     NonFiniteError: some runs were not finite; raised at the end, when all
       others are done and written down.
-    DamagedError: as in `loop.train`.
+    DamagedError, SaveError: as in `loop.train`.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'
