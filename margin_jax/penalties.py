@@ -70,7 +70,7 @@ def mmr_penalty(
       f'reduction must be one of {REDUCTIONS}, got {reduction!r}'
     )
   margins.check_floating('features', features, 2)
-  competitor = margins.competitors(logits, labels)
+  m = margins.competitors(logits, labels)
   margins.check_kernel(kernel, logits.shape[1])
   if features.shape != (logits.shape[0], kernel.shape[0]):
     raise ValueError(
@@ -82,13 +82,10 @@ def mmr_penalty(
   dtype, wide = margins.compute_dtype(features, logits, kernel)
   features, columns = features.astype(wide), kernel.astype(wide).T
 
-  valid = competitor >= 0
-  labels = jnp.where(valid, labels, 0)
-  competitor = jnp.where(valid, competitor, 1)
+  valid = m >= 0
+  labels, m = jnp.where(valid, labels, 0), jnp.where(valid, m, 1)
   largest = jnp.finfo(wide).max / 4  # its double is finite, its square is not
-  difference = jnp.clip(
-    columns[labels] - columns[competitor], -largest, largest
-  )
+  difference = jnp.clip(columns[labels] - columns[m], -largest, largest)
   width = jnp.sum(jnp.square(difference), axis=1)
   width = jnp.where(valid, width, jnp.nan)
   radius = jnp.sum(jnp.square(features), axis=1)
