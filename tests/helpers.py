@@ -77,7 +77,7 @@ def noise():
 
 
 class Setup:
-  """A compiled step outside the trainer."""
+  """A step outside the trainer, compiled when it is first asked for."""
 
   def __init__(self, steps_per_call=1, source=None, rule=None, **fields):
     self.config = small_config(**fields)
@@ -86,15 +86,19 @@ class Setup:
     self.method = build.make_method(
       self.config, self.source, self.devices.total, rule
     )
-    state = initial.init_state(self.config, self.source, self.method)
-    self.first = jax.tree.map(np.array, jax.device_get(state))
+    self._steps_per_call = steps_per_call
+    self._state = initial.init_state(self.config, self.source, self.method)
+    self.first = jax.tree.map(np.array, jax.device_get(self._state))
     self.feed = feeding.Resident(self.devices, self.source, self.method)
     self.data = self.feed(0)
-    self.program = program.Program(
+
+  @functools.cached_property
+  def program(self):
+    return program.Program(
       self.method,
       self.devices,
-      steps_per_call,
-      self.devices.replicate(state),
+      self._steps_per_call,
+      self.devices.replicate(self._state),
       self.feed,
     )
 

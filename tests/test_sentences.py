@@ -26,7 +26,7 @@ from tests import helpers
 FIELDS = {
   'data.name': 'entailment',
   'data.max_length': 48,
-  'data.widths': (16, 24),
+  'data.widths': (24,),
   'data.fraction': 0.05,
   'data.augmentations': (),
   'data.crop_padding': 4,
@@ -40,13 +40,13 @@ FIELDS = {
 
 @functools.cache
 def source():
-  """395 of the training pairs in three parts, 100 for validation."""
+  """395 of the training pairs in two parts, 100 for validation."""
   return data.load_sentences(
     'entailment',
     validation_examples=100,
     fraction=0.05,
     max_length=48,
-    widths=(16, 24),
+    widths=(24,),
     draw_size=32,
   )
 
@@ -99,7 +99,7 @@ def assert_no_rank_is_rounding(this, steps):
 
 
 def test_every_pair_is_in_one_part_that_holds_it():
-  assert source().widths == (16, 24, 48)
+  assert source().widths == (24, 48)
   split = source().splits['train']
   seen = []
   for part in source().parted('train'):
@@ -145,7 +145,7 @@ def test_devices_change_neither_selection_nor_update(rule):
   (state1, metrics1), (state2, metrics2) = one.run(6), two.run(6)
   np.testing.assert_array_equal(state1.counts, state2.counts)
   assert state1.counts.sum() == 6 * 8
-  assert len(one.program.programs) == 3
+  assert len(one.program.programs) == 2
   if rule == 'mms':
     assert_no_rank_is_rounding(one, steps=6)
   helpers.assert_trees_close(state1.params, state2.params, 2e-5)
