@@ -40,11 +40,12 @@ def _line(
   )  # fmt: skip
 
 
-def _count_axis(axis: Any) -> None:
-  """Large numbers as 20 k or 3 T."""
+def _cost_axis(axis: Any, cost: str) -> None:
+  """Large counts as 20 k or 3 T; seconds as they are."""
   from matplotlib.ticker import EngFormatter
 
-  axis.set_major_formatter(EngFormatter())
+  plain = cost == 'seconds'
+  axis.set_major_formatter('{x:,g}' if plain else EngFormatter())
 
 
 def _percent_axis(axes: Any, least: float, most: float) -> None:
@@ -52,7 +53,11 @@ def _percent_axis(axes: Any, least: float, most: float) -> None:
   axes.set_yscale('log', nonpositive='clip')
   axes.set_ylim(least / 1.3, min(100, most * 1.3))
   axes.yaxis.set_major_formatter('{x:g}')
-  axes.yaxis.set_minor_formatter('{x:g}')
+  # Nine would touch ten.
+  digits = '25' if most > 10 * least else '2345678'
+  axes.yaxis.set_minor_formatter(
+    lambda x, _: f'{x:g}' if f'{x:e}'[0] in digits else ''
+  )
   axes.tick_params(axis='y', which='minor', labelsize=7)
   axes.grid(alpha=0.3, which='both')
 
@@ -91,7 +96,7 @@ def error(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
       trained += list(100 * y)
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
-    _count_axis(axes.xaxis)
+    _cost_axis(axes.xaxis, cost)
   least = min((x for x in means if x > 0), default=0.1)
   # Of a fitted training set one decade, so that the test errors have room.
   least = min([x for x in trained if x > least / 10] + [least])
@@ -114,7 +119,7 @@ def mean_mms(path: pathlib.Path, runs: Mapping[str, Sequence[Curves]]) -> None:
   axes.set_xlim(left=0)
   axes.set_ylabel('mean MMS (distance in feature space)')
   axes.grid(alpha=0.3)
-  _count_axis(axes.xaxis)
+  _cost_axis(axes.xaxis, 'step')
   _legend(figure, axes)
   plots.save(figure, path, DPI)
 
@@ -144,7 +149,7 @@ def cost(
       )  # fmt: skip
     axes.set_xlabel(COSTS[name])
     axes.set_xlim(left=0)
-    _count_axis(axes.xaxis)
+    _cost_axis(axes.xaxis, name)
     axes.grid(alpha=0.3)
   grid[0].set_ylabel('test accuracy after the last step, %')
   _legend(figure, grid[0])
