@@ -82,12 +82,13 @@ def several_processes() -> bool:
 def use_compilation_cache() -> None:
   """Keeps compiled programs for the next start, where that is quiet.
 
-  Not those with convolutions of oneDNN (see `cpu.tune`), which XLA cannot
-  write down; they are compiled at every start.
+  Not those with operations of oneDNN (see `cpu.tune`), which XLA cannot write
+  down; they are compiled at every start.
   """
-  warnings.filterwarnings(
-    'ignore', 'Error writing persistent compilation cache .*bad_alloc'
-  )
+  for reason in ('bad_alloc', 'MemoryError'):
+    warnings.filterwarnings(
+      'ignore', f'Error writing persistent compilation cache .*{reason}'
+    )
   if jax.config.jax_compilation_cache_dir is None:
     # XLA:CPU of jax 0.10 logs false alarms about the processor, ten lines a
     # start, for every program it loads. JAX_COMPILATION_CACHE_DIR overrides.

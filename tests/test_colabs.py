@@ -30,6 +30,8 @@ BADGE = (
 )
 INSTALL = '# @title Installs margin_jax'
 BYTES = 1_500_000
+# What conftest.py sets, and a user does not.
+OURS = ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')
 
 
 def read(name, folder=ROOT / 'colabs'):
@@ -64,7 +66,7 @@ def run_small(name, folder, **environment):
   inherited = {
     key: value
     for key, value in os.environ.items()
-    if key not in ('XLA_FLAGS', 'DATA_DIR', 'WEIGHTS')
+    if key not in (*OURS, 'DATA_DIR', 'WEIGHTS')
   }
   process = subprocess.run(
     [
