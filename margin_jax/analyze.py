@@ -21,8 +21,8 @@ import numpy as np
 from margin_jax import (
   analysis,
   build,
-  command_line,
   data,
+  ending,
   evaluation,
   files,
   initial,
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     '--config', help='the config file, if it registers a model or a dataset'
   )
   args = parser.parse_args(argv)
-  with command_line.one_line_errors():
+  with ending.one_line_errors():
     if args.config is not None:
       runs.register_from(args.config.partition(':')[0])
     analyze(

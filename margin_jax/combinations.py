@@ -32,6 +32,16 @@ def void(rule: str) -> tuple[str, ...]:
   return fields
 
 
+def idle(flat: dict[str, Any]) -> tuple[str, ...]:
+  """The fields of MMR and BatchNorm that do nothing where there is none."""
+  fields = ()
+  if not flat['mmr.alpha'] and not flat['mmr.alpha_end']:
+    fields += ('mmr.stop_feature_gradient',)
+  if not _any_batch_norm(flat):
+    fields += ('model.batch_norm',)
+  return fields
+
+
 def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
   """Raises if one of the fields is not its default."""
   defaults = flatten(default())
@@ -64,9 +74,8 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if flat['data.name'] in data.GENERATED:
     because = f'with data.name={flat["data.name"]!r}, which is in no folder'
     _forbid(flat, ('data.data_dir',), because)
-  if not flat['mmr.alpha'] and not flat['mmr.alpha_end']:
-    because = 'with mmr.alpha=0.0: nothing is regularized'
-    _forbid(flat, ('mmr.stop_feature_gradient',), because)
+  because = 'with mmr.alpha=0.0: nothing is regularized'
+  _forbid(flat, tuple(x for x in idle(flat) if x.startswith('mmr.')), because)
   if flat['optimizer.decay'] == 'linear':
     because = "with optimizer.decay='linear', which falls from one rate"
     _forbid(flat, ('optimizer.boundaries',), because)

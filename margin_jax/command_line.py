@@ -1,26 +1,17 @@
-"""What the command lines share: reading flags, and ending with one line."""
+"""What the command lines share: reading flags."""
 
-import contextlib
-import errno
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+import traceback
+from collections.abc import Callable
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from margin_jax import checkpoints, data, interrupts, nonfinite, parallel
-from margin_jax import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of everything that is written.'
 )
-
-# What a disk says that is full, or broken.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def begin(argv: list[str]) -> None:
@@ -55,8 +46,9 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     sys.exit(f'error: {explain(error)}')
   except (AttributeError, KeyError) as error:  # of a field, of a group
-    if 'get_config' in str(error):
-      sys.exit('error: --config: the file has no function get_config')
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if 'get_config' in str(error) and 'config_flags' in last.filename:
+      sys.exit(f'error: --config: {error.obj.__file__} has no get_config')
     if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
       raise  # a mistake in the config file's own code: show where
     text = str(error.args[0]).replace('\\n', ' ')
@@ -73,43 +65,3 @@ def explain(error: flags.Error) -> str:
   """One line; of an error inside a config file the last of its traceback."""
   last = str(error).strip().splitlines()[-1]
   return last.removeprefix('margin_jax.config.ConfigError: ')
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-  """What the user can mend ends the process with a line, not a traceback."""
-  try:
-    yield
-  except (
-    config_lib.ConfigError,
-    data.DatasetError,
-    nonfinite.NonFiniteError,
-    checkpoints.DamagedError,
-    checkpoints.SaveError,
-  ) as error:
-    _stop(str(error))
-  except jax.errors.JaxRuntimeError as error:
-    if not parallel.several_processes() or 'RESOURCE_EXHAUSTED' in str(error):
-      raise
-    line = str(error).strip().splitlines()[0]
-    _stop(
-      f'another process of this run is gone ({line}); start all of them again, '
-      'and they go on from the last checkpoint'
-    )
-  except OSError as error:
-    if error.errno not in FULL:
-      raise
-    # TensorBoard's writer would try once more at exit, and complain at length.
-    _stop(f'{error}; what was saved before is as it was', at_once=True)
-  except interrupts.Interrupted as stopped:
-    print(stopped, flush=True)
-    sys.exit(stopped.status)
-
-
-def _stop(message: str, at_once: bool = False) -> NoReturn:
-  """Ends with one line; where there are several processes, without them."""
-  if not parallel.several_processes() and not at_once:
-    sys.exit(f'error: {message}')
-  # To leave in good order would be to wait for the others.
-  print(f'error: {message}', file=sys.stderr, flush=True)
-  interrupts.leave(1)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from margin_jax import command_line, comparison, cpu, parallel
+from margin_jax import command_line, comparison, cpu, ending, parallel
 from margin_jax.comparison import budgets, entries
 from margin_jax.config import UNIFORM, ConfigError
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
   command_line.begin(argv)
   cpu.tune()
   parallel.use_compilation_cache()
-  with command_line.one_line_errors():
+  with ending.one_line_errors():
     comparison.compare(
       command_line.CONFIG.value,
       command_line.WORKDIR.value,

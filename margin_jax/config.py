@@ -55,7 +55,7 @@ def _data() -> dict[str, Any]:
     # those that gets a wrong label; `seed` decides which.
     'fraction': 1.0,
     'label_noise': 0.0,
-    # Of training images, in this order: 'crop', 'flip', 'cutout',
+    # Of training images, in the order given: 'crop', 'flip', 'cutout',
     # 'autoaugment', 'random_resized_crop'. A crop is of an image with so many
     # pixels of padding on every side.
     'augmentations': (),
@@ -213,9 +213,9 @@ def default() -> ml_collections.ConfigDict:
       # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
       # on gradients of convolutions in loops, and up to 100 on accelerators.
       'steps_per_call': optional(int),
-      # What to do where a loss, a gradient or an update is NaN or infinite:
-      # 'stop' the run, or 'skip' the step. A NaN score stops it too; with
-      # 'skip' it ranks last.
+      # What to do where a loss, a gradient, an update or BatchNorm's statistics
+      # are NaN or infinite: 'stop' the run, or 'skip' the step. A NaN score
+      # stops it too; with 'skip' it ranks last.
       'on_nonfinite': 'stop',
       # Steps between two lines of train.csv, two evaluations, two checkpoints.
       'log_every': 100,
@@ -351,6 +351,17 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
+def binds_devices(config: dict[str, Any]) -> bool:
+  """Whether what is trained depends on the number of devices."""
+  return (
+    # Whose examples are normalised, or ranked.
+    config.get('model.batch_norm') == 'device'
+    or config.get('selection.scope') == 'device'
+    # They divide the part that the gradient sees.
+    or config.get('trimming.backward') == 'kept'
+  )
+
+
 def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   """Lines 'field: saved -> now' for fields that a continued run must keep."""
   saved = as_json(default()) | saved  # fields that came after the checkpoint
@@ -360,11 +371,8 @@ def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   if config.get('mmr.alpha_end') is not None or slopes or falls:
     # The slope of alpha, of the share that is kept, of the learning rate.
     free.discard('steps')
-  for name in ('model.batch_norm', 'selection.scope'):
-    if config.get(name) == 'device':
-      free.discard('devices')  # whose examples are normalised, or ranked
-  if config.get('trimming.backward') == 'kept':
-    free.discard('devices')  # which divide the part that the gradient sees
+  if binds_devices(config):
+    free.discard('devices')
   return [
     f'{name}: {saved.get(name)!r} -> {config.get(name)!r}'
     for name in sorted({*saved, *config} - free)

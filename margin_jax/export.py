@@ -12,7 +12,7 @@ import argparse
 import os
 import pathlib
 
-from margin_jax import build, command_line, initial, models, runs, sources
+from margin_jax import build, ending, initial, models, runs, sources
 from margin_jax import config as config_lib
 from margin_jax.models import bert_weights
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--step', type=int, help='default: the last checkpoint')
   parser.add_argument('--data_dir', help='default: where the run found it')
   args = parser.parse_args(argv)
-  with command_line.one_line_errors():
+  with ending.one_line_errors():
     folder = export(
       args.workdir, args.out, step=args.step, data_dir=args.data_dir
     )

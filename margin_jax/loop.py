@@ -229,9 +229,10 @@ def train(
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.
     DatasetError: the dataset is missing or broken.
-    NonFiniteError: a loss, gradient or update became NaN or infinite, or a
-      score NaN, and `config.on_nonfinite` is 'stop'. Checkpoints saved before
-      are kept, and what the step read is in nonfinite_step_N.npz.
+    NonFiniteError: a loss, a gradient, an update or BatchNorm's statistics
+      became NaN or infinite, or a score NaN, and `config.on_nonfinite` is
+      'stop'. Checkpoints saved before are kept, and what the step read is in
+      nonfinite_step_N.npz.
     DamagedError: there are checkpoints, and none can be read.
     SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
@@ -279,12 +280,14 @@ def _train(
 ) -> dict[str, Any]:
   """What is left of a run, with its result on disk."""
   config, devices, source = trainer.config, trainer.devices, trainer.source
-  compiled = trainer.program.compile_seconds
+  compiled = f'compiled in {trainer.program.compile_seconds:.1f} s; '
+  if devices.share.count > 1:
+    compiled = ''  # by the first calls
   say = log if devices.primary else (lambda line: None)
   say(
     f'{source.name}: {source.counts["train"]:,} training '
-    f'examples on {devices.total} x {devices.kind}; compiled in '
-    f'{compiled:.1f} s; starting at step {trainer.start:,}'
+    f'examples on {devices.total} x {devices.kind}; {compiled}'
+    f'starting at step {trainer.start:,}'
   )
   result = _stored(pathlib.Path(workdir), trainer)
   if result is not None and not _other_attack(result, trainer):

@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from margin_jax import command_line, cpu, live, loop, parallel
+from margin_jax import command_line, cpu, ending, live, loop, parallel
 
 flags.adopt_module_key_flags(command_line)
 _COORDINATOR = flags.DEFINE_string(
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     sys.exit('error: --num_processes and --process_id need --coordinator')
   cpu.tune()
   parallel.use_compilation_cache()
-  with command_line.one_line_errors():
+  with ending.one_line_errors():
     # Flushed, so that a pipe or a log file shows each line at once.
     log = functools.partial(print, flush=True)
     view = live.on_terminal()

@@ -137,6 +137,10 @@ class Trainer:
 
   def _check_same_run(self, info: dict[str, Any]) -> None:
     changed = config_lib.differences(info['config'], self.saved_config)
+    before, now = info.get('devices'), self.devices.total
+    bound = config_lib.binds_devices(self.saved_config)
+    if bound and before not in (None, now) and not changed:
+      changed = [f'devices: {before} -> {now}']  # both are all that JAX sees
     if changed:
       raise config_lib.ConfigError(
         'the checkpoint in the workdir was made by another config; go back to '
@@ -179,6 +183,7 @@ class Trainer:
     info = {
       'step': step,
       'config': self.saved_config,
+      'devices': self.devices.total,
       'counters': dataclasses.asdict(self.counters),
       'best': self.best,
     }

@@ -40,6 +40,14 @@ def test_a_schedule_is_scaled_as_a_whole(steps):
   assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
 
 
+def test_a_late_start_and_a_long_warm_up_stay_within_the_run():
+  config = small_config(
+    steps=1000, **{'selection.start': 999, 'optimizer.warmup': 998}
+  )
+  found = budgets.scaled(config, 100)
+  assert (found.selection.start, found.optimizer.warmup) == (99, 99)
+
+
 def test_a_selection_that_stops_with_the_run_does_not_stop():
   config = small_config(steps=1000, **{'selection.stop': 999})
   assert budgets.scaled(config, 100).selection.stop is None

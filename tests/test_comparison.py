@@ -178,7 +178,14 @@ def test_bad_entries_are_refused(methods, sweep, words):
   [
     (['uniform'], []),
     (['uniform', 'mms'], ['random']),
-    (['random+pool_size=16', 'mms'], []),
+    (['random+pool_size=16', 'mms+pool_size=16'], []),
+    (['random', 'mms', 'mms+reuse=1'], []),
+    (['random', 'mms', 'mms+reuse=2'], ['random+reuse=2']),
+    (
+      ['mms+reuse=2+pool_size=64', 'loss+pool_size=64+reuse=2'],
+      ['random+pool_size=64+reuse=2'],
+    ),
+    (['mms+steps=9+mmr.alpha=1e-3'], ['random+mmr.alpha=0.001+steps=9']),
     ({'of the config': {}}, ['random']),
     (
       ['uniform', 'mms', 'loss+ramp=0.1', 'mms+pool_size=16+every=2'],
@@ -190,6 +197,18 @@ def test_the_control_is_added_where_a_rule_scores(rules, added):
   config = small_config()  # whose rule is mms
   methods = entries.parse_methods(rules, config)
   assert [*entries.with_control(methods, config)] == [*rules, *added]
+
+
+def test_the_name_of_the_control_is_its_own():
+  with pytest.raises(ConfigError, match="'random' is what the control is"):
+    entries.with_control({'random': {'selection.rule': 'mms'}}, small_config())
+
+
+def test_what_a_point_of_the_grid_makes_idle_is_reset():
+  config = small_config(**{'mmr.stop_feature_gradient': True})
+  found = made(config, ['mms'], ['mmr.alpha=0.0,1e-4'])
+  stopped = [e.config.mmr.stop_feature_gradient for e in found]
+  assert stopped == [False, True]
 
 
 def test_welch_is_the_test_of_the_formula():

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from margin_jax import build, initial, loop, nonfinite, parallel
 from margin_jax import config as config_lib
 from margin_jax.checkpoints import Checkpoints
+from margin_jax.trainer import Trainer
 from tests import helpers
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -133,6 +135,25 @@ def test_a_checkpoint_fits_any_number_of_devices(finished, tmp_path):
   helpers.assert_trees_close(one.params, four.params, 1e-5)
 
 
+def test_all_devices_are_as_many_as_before_where_it_matters():
+  """The config says None at both times."""
+  fields = {'selection.scope': 'device', 'devices': None}
+  config = helpers.small_config(**fields)
+  saved = config_lib.as_json(config)
+  now = types.SimpleNamespace(
+    config=config,
+    saved_config=saved,
+    devices=types.SimpleNamespace(total=2),
+  )
+  info = {'config': saved, 'step': 5, 'devices': 2}
+  Trainer._check_same_run(now, info)
+  with pytest.raises(config_lib.ConfigError, match=r'\n  devices: 4 -> 2$'):
+    Trainer._check_same_run(now, info | {'devices': 4})
+  free = {**saved, 'selection.scope': 'global'}
+  now.saved_config = free
+  Trainer._check_same_run(now, {**info, 'config': free, 'devices': 4})
+
+
 def test_another_config_is_refused(finished):
   workdir, _, _ = finished
   before = (workdir / 'result.json').read_bytes()
@@ -197,7 +218,8 @@ def test_command_line_errors_are_one_line(tmp_path):
   assert "error: model.name='resnet9' is not allowed" in message
   digits = '--config=configs/digits.py'
   message = error_of('--config=tests/helpers.py', workdir)
-  assert 'error: --config: the file has no function get_config' in message
+  assert message.startswith('error: --config: ')
+  assert message.endswith('tests/helpers.py has no get_config\n')
   message = error_of(digits, workdir, '--config.workdir=x')
   assert "unknown config field 'workdir'" in message
   message = error_of(digits, workdir, '--config.stepz=3')

@@ -326,4 +326,4 @@ def test_a_rule_of_ones_own(tmp_path):
     return logits
 
   with pytest.raises(ValueError, match=r'scores of shape \(32,\), got'):
-    helpers.Setup(rule=bad_rule)
+    helpers.Setup(rule=bad_rule).program  # noqa: B018

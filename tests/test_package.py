@@ -112,6 +112,16 @@ def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
   assert 'Requires-Dist: jaxtyping' in about
 
 
+def test_what_is_called_from_python_defines_no_flags():
+  """A user's own program may have a flag --workdir."""
+  code = (
+    'from absl import flags\n'
+    'from margin_jax import analyze, comparison, export, loop\n'
+    "assert not {'config', 'workdir'} & {*flags.FLAGS}\n"
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 def test_scripts_name_functions():
   scripts = metadata()['project']['scripts']
   assert {*scripts} == {'margin-train', 'margin-analyze', 'margin-compare'}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from margin_jax import parallel, selection
+from margin_jax import loop, parallel, selection
 from tests import helpers
 from tests.test_loop import saved_state
 
@@ -104,6 +104,15 @@ def test_what_the_first_call_compiles_is_not_training(monkeypatch):
   assert spent > 0
   late(np.float32(1))
   assert late.first_call_seconds == spent
+
+
+def test_the_clock_of_training_stands_while_a_first_call_compiles():
+  this = helpers.Setup(**{'selection.rule': 'uniform'})
+  compiled = this.program.compile_seconds
+  before = loop._clock(this)
+  this.program.programs[0].first_call_seconds = 1000.0
+  assert this.program.compile_seconds == compiled + 1000
+  assert -1000 < loop._clock(this) - before < -900
 
 
 def collective_bytes(text):

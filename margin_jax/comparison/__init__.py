@@ -39,7 +39,7 @@ def _entries(
 ) -> list[entries.Entry]:
   """All that is to be compared; each config is good by itself."""
   complete = entries.with_control(methods, config)
-  for name in complete.keys() - methods.keys():
+  for name in [name for name in complete if name not in methods]:
     log(f'{name!r} is added: the control that scores and does not look')
   require(baseline in complete, 'baseline', baseline, f'one of {[*complete]}')
   grid = entries.parse_sweep(sweep, config)
@@ -72,7 +72,8 @@ def compare(
       `selection` sets holds for the rules that have it.
     workdir: a folder, created if need be; "~" is expanded.
     methods: rules, with fields after them or not ('mms+reuse=5'); or the
-      fields to change, by name. `random` is added where a rule scores.
+      fields to change, by name. `random` is added where a rule scores, with the
+      fields of that method.
     seeds: how many.
     budget: what all have the same of: 'steps', or the 'flops' or 'seconds' of
       the baseline's steps, scoring included; schedules are scaled to the steps
@@ -85,7 +86,8 @@ def compare(
   Returns:
     A row for each run, as in runs.csv: 'method', the fields of the sweep,
     'seed', 'steps', 'validation_error' (if there is a validation split) and
-    'test_error' at the last step, as shares, and the cumulative costs.
+    'test_error' at the last step, as shares, of some tasks 'test_f1' and
+    'test_mismatched_error', and the cumulative costs.
 
   Raises:
     ConfigError: a field or an argument is bad, or the workdir holds runs of

@@ -37,10 +37,10 @@ def scaled(
 ) -> ml_collections.ConfigDict:
   """The config with other steps, and its schedule as a whole in them.
 
-  What `keep_every` keeps is dropped if there would be none. The boundaries of
-  the learning rate, its warm-up, the start and stop of
+  The boundaries of the learning rate, its warm-up, the start and stop of
   selection and the interval between evaluations are scaled along; MMR's alpha
-  and a linear learning rate depend on `steps` anyhow.
+  and a linear learning rate depend on `steps` anyhow. `keep_every` is dropped
+  if it would keep nothing.
 
   Args:
     config: whose schedule it is.
@@ -67,10 +67,10 @@ def scaled(
       f'{config.steps:,} with optimizer.boundaries='
       f'{tuple(config.optimizer.boundaries)} does not fit'
     )
-  made.optimizer.warmup = times(config.optimizer.warmup)
+  made.optimizer.warmup = min(times(config.optimizer.warmup), steps - 1)
   if made.keep_every is not None and made.keep_every > steps:
     made.keep_every = None  # of those there would be none
-  made.selection.start = times(config.selection.start)
+  made.selection.start = min(times(config.selection.start), steps - 1)
   if config.selection.stop is not None:
     stop = times(config.selection.stop)
     stop = max(made.selection.start + 1, stop)

@@ -18,7 +18,6 @@ from ml_collections import config_flags
 
 from margin_jax import combinations, validation
 from margin_jax import config as config_lib
-from margin_jax.combinations import SCORING
 from margin_jax.config import UNIFORM, ConfigError
 
 Fields = dict[str, Any]
@@ -207,27 +206,44 @@ def _apply(
       changed.update_from_flattened_dict({field: value})
     except TypeError as error:
       raise ConfigError(f'methods: {name!r}: {field}: {error}') from error
+  for field in combinations.idle(config_lib.flatten(changed)):
+    if field not in fields:
+      changed.update_from_flattened_dict({field: known[field]})
   return changed
 
 
 def with_control(
   methods: Mapping[str, Fields], config: ml_collections.ConfigDict
 ) -> dict[str, Fields]:
-  """The methods, and `random` where a rule scores and it is missing.
+  """The methods, and what only chooses at random where it is missing.
 
-  One for each way of scoring: `mms+reuse=5` is answered by `random+reuse=5`.
+  A method whose rule scores is answered by one with the same fields but for
+  the rule: `mms+reuse=5` by `random+reuse=5`.
+
+  Raises:
+    ConfigError: another method has such a name.
   """
-  own = config.selection.rule
-  rules = {name: f.get(RULE, own) for name, f in methods.items()}
-  if CONTROL in rules.values():
-    return dict(methods)
+  usual = config_lib.flatten(config)
+
+  def rule(fields: Fields) -> str:
+    return fields.get(RULE, usual[RULE])
+
+  def others(fields: Fields) -> Fields:
+    left = {*fields} - {RULE, *combinations.void(CONTROL)}
+    return {x: fields[x] for x in sorted(left) if fields[x] != usual.get(x)}
+
   complete = dict(methods)
-  for name, fields in methods.items():
-    if rules[name] == UNIFORM:
+  found = [others(f) for f in methods.values() if rule(f) == CONTROL]
+  for fields in methods.values():
+    own = others(fields)
+    if rule(fields) == UNIFORM or own in found:
       continue
-    paid = {k: v for k, v in fields.items() if k in (POOL, *SCORING)}
-    shown = (f'{k.removeprefix("selection.")}={v}' for k, v in paid.items())
-    complete['+'.join([CONTROL, *shown])] = {RULE: CONTROL, **paid}
+    found.append(own)
+    shown = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
+    name = '+'.join([CONTROL, *shown])
+    if name in complete:
+      raise ConfigError(f'methods: {name!r} is what the control is called')
+    complete[name] = {RULE: CONTROL, **own}
   return complete
 
 

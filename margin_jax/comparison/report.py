@@ -121,16 +121,17 @@ class Report:
     if not chosen:
       for name in (COMPARISON, *(f'{x}.png' for x in PICTURES)):
         (folder / name).unlink(missing_ok=True)
+    best_of = 'the lowest validation error, of those with the most seeds'
     note = (
-      'In bold: for each method, the lowest validation error.'
+      f'In bold: for each method, {best_of}.'
       if chosen
       else 'Without a validation split (data.validation_examples) none is best.'
     )
     _write(folder / SWEEP, ['# Sweep', '', *text, '', note, *footer])
     shown = '\n'.join([*text, '', note])
     if chosen:
-      note = 'Each method at its point of the sweep with the lowest validation '
-      footer = ['', f'{note}error: {SWEEP}.', *footer]
+      note = f'Each method at its point of the sweep with {best_of}: {SWEEP}.'
+      footer = ['', note, *footer]
       shown += '\n\n' + self._compare(folder, chosen, footer)
     return shown
 

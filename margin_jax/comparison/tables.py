@@ -45,7 +45,9 @@ def comparison(
     baseline: the name that the differences are to.
   """
   divisor, prefix = unit(max(x['flops'] for x in summaries.values()))
-  others = [x for x in curves.OTHERS if x in summaries[baseline]]
+  others = [
+    x for x in curves.OTHERS if all(x in found for found in summaries.values())
+  ]
   rows = []
   for name, found in summaries.items():
     compared = name != baseline
@@ -85,7 +87,7 @@ def sweep(
     summaries: of every row.
     best: which rows are marked.
   """
-  validated = 'validation' in summaries[0]
+  validated = all('validation' in found for found in summaries)
   header = ['method', *(f'`{field}`' for field in fields)]
   header += ['validation error, %'] if validated else []
   header += ['test error, %', 'seeds', 'steps', 'seconds']
