@@ -32,14 +32,17 @@ def void(rule: str) -> tuple[str, ...]:
   return fields
 
 
-def idle(flat: dict[str, Any]) -> tuple[str, ...]:
-  """The fields of MMR and BatchNorm that do nothing where there is none."""
-  fields = ()
+def idle(flat: dict[str, Any]) -> dict[str, str]:
+  """Fields of MMR and BatchNorm that do nothing without them, and why."""
+  found = {}
   if not flat['mmr.alpha'] and not flat['mmr.alpha_end']:
-    fields += ('mmr.stop_feature_gradient',)
-  if not _any_batch_norm(flat):
-    fields += ('model.batch_norm',)
-  return fields
+    because = 'with mmr.alpha=0.0: nothing is regularized'
+    found['mmr.stop_feature_gradient'] = because
+  used = flat['model.name'], flat['selection.proxy']
+  if not any(name and models.has_batch_norm(name) for name in used):
+    because = f'with model.name={used[0]!r}, which has no BatchNorm'
+    found['model.batch_norm'] = because
+  return found
 
 
 def _forbid(flat: dict[str, Any], names: tuple[str, ...], because: str) -> None:
@@ -74,8 +77,6 @@ def _check_basics(flat: dict[str, Any]) -> None:
   if flat['data.name'] in data.GENERATED:
     because = f'with data.name={flat["data.name"]!r}, which is in no folder'
     _forbid(flat, ('data.data_dir',), because)
-  because = 'with mmr.alpha=0.0: nothing is regularized'
-  _forbid(flat, tuple(x for x in idle(flat) if x.startswith('mmr.')), because)
   if flat['optimizer.decay'] == 'linear':
     because = "with optimizer.decay='linear', which falls from one rate"
     _forbid(flat, ('optimizer.boundaries',), because)
@@ -167,12 +168,6 @@ def _check_arrays(flat: dict[str, Any]) -> None:
       )  # fmt: skip
 
 
-def _any_batch_norm(flat: dict[str, Any]) -> bool:
-  """Whether the model has BatchNorm, or the proxy beside it."""
-  used = flat['model.name'], flat['selection.proxy']
-  return any(name is not None and models.has_batch_norm(name) for name in used)
-
-
 def _check_model(flat: dict[str, Any]) -> None:
   """Refuses options of other models."""
   name = flat['model.name']
@@ -182,7 +177,6 @@ def _check_model(flat: dict[str, Any]) -> None:
     ('model.stem', models.has_stems(name), 'has one stem'),
     ('model.width', models.has_widths(name), 'has no width multiplier'),
     ('model.dtype', models.has_dtypes(name), 'has no field dtype'),
-    ('model.batch_norm', _any_batch_norm(flat), 'has no BatchNorm'),
     ('model.pretrained', pretrained.supports(name), 'has no published weights'),
   ):
     if not holds:
@@ -318,6 +312,8 @@ def check(flat: dict[str, Any]) -> None:
   _check_basics(flat)
   _check_sentences(flat)
   _check_model(flat)
+  for field, because in idle(flat).items():
+    _forbid(flat, (field,), because)
   _check_selection(flat)
   _check_trimming(flat)
   _check_losses(flat)

@@ -22,7 +22,7 @@ class _Table:
   """A CSV file that grows by rows; a resumed run drops rows it will redo."""
 
   def __init__(self, path: pathlib.Path, after: int, redone: str = ''):
-    """Keeps rows up to `after`, but at it none of a split `redone`..."""
+    """Keeps rows up to `after`; at it none whose split begins with `redone`."""
     self._path = path
     self._fields: list[str] = []
     if not path.exists():
