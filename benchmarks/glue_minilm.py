@@ -15,7 +15,7 @@ import importlib
 import pathlib
 import statistics
 
-from margin_jax import loop
+from margin_jax.train import loop
 
 METHODS = ('baseline', 'mmr')
 MODEL = 'bert6_384_12'

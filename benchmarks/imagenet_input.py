@@ -17,9 +17,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from margin_jax import data, parallel
-from margin_jax.data import imagenet, streamed
-from margin_jax.reporting import versions
+from margin_jax import data
+from margin_jax.data import imagenet, streaming
+from margin_jax.train import devices as devices_lib
+from margin_jax.train.reporting import versions
 
 SIZE = 224
 BATCH = 64
@@ -33,7 +34,7 @@ def decoded(data_dir: str, images: int) -> Iterator[float]:
   yield time.perf_counter()
   for _ in range(images // BATCH):
     for image in encoded[:BATCH]:
-      streamed.decode(image, SIZE, rng)
+      streaming.decode(image, SIZE, rng)
     yield time.perf_counter()
 
 
@@ -44,7 +45,7 @@ def piped(data_dir: str, images: int, workers: int) -> Iterator[float]:
   )
   # Two more to start with: what the workers read ahead is not counted.
   steps = images // BATCH + 3
-  batches = source.training([BATCH] * steps, 0, 0, parallel.Share(0, 1))
+  batches = source.training([BATCH] * steps, 0, 0, devices_lib.Share(0, 1))
   for step, _ in enumerate(batches):
     if step >= 2:
       yield time.perf_counter()

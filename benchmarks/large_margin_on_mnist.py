@@ -19,7 +19,8 @@ import pathlib
 import statistics
 import tempfile
 
-from margin_jax import data, loop
+from margin_jax import data
+from margin_jax.train import loop
 
 LOSSES = ('cross_entropy', 'large_margin')
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001)

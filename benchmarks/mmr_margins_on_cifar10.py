@@ -17,7 +17,8 @@ import statistics
 
 import numpy as np
 
-from margin_jax import analyze, data, loop
+from margin_jax import analyze, data
+from margin_jax.train import loop
 
 METHODS = ('baseline', 'mmr')
 QUANTITIES = (

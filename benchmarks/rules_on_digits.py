@@ -12,8 +12,9 @@ import pathlib
 import statistics
 import tempfile
 
-from margin_jax import loop, selection
+from margin_jax import selection
 from margin_jax.config import UNIFORM
+from margin_jax.train import loop
 
 RULES = {
   UNIFORM: {},

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import selection_cost, step_time, steps
-from margin_jax import cpu, parallel
-from margin_jax.reporting import versions
+from margin_jax import cpu
+from margin_jax.train import devices as devices_lib
+from margin_jax.train.reporting import versions
 
 BATCH = 64
 # B, C, D: each grows while the others stay.
@@ -106,7 +107,7 @@ def step_rows() -> list[str]:
 def main() -> None:
   """Measures both."""
   cpu.tune()  # as the trainer does, before JAX starts
-  parallel.use_compilation_cache()
+  devices_lib.use_compilation_cache()
   device = jax.devices()[0]
   text = [
     '# What grows with what',

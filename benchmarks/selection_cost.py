@@ -20,8 +20,10 @@ import numpy as np
 
 from benchmarks import steps
 from margin_jax import config as config_lib
-from margin_jax import cpu, data, parallel, validation
-from margin_jax.reporting import versions
+from margin_jax import cpu, data
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import schema
+from margin_jax.train.reporting import versions
 
 RULES = ('random', 'mms', 'loss', 'entropy', 'margin', 'selective_backprop')
 BFLOAT16 = {'selection.score_dtype': 'bfloat16'}
@@ -72,7 +74,7 @@ def make_run(fields: dict, model: str, source: data.Source):
   config.optimizer.weight_decay = 1e-4
   config.devices = 1
   config.update_from_flattened_dict(fields)
-  validation.validate(config)
+  schema.validate(config)
   fused = steps.Fused(config, source)
   cost = fused.program.cost(0, STEPS)
   return functools.partial(fused.run, STEPS), dataclasses.asdict(cost)
@@ -105,7 +107,7 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=7)
   args = parser.parse_args()
   cpu.tune()  # as the trainer does, before JAX starts
-  parallel.use_compilation_cache()
+  devices_lib.use_compilation_cache()
   source = make_source()
   runs, costs = {}, {}
   for name, fields in VARIANTS.items():

@@ -20,7 +20,7 @@ import time
 
 import jax
 
-from margin_jax.reporting import versions
+from margin_jax.train.reporting import versions
 
 CONFIG = 'configs/cifar10_resnet44.py:mms'
 OFF = {'XLA_FLAGS': '--xla_cpu_experimental_onednn_custom_call=false'}

@@ -24,8 +24,9 @@ import jax
 
 from benchmarks import selection_cost, steps
 from benchmarks.steps import Run
-from margin_jax import cpu, parallel
-from margin_jax.reporting import versions
+from margin_jax import cpu
+from margin_jax.train import devices as devices_lib
+from margin_jax.train.reporting import versions
 
 # Name: b and B.
 CPU_MODELS = {
@@ -225,7 +226,7 @@ def write(
 def main() -> None:
   """Measures one model after the other."""
   cpu.tune()  # as the trainer does, before JAX starts
-  parallel.use_compilation_cache()
+  devices_lib.use_compilation_cache()
   gpu = jax.default_backend() != 'cpu'
   table = GPU_MODELS if gpu else CPU_MODELS
   parser = argparse.ArgumentParser(description=__doc__)

@@ -14,21 +14,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from margin_jax import (
-  build,
-  cpu,
-  data,
-  feeding,
-  initial,
-  margins,
-  parallel,
-  pool,
-  program,
-  selection,
-  step,
-  validation,
-)
 from margin_jax import config as config_lib
+from margin_jax import cpu, data, margins, selection
+from margin_jax.data import feeding
+from margin_jax.train import compiled as compiled_lib
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import pool, schema
+from margin_jax.train import setup as setup_lib
+from margin_jax.train import step as step_lib
 
 LENGTH, WORDS = 128, 30_522
 
@@ -100,7 +93,7 @@ def make_config(
     config.optimizer.learning_rates = (2e-5,)
   else:
     config.optimizer.weight_decay = 1e-4
-  validation.validate(config)
+  schema.validate(config)
   return config
 
 
@@ -109,15 +102,15 @@ class Fused:
 
   def __init__(self, config: ml_collections.ConfigDict, source: data.Source):
     """Compiles them."""
-    self.devices = parallel.Devices(1)
-    self.method = build.make_method(config, source, 1)
-    self.first = initial.init_state(config, source, self.method)
+    self.devices = devices_lib.Devices(1)
+    self.method = setup_lib.make_method(config, source, 1)
+    self.first = setup_lib.init_state(config, source, self.method)
     self.state = self.devices.replicate(self.first)
     self.feed = feeding.Resident(self.devices, source, self.method)
-    self.count = build.steps_per_call(
-      config, self.devices.platform, 0, build.chained(source)
+    self.count = setup_lib.steps_per_call(
+      config, self.devices.platform, 0, setup_lib.chained(source)
     )
-    self.program = program.Program(
+    self.program = compiled_lib.Program(
       self.method, self.devices, self.count, self.state, self.feed
     )
 
@@ -165,7 +158,7 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
       return stream, batch
 
     one = dataclasses.replace(plain, draw=drawn, widths=())
-    return step.train_step(one, state, {}, lane)
+    return step_lib.train_step(one, state, {}, lane)
 
   train = jax.jit(
     jax.vmap(

@@ -27,19 +27,14 @@ from typing import Any
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import cpu, files, loop, parallel
-from margin_jax.checkpoints import Checkpoints
-from margin_jax.comparison import (
-  budgets,
-  curves,
-  entries,
-  pictures,
-  report,
-  runs,
-  tables,
-)
-from margin_jax.comparison.runs import Run
+from margin_jax import cpu, files
+from margin_jax.compare import budgets, curves, plots, report, runs, tables
+from margin_jax.compare import methods as methods_lib
+from margin_jax.compare.runs import Run
 from margin_jax.config import UNIFORM
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import loop
+from margin_jax.train.checkpoints import Checkpoints
 
 BASELINE = 'uniform, long'
 STARTED = time.time()
@@ -137,7 +132,7 @@ def plan(args: argparse.Namespace, root: pathlib.Path) -> list[Run]:
   size = SIZES[args.size]
   short = make_config(size, size.short, args.scale, args.data_dir)
   long = make_config(size, size.long, args.scale, args.data_dir)
-  found = entries.make(short, variants(size, long), {})
+  found = methods_lib.make(short, variants(size, long), {})
   return runs.make(found, args.seeds, root)
 
 
@@ -260,7 +255,7 @@ def write(
   ]
   files.write_csv(base.with_suffix('.csv'), list(rows[0]), rows)
   found = report.grouped(all_runs, read)
-  pictures.error(base.with_suffix('.png'), found)
+  plots.error(base.with_suffix('.png'), found)
   text = [
     '# Time to accuracy',
     '',
@@ -294,7 +289,7 @@ def main() -> None:
   )
   args = parser.parse_args()
   cpu.tune()
-  parallel.use_compilation_cache()
+  devices_lib.use_compilation_cache()
   if args.seeds is None:
     args.seeds = SIZES[args.size].seeds
   name = args.size if args.scale == 1 else f'{args.size}_{args.scale:g}'

@@ -43,7 +43,7 @@ import pathlib
 import runpy
 
 from margin_jax import config as config_lib
-from margin_jax.comparison.budgets import scaled
+from margin_jax.compare.budgets import scaled
 from margin_jax.config import UNIFORM
 
 CIFAR10, CIFAR100 = 'cifar10_resnet44', 'cifar100_wrn28_10'

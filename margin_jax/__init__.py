@@ -8,16 +8,11 @@ import warnings as _warnings
 
 import jaxlib as _jaxlib
 
-from margin_jax.analysis import fit_generalization_gap
-from margin_jax.layers import at_layers, layer_margins
+from margin_jax.linearized import at_layers, layer_margins
+from margin_jax.losses import large_margin_loss, mmr_penalty
 from margin_jax.margins import competitors, mms_scores, signed_margins
-from margin_jax.penalties import large_margin_loss, mmr_penalty
-from margin_jax.selection import (
-  query,
-  select_lowest,
-  take_lowest,
-  trimmed_mean,
-)
+from margin_jax.selection import query, select_lowest, take_lowest, trimmed_mean
+from margin_jax.signatures import fit_generalization_gap
 
 __version__ = '0.1.0'
 

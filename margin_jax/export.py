@@ -12,9 +12,11 @@ import argparse
 import os
 import pathlib
 
-from margin_jax import build, ending, initial, models, runs, sources
 from margin_jax import config as config_lib
+from margin_jax import models
 from margin_jax.models import bert_weights
+from margin_jax.train import process, runs
+from margin_jax.train import setup as setup_lib
 
 
 def export(
@@ -48,11 +50,11 @@ def export(
       models.reads_sentences(config.model.name), 'model.name',
       config.model.name, 'a BERT to be exported',
     )  # fmt: skip
-    devices, source = sources.load(
+    devices, source = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = build.make_method(config, source, devices.total)
-    state = initial.init_state(config, source, method, restoring=True)
+    method = setup_lib.make_method(config, source, devices.total)
+    state = setup_lib.init_state(config, source, method, restoring=True)
     state, _ = checkpoints.restore(state, step)
   finally:
     checkpoints.close()
@@ -61,7 +63,7 @@ def export(
     folder,
     {'params': state.params},
     bert_weights.sizes_of(method.model),
-    sources.vocabulary(config, workdir),
+    setup_lib.vocabulary(config, workdir),
   )
   return folder
 
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--step', type=int, help='default: the last checkpoint')
   parser.add_argument('--data_dir', help='default: where the run found it')
   args = parser.parse_args(argv)
-  with ending.one_line_errors():
+  with process.one_line_errors():
     folder = export(
       args.workdir, args.out, step=args.step, data_dir=args.data_dir
     )

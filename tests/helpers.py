@@ -6,16 +6,13 @@ import pathlib
 import jax
 import numpy as np
 
-from margin_jax import (
-  build,
-  data,
-  feeding,
-  initial,
-  parallel,
-  program,
-  validation,
-)
 from margin_jax import config as config_lib
+from margin_jax import data
+from margin_jax.data import feeding
+from margin_jax.train import compiled as compiled_lib
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import schema
+from margin_jax.train import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -43,7 +40,7 @@ def small_config(**fields):
   with config.unlocked():
     for name, value in fields.items():
       config.update_from_flattened_dict({name: value})
-  validation.validate(config)
+  schema.validate(config)
   return config
 
 
@@ -82,19 +79,19 @@ class Setup:
   def __init__(self, steps_per_call=1, source=None, rule=None, **fields):
     self.config = small_config(**fields)
     self.source = source or digits()
-    self.devices = parallel.Devices(self.config.devices)
-    self.method = build.make_method(
+    self.devices = devices_lib.Devices(self.config.devices)
+    self.method = setup_lib.make_method(
       self.config, self.source, self.devices.total, rule
     )
     self._steps_per_call = steps_per_call
-    self._state = initial.init_state(self.config, self.source, self.method)
+    self._state = setup_lib.init_state(self.config, self.source, self.method)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
     self.feed = feeding.Resident(self.devices, self.source, self.method)
     self.data = self.feed(0)
 
   @functools.cached_property
   def program(self):
-    return program.Program(
+    return compiled_lib.Program(
       self.method,
       self.devices,
       self._steps_per_call,

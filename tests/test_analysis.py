@@ -7,13 +7,8 @@ import pytest
 from scipy import optimize
 from sklearn import linear_model, model_selection
 
-from margin_jax import (
-  analysis,
-  fit_generalization_gap,
-  mms_scores,
-  plots,
-  query,
-)
+from margin_jax import fit_generalization_gap, mms_scores, query, signatures
+from margin_jax.analyze import plots
 from tests import references
 
 
@@ -60,27 +55,27 @@ def test_quartile_signature_is_that_of_a_box_plot():
   margins = np.random.default_rng(0).standard_t(2, size=500) + 1
   (box,) = cbook.boxplot_stats(margins[margins > 0])
   expected = [box[k] for k in ('whislo', 'q1', 'med', 'q3', 'whishi')]
-  np.testing.assert_allclose(analysis.signature(margins), expected)
+  np.testing.assert_allclose(signatures.signature(margins), expected)
 
 
 def test_moments_signature_and_its_scale():
   margins = np.array([-5.0, 1.0, 2.0, 4.0, np.nan, np.inf])
   expected = [np.mean([1.0, 2.0**n, 4.0**n]) ** (1 / n) for n in range(1, 6)]
-  found = analysis.signature(margins, 'moments')
+  found = signatures.signature(margins, 'moments')
   np.testing.assert_allclose(found, expected)
-  huge = analysis.signature(1e200 * margins, 'moments')
+  huge = signatures.signature(1e200 * margins, 'moments')
   np.testing.assert_allclose(huge, 1e200 * found)
 
 
 def test_signatures_of_few_examples():
-  for kind in analysis.SIGNATURES:
-    np.testing.assert_allclose(analysis.signature([3.0], kind), 5 * [3.0])
-    assert np.isnan(analysis.signature([-1.0, 0.0], kind)).all()
-    assert analysis.signature([1e-300, 5.0, 5.0], kind).min() > 0
+  for kind in signatures.SIGNATURES:
+    np.testing.assert_allclose(signatures.signature([3.0], kind), 5 * [3.0])
+    assert np.isnan(signatures.signature([-1.0, 0.0], kind)).all()
+    assert signatures.signature([1e-300, 5.0, 5.0], kind).min() > 0
   with pytest.raises(ValueError, match=r"kind must be one of .*, got 'mean'"):
-    analysis.signature([1.0], 'mean')
+    signatures.signature([1.0], 'mean')
   with pytest.raises(ValueError, match='must be a vector'):
-    analysis.signature([[1.0]])
+    signatures.signature([[1.0]])
 
 
 def test_normalized_margins_do_not_see_the_scale():
@@ -89,11 +84,11 @@ def test_normalized_margins_do_not_see_the_scale():
   margins = rng.normal(size=50)
   variation = np.trace(np.cov(activations.T, bias=True))
   expected = margins / np.sqrt(variation)
-  found = analysis.normalize(margins, variation)
+  found = signatures.normalize(margins, variation)
   np.testing.assert_allclose(found, expected)
-  scaled = analysis.normalize(7 * margins, 49 * variation)
+  scaled = signatures.normalize(7 * margins, 49 * variation)
   np.testing.assert_allclose(scaled, expected)
-  assert np.isnan(analysis.normalize(margins, 0.0)).all()
+  assert np.isnan(signatures.normalize(margins, 0.0)).all()
 
 
 def planted(networks=40, numbers=3, noise=0.01):
@@ -176,18 +171,18 @@ def test_too_few_networks_have_no_adjusted_r2():
 
 
 def test_summary_counts_what_is_there():
-  row = analysis.summary(np.array([np.nan, -1.0, 0.0, 3.0, np.inf]))
+  row = signatures.summary(np.array([np.nan, -1.0, 0.0, 3.0, np.inf]))
   assert row['examples'] == 4
   assert row['negative'] == 0.25
   assert row['mean'] == pytest.approx(2 / 3)
   assert (row['q0'], row['q50'], row['q100']) == (-1, 0, np.inf)
-  empty = analysis.summary(np.array([np.nan]))
+  empty = signatures.summary(np.array([np.nan]))
   assert empty['examples'] == 0
   assert np.isnan(empty['q50'])
 
 
 def test_ranking_is_by_margin_with_nan_last():
-  found = analysis.ranking(np.array([0.5, np.nan, -2.0, 0.5, np.inf]))
+  found = signatures.ranking(np.array([0.5, np.nan, -2.0, 0.5, np.inf]))
   np.testing.assert_array_equal(found, [2, 0, 3, 4, 1])
 
 
@@ -220,7 +215,7 @@ def test_any_distribution_can_be_drawn(values, tmp_path):
   }
   rows = [
     {'step': 1, 'split': split, 'quantity': 'margin'}
-    | analysis.summary(found['margin'])
+    | signatures.summary(found['margin'])
     for split, found in last.items()
   ]
   plots.margins(tmp_path / 'x.png', rows, last)

@@ -7,20 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import (
-  analyze,
-  build,
-  data,
-  evaluation,
-  initial,
-  layers,
-  loop,
-  mms_scores,
-  signed_margins,
-  sources,
-)
+from margin_jax import analyze, data, linearized, mms_scores, signed_margins
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import Checkpoints
+from margin_jax.train import evaluation, loop
+from margin_jax.train import setup as setup_lib
+from margin_jax.train.checkpoints import Checkpoints
 from tests import helpers
 
 NOISY = {
@@ -54,11 +45,11 @@ def column(rows, name):
 
 def restored(workdir, step):
   config = helpers.small_config(**NOISY)
-  source = sources.load(config, None)[1]
-  method = build.make_method(config, source, 1)
+  source = setup_lib.load(config, None)[1]
+  method = setup_lib.make_method(config, source, 1)
   checkpoints = Checkpoints(str(workdir))
   state, _ = checkpoints.restore(
-    initial.init_state(config, source, method), step
+    setup_lib.init_state(config, source, method), step
   )
   checkpoints.close()
   return source, method, state
@@ -216,7 +207,7 @@ def test_the_layers_variation_is_exact_far_from_zero():
     {'hidden': (1, 128), 'features': (1, 128)},
   )
   inputs = this.source.prepare(this.source.splits['test']['inputs'])
-  found = layers.activations_at(
+  found = linearized.activations_at(
     this.method.model, variables, inputs, ('hidden',)
   )
   wide = np.asarray(found['hidden'], np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from margin_jax import arrangements, select_lowest, trimmed_mean
+from margin_jax import select_lowest, selection, trimmed_mean
 from tests import references
 
 INF, NAN = np.inf, np.nan
@@ -213,7 +213,7 @@ def ramp_chooser(k, growth):
   @jax.jit
   @jax.vmap
   def choose(scores, labels, draws, key, epoch):
-    arranged = arrangements.balanced_ramp(
+    arranged = selection.balanced_ramp(
       scores,
       labels,
       draws,
@@ -315,7 +315,7 @@ def percentile_chooser(k):
 
   def choose(scores, draws, beta):
     labels = jnp.zeros(scores.shape, jnp.int32)
-    drawn = arrangements.percentile_draw(
+    drawn = selection.percentile_draw(
       scores, labels, draws, jax.random.key(0), jnp.int32(0), beta=beta
     )
     return select_lowest(drawn, k), drawn

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import attacks, build, evaluation, loop
+from margin_jax.train import attacks, evaluation, loop
+from margin_jax.train import setup as setup_lib
 from tests import helpers
 
 PGD = functools.partial(attacks.pgd, steps=10)
@@ -133,7 +134,9 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
 
 def test_attacks_are_built_from_the_config():
   make = functools.partial(helpers.small_config, **{'attack.epsilons': (0.1,)})
-  assert build.make_attack(helpers.small_config()) is None
-  assert build.make_attack(make(**{'attack.name': 'fgsm'})) is attacks.fgsm
-  found = build.make_attack(make(**{'attack.name': 'pgd', 'attack.steps': 3}))
+  assert setup_lib.make_attack(helpers.small_config()) is None
+  assert setup_lib.make_attack(make(**{'attack.name': 'fgsm'})) is attacks.fgsm
+  found = setup_lib.make_attack(
+    make(**{'attack.name': 'pgd', 'attack.steps': 3})
+  )
   assert found.keywords == {'steps': 3}

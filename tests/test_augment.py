@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from margin_jax import data
-from margin_jax.data import augment, autoaugment, image_ops, images
+from margin_jax.data import augment, autoaugment, image_ops, in_memory
 from margin_jax.data.autoaugment import IDENTITY, MAGNITUDES, OPERATIONS, POLICY
 
 GREY = (128, 128, 128)
@@ -275,11 +275,11 @@ def test_cutout_covers_every_square_equally_often(size):
 @pytest.mark.parametrize('normalization', ['dataset', 'imagenet'])
 def test_cutout_fills_with_what_normalisation_maps_to_zero(normalization):
   raw = pictures()
-  prepare = images.normalizer(raw, normalization)
-  pixel = images.zero_pixel(prepare, 3)
-  mean = 255 * images.statistics(raw)[0]
+  prepare = in_memory.normalizer(raw, normalization)
+  pixel = in_memory.zero_pixel(prepare, 3)
+  mean = 255 * in_memory.statistics(raw)[0]
   if normalization == 'imagenet':
-    mean = 255 * np.array(images.IMAGENET_MEAN)
+    mean = 255 * np.array(in_memory.IMAGENET_MEAN)
   np.testing.assert_array_equal(pixel, np.round(mean))
   step = np.asarray(prepare(jnp.asarray([[1, 1, 1]], jnp.uint8)))
   step = step - prepare(jnp.zeros((1, 3), jnp.uint8))

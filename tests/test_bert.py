@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from margin_jax import gradients, layer_margins, layers, signed_margins
+from margin_jax import layer_margins, linearized, signed_margins
 from margin_jax.models import bert
+from margin_jax.train import gradients
 
 TINY = {
   'num_classes': 3, 'vocab_size': 50, 'layers': 2, 'width': 12, 'heads': 3,
@@ -207,7 +208,7 @@ def test_hidden_states_are_of_the_last_layer():
     random_params(), inputs, train=False, method='hidden_states'
   )
   assert states.shape == (3, 16, 12)
-  found = layers.activations_at(model, random_params(), inputs, ('layer1',))
+  found = linearized.activations_at(model, random_params(), inputs, ('layer1',))
   np.testing.assert_array_equal(states, found['layer1'])
 
 
@@ -308,7 +309,7 @@ def test_bfloat16_is_of_the_computation_only(train):
 
 def test_layers_are_found_by_name():
   inputs, model = make_inputs(), bert.Bert(**TINY)
-  found = layers.layer_shapes(model, random_params(), inputs)
+  found = linearized.layer_shapes(model, random_params(), inputs)
   activations = (3, 16, 12)
   expected = {
     'embeddings': activations,
@@ -332,7 +333,7 @@ def test_margins_at_layers():
   inputs, model = make_inputs(), bert.Bert(**TINY)
   variables, labels = random_params(), jnp.array([0, 1, 2])
   names = ('embeddings', 'layer0', 'pooler', 'features')
-  logits_fn, offsets = layers.at_layers(model, variables, inputs, names)
+  logits_fn, offsets = linearized.at_layers(model, variables, inputs, names)
   found = layer_margins(logits_fn, offsets, labels)
   logits, _ = model.apply(variables, inputs, train=False)
   expected = signed_margins(

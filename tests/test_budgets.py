@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from margin_jax import optimizers
-from margin_jax.comparison import budgets
+from margin_jax.compare import budgets
 from margin_jax.config import ConfigError
+from margin_jax.train import optimizers
 from tests.helpers import small_config
 from tests.test_comparison import made
 

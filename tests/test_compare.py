@@ -12,11 +12,12 @@ import sys
 import pytest
 from PIL import Image
 
-from margin_jax import comparison, files, interrupts, loop, nonfinite
 from margin_jax import config as config_lib
-from margin_jax.comparison import budgets, runs
-from margin_jax.comparison.entries import Entry
+from margin_jax import files
+from margin_jax.compare import budgets, experiment, runs
+from margin_jax.compare.methods import Entry
 from margin_jax.config import ConfigError
+from margin_jax.train import guard, loop, process
 from tests.helpers import ROOT, small_config
 
 COSTS = ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait')
@@ -30,7 +31,7 @@ def quiet(line):
 
 def compare(workdir, *methods, config=None, log=quiet, **options):
   options = {'seeds': 1, **options}
-  return comparison.compare(
+  return experiment.compare(
     config or small_config(), str(workdir), methods=methods, log=log, **options
   )
 
@@ -55,7 +56,7 @@ class Pretended:
     folder.mkdir(parents=True, exist_ok=True)
     self.trained.append((config.selection.rule, config.seed, config.steps))
     if config.mmr.alpha == DIVERGES:
-      raise nonfinite.NonFiniteError('loss is inf at step 3', 3)
+      raise guard.NonFiniteError('loss is inf at step 3', 3)
     log('a line')
     rate = 1 if config.selection.rule == 'uniform' else 4
     error = 0.1 + 0.01 * config.seed + 0.001 * rate
@@ -220,7 +221,7 @@ def test_files_of_another_command_do_not_stay(tmp_path, pretended):
 
 def test_a_run_that_diverges_is_left_out_and_named(tmp_path, pretended):
   options = {'sweep': [f'mmr.alpha=1e-4,{DIVERGES}'], 'seeds': 2}
-  with pytest.raises(nonfinite.NonFiniteError, match='4 of 8 runs') as caught:
+  with pytest.raises(guard.NonFiniteError, match='4 of 8 runs') as caught:
     compare(tmp_path, 'uniform', 'random', **options)
   assert 'random, mmr.alpha=1000000000000.0, seed 1' in str(caught.value)
   assert len(pretended.trained) == 8
@@ -313,12 +314,12 @@ def test_a_signal_in_the_last_step_of_a_run_stops_the_next(
   tmp_path, pretended, monkeypatch
 ):
   def train(config, workdir, log):
-    with interrupts.Interrupts():  # as loop.train has
+    with process.Interrupts():  # as loop.train has
       signal.raise_signal(signal.SIGTERM)
       return pretended(config, workdir, log)
 
   monkeypatch.setattr(loop, 'train', train)
-  with pytest.raises(interrupts.Interrupted) as stopped:
+  with pytest.raises(process.Interrupted) as stopped:
     compare(tmp_path, 'uniform', seeds=2)
   assert stopped.value.status == 143
   assert pretended.trained == [('uniform', 0, 20)]

@@ -10,15 +10,9 @@ import pytest
 import scipy.stats
 
 from margin_jax import config as config_lib
-from margin_jax import plots
-from margin_jax.comparison import (
-  curves,
-  entries,
-  pictures,
-  report,
-  runs,
-  tables,
-)
+from margin_jax.analyze import plots as analyze_plots
+from margin_jax.compare import curves, plots, report, runs, tables
+from margin_jax.compare import methods as methods_lib
 from margin_jax.config import ConfigError
 from tests.helpers import small_config
 
@@ -35,7 +29,7 @@ from tests.helpers import small_config
   ],
 )
 def test_commas_in_brackets_and_quotations_do_not_split(text, parts):
-  assert entries.split(text) == parts
+  assert methods_lib.split(text) == parts
 
 
 @pytest.mark.parametrize(
@@ -54,7 +48,7 @@ def test_commas_in_brackets_and_quotations_do_not_split(text, parts):
 )
 def test_a_method_is_a_rule_and_fields(text, fields):
   expected = {'selection.rule': re.split(r'\+', text)[0], **fields}
-  found = entries.parse_method(text, small_config())
+  found = methods_lib.parse_method(text, small_config())
   assert found == expected
   for name, value in expected.items():
     assert type(found[name]) is type(value)
@@ -74,7 +68,7 @@ def test_a_method_is_a_rule_and_fields(text, fields):
 )
 def test_bad_methods_are_refused(text, words):
   with pytest.raises(ConfigError) as caught:
-    entries.parse_method(text, small_config())
+    methods_lib.parse_method(text, small_config())
   assert str(caught.value).startswith(f'methods: {text!r}')
   assert all(word in str(caught.value) for word in words)
 
@@ -85,7 +79,7 @@ def test_a_sweep_is_parsed_like_a_flag():
     'reuse=1,2',
     'data.augmentations=(),("flip",)',
   ]
-  assert entries.parse_sweep(texts, small_config()) == {
+  assert methods_lib.parse_sweep(texts, small_config()) == {
     'mmr.alpha': [1e-5, 1e-4],
     'selection.reuse': [1, 2],
     'data.augmentations': [(), ('flip',)],
@@ -105,12 +99,14 @@ def test_a_sweep_is_parsed_like_a_flag():
 )
 def test_bad_sweeps_are_refused(texts, words):
   with pytest.raises(ConfigError, match=re.escape(words)):
-    entries.parse_sweep(texts, small_config())
+    methods_lib.parse_sweep(texts, small_config())
 
 
 def made(config, methods, sweep=()):
-  parsed = entries.parse_methods(methods, config)
-  return entries.make(config, parsed, entries.parse_sweep(sweep, config))
+  parsed = methods_lib.parse_methods(methods, config)
+  return methods_lib.make(
+    config, parsed, methods_lib.parse_sweep(sweep, config)
+  )
 
 
 def test_fields_hold_for_the_rules_that_have_them():
@@ -152,7 +148,7 @@ def test_a_baseline_without_a_pool_is_trained_once_for_all_sizes():
 
 def test_a_method_may_change_nothing():
   config = small_config()
-  found = entries.parse_methods(['as it is'], config, {'as it is': {}})
+  found = methods_lib.parse_methods(['as it is'], config, {'as it is': {}})
   assert found == {'as it is': {}}
 
 
@@ -195,13 +191,15 @@ def test_bad_entries_are_refused(methods, sweep, words):
 )
 def test_the_control_is_added_where_a_rule_scores(rules, added):
   config = small_config()  # whose rule is mms
-  methods = entries.parse_methods(rules, config)
-  assert [*entries.with_control(methods, config)] == [*rules, *added]
+  methods = methods_lib.parse_methods(rules, config)
+  assert [*methods_lib.with_control(methods, config)] == [*rules, *added]
 
 
 def test_the_name_of_the_control_is_its_own():
   with pytest.raises(ConfigError, match="'random' is what the control is"):
-    entries.with_control({'random': {'selection.rule': 'mms'}}, small_config())
+    methods_lib.with_control(
+      {'random': {'selection.rule': 'mms'}}, small_config()
+    )
 
 
 def test_what_a_point_of_the_grid_makes_idle_is_reset():
@@ -317,10 +315,10 @@ def test_errors_of_batches_are_in_the_picture(tmp_path, monkeypatch):
     return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
 
   saved = []
-  monkeypatch.setattr(plots, 'save', lambda figure, *_: saved.append(figure))
+  monkeypatch.setattr(analyze_plots, 'save', lambda figure, *_: saved.append(figure))
   for last in (0.01, 0.0001):
     run = curves.Curves(test=rows(0.3, 0.05), train=rows(0.6, last))
-    pictures.error(tmp_path / 'error.png', {'mms': [run]})
+    plots.error(tmp_path / 'error.png', {'mms': [run]})
   limits = [figure.axes[0].get_ylim() for figure in saved]
   assert limits[0] == pytest.approx((1 / 1.3, 60 * 1.3))
   assert limits[1] == pytest.approx((5 / 1.3, 60 * 1.3))  # below a tenth of 5

@@ -10,8 +10,8 @@ import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
-from margin_jax import validation
 from margin_jax.config import ConfigError
+from margin_jax.train import schema
 from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
 
 FIELDS = tuple(config_lib.flatten(config_lib.default()))
@@ -40,7 +40,7 @@ def make_config(fields):
 
 def assert_refused(config, name, value, allowed):
   with pytest.raises(ConfigError) as caught:
-    validation.validate(config)
+    schema.validate(config)
   message = str(caught.value)
   assert message.startswith(f'{name}={value!r} is ')
   assert allowed in message
@@ -63,7 +63,7 @@ def test_a_bad_combination_is_refused(fields, allowed):
 
 @pytest.mark.parametrize('fields', GOOD, ids=str)
 def test_the_edges_of_what_is_allowed(fields):
-  validation.validate(make_config(fields))
+  schema.validate(make_config(fields))
 
 
 @pytest.mark.parametrize('name', FIELDS)
@@ -76,49 +76,49 @@ def test_a_missing_field_is_named_with_its_default(name):
     del section[leaf]
   message = re.escape(f'{name} is missing; its default is {default!r}')
   with pytest.raises(ConfigError, match=f'^{message}$'):
-    validation.validate(config)
+    schema.validate(config)
 
 
 def test_a_list_does_for_a_tuple():
   config = make_config({'data.augmentations': ['crop'], RATES: [0.1]})
-  validation.validate(config)
+  schema.validate(config)
   assert config_lib.flatten(config)[RATES] == (0.1,)
 
 
 def test_sizes_must_be_divisible_by_the_devices():
   config = make_config({'batch_size': 6, 'pool_size': 9})
-  validation.validate_devices(config, 2)  # no pool without a rule
+  schema.validate_devices(config, 2)  # no pool without a rule
   with pytest.raises(ConfigError, match=r'^batch_size=6 .*divisible by 4 '):
-    validation.validate_devices(config, 4)
+    schema.validate_devices(config, 4)
   config.selection.rule = 'mms'
-  validation.validate_devices(config, 3)
+  schema.validate_devices(config, 3)
   with pytest.raises(ConfigError, match=r'^pool_size=9 .*divisible by 2 '):
-    validation.validate_devices(config, 2)
+    schema.validate_devices(config, 2)
 
 
 def test_the_data_must_fill_what_a_step_draws():
   config = make_config({'pool_size': 640, 'batch_size': 64})
-  validation.validate_data(config, 64, (8, 8, 1))
+  schema.validate_data(config, 64, (8, 8, 1))
   with pytest.raises(ConfigError, match=r'^batch_size=64 .*at most 63, '):
-    validation.validate_data(config, 63, (8, 8, 1))
+    schema.validate_data(config, 63, (8, 8, 1))
   config.selection.rule = 'mms'
-  validation.validate_data(config, 640, (8, 8, 1))
+  schema.validate_data(config, 640, (8, 8, 1))
   with pytest.raises(ConfigError, match=r'^pool_size=640 .*at most 639, '):
-    validation.validate_data(config, 639, (8, 8, 1))
+    schema.validate_data(config, 639, (8, 8, 1))
 
 
 def test_options_that_the_data_make_void_are_refused():
   config = make_config({'trimming.last': 0.2, 'steps': 11})
-  validation.validate_data(config, 640, (8, 8, 1))
+  schema.validate_data(config, 640, (8, 8, 1))
   config.steps = 10
   with pytest.raises(ConfigError, match=r'^steps=10 .* above 10, one epoch'):
-    validation.validate_data(config, 640, (8, 8, 1))
+    schema.validate_data(config, 640, (8, 8, 1))
   config = make_config(
     {'data.augmentations': ('cutout',), 'data.cutout_size': 8}
   )
-  validation.validate_data(config, 640, (8, 9, 1))
+  schema.validate_data(config, 640, (8, 9, 1))
   with pytest.raises(ConfigError, match=r'^data.cutout_size=8 .* at most 7'):
-    validation.validate_data(config, 640, (9, 7, 1))
+    schema.validate_data(config, 640, (9, 7, 1))
   config = make_config(
     {
       'model.name': 'resnet8',
@@ -126,9 +126,9 @@ def test_options_that_the_data_make_void_are_refused():
       'selection.score_resolution': 31,
     }
   )
-  validation.validate_data(config, 640, (32, 32, 3))
+  schema.validate_data(config, 640, (32, 32, 3))
   with pytest.raises(ConfigError, match=r'^selection.score_resolution=31 '):
-    validation.validate_data(config, 640, (31, 31, 3))
+    schema.validate_data(config, 640, (31, 31, 3))
 
 
 def parse(text):

@@ -7,7 +7,9 @@ import pathlib
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import data, sources, validation
+from margin_jax import data
+from margin_jax.train import schema
+from margin_jax.train import setup as setup_lib
 from tests.bad_configs import BOUNDARIES, RATES
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def test_config_files_are_valid(path, monkeypatch):
   assert f'--config=configs/{path.name}' in module.__doc__
   for argument in arguments_of(module, monkeypatch):
     config = module.get_config(*filter(None, [argument]))
-    validation.validate(config)
+    schema.validate(config)
 
 
 # Design, section 6: epochs of 781 steps; drops by 10; where the run ends.
@@ -156,7 +158,7 @@ def test_a_missing_dataset_is_one_message(path, tmp_path, capfd):
     vocabulary.write_text('[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n')
     config.data.vocabulary = str(vocabulary)
   with pytest.raises(data.DatasetError) as caught:
-    sources.load(config, None)
+    setup_lib.load(config, None)
   words = f'margin_jax.data.prepare {config.data.name}'
   assert words in str(caught.value)
   assert '\n' not in str(caught.value)

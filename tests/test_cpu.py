@@ -8,7 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import cpu, feeding, models, pool, program
+from margin_jax import cpu, models
+from margin_jax.data import feeding
+from margin_jax.train import compiled as compiled_lib
+from margin_jax.train import pool
 from tests import helpers
 
 
@@ -135,7 +138,7 @@ def test_a_share_has_the_scores_that_it_has_in_the_whole():
 
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
-  whole = program.Program(
+  whole = compiled_lib.Program(
     large.method.at_once(),
     large.devices,
     1,
@@ -181,7 +184,6 @@ def test_tuning_keeps_the_flags_that_are_set():
 FAULTS = """
 import resource
 import numpy as np
-from margin_jax import cpu
 cpu.tune()
 np.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -18,7 +18,7 @@ from sklearn import datasets as sklearn_datasets
 from tensorflow_datasets.core.download import download_manager, util
 
 from margin_jax import data
-from margin_jax.data import augment, digits, images, prepare
+from margin_jax.data import augment, digits, in_memory, prepare
 
 CIFAR = (32, 32, 3)
 
@@ -135,10 +135,10 @@ def test_normalized_images_have_mean_0_and_variance_1(channels):
   raw = np.random.default_rng(0).normal(4, 1, (50, 6, 7, channels))
   raw = (raw * scale).astype(np.uint8)
   values = raw.reshape(-1, channels).astype(np.float64) / 255
-  mean, std = images.statistics(raw)
+  mean, std = in_memory.statistics(raw)
   np.testing.assert_allclose(mean, values.mean(axis=0), 1e-12)
   np.testing.assert_allclose(std, values.std(axis=0), 1e-12)
-  outputs = images.normalizer(raw, 'dataset')(jnp.asarray(raw))
+  outputs = in_memory.normalizer(raw, 'dataset')(jnp.asarray(raw))
   assert outputs.dtype == jnp.float32
   outputs = np.asarray(outputs, np.float64).reshape(-1, channels)
   np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-5)
@@ -147,7 +147,7 @@ def test_normalized_images_have_mean_0_and_variance_1(channels):
 
 def test_imagenet_normalization_has_imagenets_statistics():
   raw = image_of(0, (6, 7, 3))
-  outputs = images.normalizer(raw[None], 'imagenet')(jnp.asarray(raw))
+  outputs = in_memory.normalizer(raw[None], 'imagenet')(jnp.asarray(raw))
   expected = (raw / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   np.testing.assert_allclose(outputs, expected, 1e-5, 1e-5)
 

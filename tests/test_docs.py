@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import validation
+from margin_jax.train import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -109,7 +109,7 @@ def check_config(given, folder):
       assert field in config_lib.flatten(config), field
       with config.unlocked():
         config.update_from_flattened_dict({field: value})
-  validation.validate(config)
+  schema.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax.comparison import entries
+from margin_jax.compare import methods as methods_lib
 from margin_jax.config import ConfigError
 from tests.helpers import ROOT
 
@@ -33,7 +33,7 @@ CURVES = {
 def compared(argument):
   """Every curve's config, flat, by its name."""
   methods = FIGURES['get_methods'](argument)
-  found = entries.make(FIGURES['get_config'](argument), methods, {})
+  found = methods_lib.make(FIGURES['get_config'](argument), methods, {})
   return {x.method: config_lib.flatten(x.config) for x in found}
 
 
@@ -59,7 +59,7 @@ def test_a_figure_has_the_regime_and_the_curves_of_the_paper(figure):
 def test_the_names_are_what_methods_would_say():
   config = FIGURES['get_config']()
   for name, fields in FIGURES['get_methods']().items():
-    assert entries.parse_method(name, config) == fields
+    assert methods_lib.parse_method(name, config) == fields
 
 
 def test_a_figure_on_a_small_scale():

@@ -11,16 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import (
-  build,
-  data,
-  feeding,
-  initial,
-  parallel,
-  step,
-  validation,
-)
-from margin_jax.data import images
+from margin_jax import data
+from margin_jax.data import feeding, in_memory
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import schema
+from margin_jax.train import setup as setup_lib
+from margin_jax.train import step as step_lib
 from tests import helpers
 
 # Shape of the images, classes.
@@ -58,11 +54,11 @@ def tiny(name, argument):
   config.batch_size = 2
   config.pool_size = 6
   config.devices = 1
-  validation.validate(config)
+  schema.validate(config)
   rng = np.random.default_rng(0)
   if config.data.name in data.SENTENCES:
     source = sentences(config, rng)
-    return config, source, build.make_method(config, source, 1)
+    return config, source, setup_lib.make_method(config, source, 1)
   shape, classes = SHAPES[config.data.name]
   split = {
     'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
@@ -74,9 +70,9 @@ def tiny(name, argument):
     splits={'train': split, 'test': split},
     rows={'train': np.arange(ROWS), 'test': np.arange(ROWS)},
     augment=data.augment.compose(tuple(config.data.augmentations), 4, 16, 0),
-    prepare=images.normalizer(split['inputs'], 'dataset'),
+    prepare=in_memory.normalizer(split['inputs'], 'dataset'),
   )
-  return config, source, build.make_method(config, source, 1)
+  return config, source, setup_lib.make_method(config, source, 1)
 
 
 def sentences(config, rng):
@@ -109,11 +105,11 @@ def test_every_config_is_here():
 @pytest.mark.parametrize(('name', 'argument'), RUN)
 def test_one_step_at_full_size(name, argument):
   config, source, method = tiny(name, argument)
-  devices = parallel.Devices(1)
-  state = devices.replicate(initial.init_state(config, source, method))
+  devices = devices_lib.Devices(1)
+  state = devices.replicate(setup_lib.init_state(config, source, method))
   feed = feeding.Resident(devices, source, method)
   compiled = devices.compile(
-    functools.partial(step.train_step, method.at(None, 0)), state, feed(0)
+    functools.partial(step_lib.train_step, method.at(None, 0)), state, feed(0)
   )
   state, metrics = jax.device_get(compiled(state, feed(0)))
   assert int(state.step) == 1
@@ -124,15 +120,15 @@ def test_one_step_at_full_size(name, argument):
 @pytest.mark.parametrize(('name', 'argument'), TRACED)
 def test_one_step_has_the_shapes_of_the_state(name, argument):
   config, source, method = tiny(name, argument)
-  state = jax.eval_shape(lambda: initial.init_state(config, source, method))
+  state = jax.eval_shape(lambda: setup_lib.init_state(config, source, method))
   batch = {
     k: jax.ShapeDtypeStruct(x.shape, x.dtype)
     for k, x in source.parted('train')[0].items()
   }
   one = method.at(None, 0)
   mapped = jax.pmap(
-    functools.partial(step.train_step, one),
-    axis_name=parallel.AXIS,
+    functools.partial(step_lib.train_step, one),
+    axis_name=devices_lib.AXIS,
     in_axes=(None, None, 0),
     out_axes=None,
     devices=jax.devices()[:1],

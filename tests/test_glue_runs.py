@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from margin_jax import analyze, export, loop
+from margin_jax import analyze, export
 from margin_jax.config import ConfigError
 from margin_jax.data import DatasetError
 from margin_jax.models import bert, bert_weights
+from margin_jax.train import loop
 from tests import helpers
 from tests.test_glue import write_task
 from tests.test_tokenization import VOCAB

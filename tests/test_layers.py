@@ -10,7 +10,7 @@ import pytest
 
 from margin_jax import (
   layer_margins,
-  layers,
+  linearized,
   mms_scores,
   models,
   signed_margins,
@@ -42,7 +42,9 @@ def test_at_the_features_the_linear_margins_come_out(name):
   model, variables, inputs = network(name)
   logits, _ = model.apply(variables, inputs, train=False)
   kernel = variables['params']['head']['kernel']
-  logits_fn, offsets = layers.at_layers(model, variables, inputs, ('features',))
+  logits_fn, offsets = linearized.at_layers(
+    model, variables, inputs, ('features',)
+  )
   for labels, expected in (
     (None, mms_scores(logits, kernel)),
     (LABELS, signed_margins(logits, kernel, LABELS)),
@@ -104,7 +106,7 @@ def test_bfloat16_models_give_float32_margins():
   _, variables, inputs = network()
   model = models.build('resnet8', 5, dtype='bfloat16')
   names = ('input', 'stage2_block1', 'features')
-  logits_fn, offsets = layers.at_layers(model, variables, inputs, names)
+  logits_fn, offsets = linearized.at_layers(model, variables, inputs, names)
   for found in layer_margins(logits_fn, offsets).values():
     assert found.dtype == jnp.float32
     assert np.isfinite(found).all()
@@ -112,12 +114,12 @@ def test_bfloat16_models_give_float32_margins():
 
 def test_layers_are_found_and_named():
   model, variables, inputs = network()
-  shapes = layers.layer_shapes(model, variables, inputs)
+  shapes = linearized.layer_shapes(model, variables, inputs)
   assert shapes['input'] == (6, 8, 8, 3)
   assert shapes['stage1_block1/conv1'] == (6, 8, 8, 16)
   assert shapes['stage3_block1'] == (6, 2, 2, 64)
   assert shapes['features'] == (6, 64)
-  for function in (layers.at_layers, layers.activations_at):
+  for function in (linearized.at_layers, linearized.activations_at):
     with pytest.raises(ValueError, match=r"called 'conv9'; .*'stage3_block1'"):
       function(model, variables, inputs, ('conv9',))
 
@@ -128,8 +130,8 @@ def test_activations_and_offsets_are_of_the_same_layer():
   # Inside a block a shortcut carries the examples past the layer.
   whole = ('input', 'norm_stem', 'stage2_block1')
   for name in (*whole, 'stage2_block1/conv1', 'features', 'head'):
-    found = layers.activations_at(model, variables, inputs, (name,))
-    logits_fn, offsets = layers.at_layers(model, variables, inputs, (name,))
+    found = linearized.activations_at(model, variables, inputs, (name,))
+    logits_fn, offsets = linearized.at_layers(model, variables, inputs, (name,))
     assert found[name].shape == offsets[name].shape
     logits = logits_fn({name: -found[name].astype(jnp.float32)})
     if name == 'features':
@@ -157,7 +159,7 @@ class Twice(nn.Module):
 def test_layers_called_twice_and_integer_inputs_are_not_offered():
   inputs = jnp.ones((4, 3))
   variables = Twice().init(jax.random.key(0), inputs, train=False)
-  assert {*layers.layer_shapes(Twice(), variables, inputs)} == {
+  assert {*linearized.layer_shapes(Twice(), variables, inputs)} == {
     'input', 'features', 'head',
   }  # fmt: skip
 
@@ -180,12 +182,12 @@ def test_layers_that_flax_cannot_see_are_refused():
   model = Jitted()
   variables = model.init(jax.random.key(0), inputs, train=False)
   with pytest.raises(ValueError, match="layer 'second' is called 0 times"):
-    layers.at_layers(model, variables, inputs, ('second',))
-  layers.at_layers(model, variables, inputs, ('features',))
+    linearized.at_layers(model, variables, inputs, ('second',))
+  linearized.at_layers(model, variables, inputs, ('features',))
   model = Jitted(head='classifier')
   variables = model.init(jax.random.key(0), inputs, train=False)
   with pytest.raises(ValueError, match="last layer is not called 'head'"):
-    layers.at_layers(model, variables, inputs, ('features',))
+    linearized.at_layers(model, variables, inputs, ('features',))
 
 
 @pytest.mark.parametrize('name', ['resnet8', 'mnist_cnn'])
@@ -195,7 +197,7 @@ def test_batch_statistics_make_evaluation_compute_what_training_does(name):
   (expected, _), updates = model.apply(
     variables, other, train=True, mutable=['batch_stats']
   )
-  statistics = layers.batch_statistics(
+  statistics = linearized.batch_statistics(
     model, variables, other, updates['batch_stats']
   )
   found, _ = model.apply(
@@ -207,4 +209,4 @@ def test_batch_statistics_make_evaluation_compute_what_training_does(name):
 def test_a_model_without_batch_norm_has_no_statistics():
   model, variables, inputs = network('cnn')
   variables = {**variables, 'batch_stats': {}}
-  assert layers.batch_statistics(model, variables, inputs, {}) == {}
+  assert linearized.batch_statistics(model, variables, inputs, {}) == {}

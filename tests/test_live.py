@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from margin_jax import live
+from margin_jax.train import progress
 from tests.faults import runs
 
 HIDE_CURSOR = '\x1b[?25l'
@@ -51,11 +51,11 @@ def make():
   views = []
 
   def made(width=80, step=0, best=None):
-    terminal = live.Terminal(
+    terminal = progress.Terminal(
       file=io.StringIO(), force_terminal=True, width=width, height=40,
       color_system=None,
     )  # fmt: skip
-    views.append(live.View(terminal))
+    views.append(progress.View(terminal))
     views[-1].start(step, 1000, best)
     return views[-1], terminal.file
 
@@ -197,7 +197,7 @@ def test_only_a_terminal_that_can_show_it_gets_a_view(
   monkeypatch.setattr(sys, 'stdout', file())
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  view = live.on_terminal()
+  view = progress.on_terminal()
   assert (view is not None) == shown
   if shown:
     view.start(0, 10, None)

@@ -10,10 +10,12 @@ import types
 import numpy as np
 import pytest
 
-from margin_jax import build, initial, loop, nonfinite, parallel
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import Checkpoints
-from margin_jax.trainer import Trainer
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import guard, loop
+from margin_jax.train import setup as setup_lib
+from margin_jax.train.checkpoints import Checkpoints
+from margin_jax.train.loop import Trainer
 from tests import helpers
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,8 +41,8 @@ def saved_state(workdir, **fields):
   """The latest checkpoint's state and info."""
   config = helpers.small_config(**fields)
   source = helpers.digits()
-  target = initial.init_state(
-    config, source, build.make_method(config, source, 1)
+  target = setup_lib.init_state(
+    config, source, setup_lib.make_method(config, source, 1)
   )
   checkpoints = Checkpoints(str(workdir))
   restored = checkpoints.restore(target)
@@ -165,9 +167,7 @@ def test_another_config_is_refused(finished):
 
 
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
-  with pytest.raises(
-    nonfinite.NonFiniteError, match=r'is (nan|inf) at step \d+'
-  ):
+  with pytest.raises(guard.NonFiniteError, match=r'is (nan|inf) at step \d+'):
     train(
       tmp_path,
       **{
@@ -308,14 +308,14 @@ def test_unusable_workdir_is_a_config_error(tmp_path):
 def test_python_stays_a_few_calls_ahead_of_the_devices(monkeypatch, tmp_path):
   """A hundred waiting calls deadlock XLA:CPU's collectives."""
   ahead = []
-  add = nonfinite.Watch.add
+  add = guard.Watch.add
 
   def counted(watch, *args):
     add(watch, *args)
     ahead.append(len(watch._calls))
 
-  monkeypatch.setattr(nonfinite.Watch, 'add', counted)
+  monkeypatch.setattr(guard.Watch, 'add', counted)
   intervals = {'log_every': 200, 'eval_every': 200, 'checkpoint_every': 200}
   train(tmp_path, steps=200, devices=4, **intervals)
   assert len(ahead) == 200
-  assert max(ahead) <= parallel.MAX_CALLS_AHEAD
+  assert max(ahead) <= devices_lib.MAX_CALLS_AHEAD

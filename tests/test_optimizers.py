@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from margin_jax import optimizers
+from margin_jax.train import optimizers
 
 STEPS = 10
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import loop, models, selection, trainer
+from margin_jax import models, selection
+from margin_jax.train import loop
 from tests import helpers
 
 RULES = [rule for rule in selection.RULES if rule != 'random']
@@ -320,7 +321,7 @@ def test_a_rule_of_ones_own(tmp_path):
     with pytest.raises(config_lib.ConfigError, match='rule of your own'):
       loop.train(config, str(tmp_path / 'b'), rule=own_rule)
   partial = functools.partial(functools.partial(own_rule))
-  assert trainer._name(partial) == 'own_rule'
+  assert loop._name(partial) == 'own_rule'
 
   def bad_rule(logits, kernel, labels, keys):
     return logits

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import analyze, config, data, loop, models, selection
+from margin_jax import analyze, config, data, models, selection
 from margin_jax.models import cnn
+from margin_jax.train import loop
 from tests import helpers
 
 MODELS, DATASETS = models.own.MODELS, data.own.DATASETS

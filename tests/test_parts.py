@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax.data import parts
+from margin_jax.data import bucketed
 
 LENGTHS = np.array([5, 33, 32, 64, 65, 128, 8, 40, 1])
 
 
 def assigned(least, lengths=LENGTHS, widths=(32, 64, 128)):
-  return [(w, list(r)) for w, r in parts.assign(lengths, widths, least)]
+  return [(w, list(r)) for w, r in bucketed.assign(lengths, widths, least)]
 
 
 def test_examples_are_in_the_narrowest_part_that_holds_them():
@@ -41,24 +41,24 @@ def test_no_part_is_wider_than_its_longest_example_needs():
 
 def test_turns_follow_the_sizes_of_the_parts():
   counts = (500, 300, 200)
-  turns = parts.plan([10] * 1000, counts)
+  turns = bucketed.plan([10] * 1000, counts)
   for steps in (10, 55, 1000):
     drawn = np.bincount(turns[:steps], minlength=3)
     np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.2]) * steps, atol=1)
   # Big and small draws count for what they draw.
   sizes = np.array([100, 10] * 500)
-  turns = parts.plan(sizes, counts)
+  turns = bucketed.plan(sizes, counts)
   drawn = np.bincount(turns, weights=sizes, minlength=3) / sizes.sum()
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2], atol=0.005)
 
 
 def test_a_step_without_a_draw_stays_with_the_part():
-  turns = parts.plan([10, 0, 0, 10, 0, 0, 10, 0, 0], (10, 10))
+  turns = bucketed.plan([10, 0, 0, 10, 0, 0, 10, 0, 0], (10, 10))
   assert list(turns) == [0, 0, 0, 1, 1, 1, 0, 0, 0]
 
 
 def test_a_longer_run_begins_with_the_turns_of_a_shorter_one():
-  long, short = (parts.plan([8] * n, (70, 31, 9)) for n in (60, 25))
+  long, short = (bucketed.plan([8] * n, (70, 31, 9)) for n in (60, 25))
   np.testing.assert_array_equal(long[:25], short)
 
 
@@ -71,10 +71,10 @@ def test_an_epoch_of_a_part_draws_each_of_its_examples_once(lanes):
     'row': jnp.asarray(rows),
   }
   draw = functools.partial(
-    parts.draw, part=1, key=jax.random.key(0), lanes=lanes,
+    bucketed.draw, part=1, key=jax.random.key(0), lanes=lanes,
     augment=lambda key, x: x,
   )  # fmt: skip
-  streams = parts.Streams.create((5, 8))
+  streams = bucketed.Streams.create((5, 8))
   seen = []
   for step in range(4):
     shares = []

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from margin_jax import build, config, data, initial, loop, models
+from margin_jax import config, data, models
 from margin_jax.models import pretrained
+from margin_jax.train import loop
+from margin_jax.train import setup as setup_lib
 from tests import helpers
 
 # VGG-11's convolutions, by their places in torchvision's sequence.
@@ -209,16 +211,16 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
   # The initial values take a minute to compile, and do not matter.
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables())
   monkeypatch.setattr(
-    initial.step_lib,
+    setup_lib.step_lib,
     'init_state',
-    lambda *args: initial.step_lib.TrainState(
+    lambda *args: setup_lib.step_lib.TrainState(
       step=0, seed=0, stream=(), reserve={}, proxy={}, counts=(),
       opt_state=(), nonfinite=0, **zeros,
     ),
   )  # fmt: skip
   chosen = vgg_config(path)
-  method = build.make_method(chosen, images, 1)
-  state = initial.init_state(chosen, images, method)
+  method = setup_lib.make_method(chosen, images, 1)
+  state = setup_lib.init_state(chosen, images, method)
   expected = pretrained.load(path, 'vgg11', variables())
   helpers.assert_trees_equal(state.params, expected['params'])
   helpers.assert_trees_equal(state.batch_stats, expected['batch_stats'])
@@ -226,10 +228,10 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
   assert jax.tree.structure(state.opt_state) == structure
   # A run that continues does not need the file any more.
   chosen = vgg_config('/nowhere/weights.safetensors')
-  state = initial.init_state(chosen, images, method, restoring=True)
+  state = setup_lib.init_state(chosen, images, method, restoring=True)
   assert not any(np.any(x) for x in jax.tree.leaves(state.params))
   with pytest.raises(config.ConfigError, match=r'^model.pretrained: .*no file'):
-    initial.init_state(chosen, images, method)
+    setup_lib.init_state(chosen, images, method)
 
 
 def test_the_trainer_stops_before_anything_is_compiled(
@@ -238,8 +240,8 @@ def test_the_trainer_stops_before_anything_is_compiled(
   state = state_dict()
   del state['classifier.bias']
   save_file(state, path)
-  monkeypatch.setattr(initial.data, 'load', lambda *args, **kwargs: source())
-  monkeypatch.setattr(initial.step_lib, 'init_state', None)
+  monkeypatch.setattr(setup_lib.data, 'load', lambda *args, **kwargs: source())
+  monkeypatch.setattr(setup_lib.step_lib, 'init_state', None)
   with pytest.raises(config.ConfigError) as caught:
     loop.train(vgg_config(path), str(tmp_path / 'run'))
   assert str(caught.value) == (

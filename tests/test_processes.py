@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from margin_jax import loop, parallel, selection
+from margin_jax import selection
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import loop
 from tests import helpers
 from tests.test_loop import saved_state
 
@@ -93,8 +95,8 @@ def test_what_the_first_call_compiles_is_not_training(monkeypatch):
   """Of several processes; one compiles before."""
 
   def compiled(several):
-    devices = parallel.Devices(8)
-    monkeypatch.setattr(parallel, 'several_processes', lambda: several)
+    devices = devices_lib.Devices(8)
+    monkeypatch.setattr(devices_lib, 'several_processes', lambda: several)
     return devices.compile(lambda x, lane: x + 1 + 0 * lane, np.float32(1))
 
   alone, late = compiled(False), compiled(True)
@@ -129,7 +131,7 @@ def collective_bytes(text):
 
 def test_the_exchange_moves_only_selected_examples():
   """B=640, b=64, 8 devices: scores of the pool, examples of the batch."""
-  devices = parallel.Devices(8)
+  devices = devices_lib.Devices(8)
   image = 32 * 32 * 3
 
   def exchange(scores, images, labels, lane):
@@ -139,10 +141,10 @@ def test_the_exchange_moves_only_selected_examples():
       'label': mine(labels, lane * 80, 80),
     }
     taken = selection.take_lowest(
-      mine(scores, lane * 80, 80), pool, 64, parallel.AXIS
+      mine(scores, lane * 80, 80), pool, 64, devices_lib.AXIS
     )
     total = jax.tree.map(lambda x: jnp.sum(x.astype(jnp.int32)), taken)
-    return jax.lax.psum(total, parallel.AXIS)
+    return jax.lax.psum(total, devices_lib.AXIS)
 
   rng = np.random.default_rng(0)
   args = (
@@ -167,11 +169,11 @@ def test_the_exchange_moves_only_selected_examples():
 
 
 def test_the_count_of_bytes_sees_a_pool_that_travels():
-  devices = parallel.Devices(8)
+  devices = devices_lib.Devices(8)
 
   def gather(images, lane):
     mine = jax.lax.dynamic_slice_in_dim(images, lane * 80, 80)
-    everything = jax.lax.all_gather(mine, parallel.AXIS, tiled=True)
+    everything = jax.lax.all_gather(mine, devices_lib.AXIS, tiled=True)
     return everything[::-1]
 
   args = devices.replicate(np.zeros((640, 4, 4, 3), np.uint8))

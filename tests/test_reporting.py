@@ -13,7 +13,8 @@ import psutil
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from margin_jax import live, loop, parallel, reporting
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import loop, progress, reporting
 from tests import helpers
 
 
@@ -48,7 +49,7 @@ def run(tmp_path_factory):
       str(folder),
       log=lines.append,
       hook=lambda *told: rows.append(told),
-      view=live.View(live.Terminal(file=screen, force_terminal=True)),
+      view=progress.View(progress.Terminal(file=screen, force_terminal=True)),
     )
   return folder, rows, lines, screen.getvalue()
 
@@ -88,7 +89,7 @@ def test_tensorboard_has_the_same_names_and_numbers(run):
 
 def test_the_view_uses_the_same_names_and_takes_the_place_of_lines(run):
   _, rows, lines, screen = run
-  for name in (name for pair in live.SHOWN for name in pair):
+  for name in (name for pair in progress.SHOWN for name in pair):
     assert name in screen
     assert name in rows[0][2]
   assert 'step 20/20' in screen
@@ -102,14 +103,14 @@ def test_a_hook_that_raises_ends_the_run_and_loses_nothing_saved(tmp_path):
       raise ConnectionError('no network')
 
   out, lines = sys.stdout, []
-  screen = live.Terminal(file=io.StringIO(), force_terminal=True)
+  screen = progress.Terminal(file=io.StringIO(), force_terminal=True)
   with pytest.raises(ConnectionError, match='no network'):
     loop.train(
       helpers.small_config(),
       str(tmp_path),
       log=lines.append,
       hook=hook,
-      view=live.View(screen),
+      view=progress.View(screen),
     )
   assert sys.stdout is out
   assert read_csv(tmp_path / 'train.csv')[-1]['step'] == '15'
@@ -149,7 +150,7 @@ def test_a_row_that_was_cut_is_left_out(tmp_path, cut):
 
 
 def test_memory_is_that_of_the_process_on_cpus():
-  memory = parallel.Devices(2).memory()
+  memory = devices_lib.Devices(2).memory()
   assert memory.keys() == {'memory_bytes'}
   resident = psutil.Process().memory_info().rss
   assert 0.5 * resident < memory['memory_bytes'] < 2 * resident
@@ -163,6 +164,6 @@ def test_memory_is_that_of_the_fullest_accelerator(monkeypatch):
     def memory_stats(self):
       return self._stats
 
-  devices = parallel.Devices(2)
+  devices = devices_lib.Devices(2)
   monkeypatch.setattr(devices, '_local', [Device(3, 7), Device(5, 6)])
   assert devices.memory() == {'memory_bytes': 5, 'memory_peak_bytes': 7}

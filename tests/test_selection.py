@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import (
-  arrangements,
-  margins,
-  select_lowest,
-  selection,
-  take_lowest,
-)
+from margin_jax import margins, select_lowest, selection, take_lowest
 from tests import references
 
 INF, NAN = np.inf, np.nan
@@ -370,7 +364,7 @@ def test_balanced_ramp_mixes_every_batch_of_a_reserve(epoch):
   scores = np.arange(size, dtype=np.float32)
   arranged = jax.jit(
     functools.partial(
-      arrangements.balanced_ramp,
+      selection.balanced_ramp,
       k=k,
       growth=0.1,
       num_classes=1,

@@ -10,17 +10,11 @@ import pytest
 from flax import traverse_util
 from sklearn import metrics as sklearn_metrics
 
-from margin_jax import (
-  analyze,
-  data,
-  evaluation,
-  export,
-  loop,
-  mms_scores,
-)
+from margin_jax import analyze, data, export, mms_scores
 from margin_jax import config as config_lib
-from margin_jax.checkpoints import Checkpoints
 from margin_jax.models import bert_weights
+from margin_jax.train import evaluation, loop
+from margin_jax.train.checkpoints import Checkpoints
 from tests import helpers
 
 FIELDS = {

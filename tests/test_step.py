@@ -11,7 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from margin_jax import build, evaluation, gradients, models, parallel
+from margin_jax import models
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import evaluation, gradients
+from margin_jax.train import setup as setup_lib
 from tests import helpers, references
 
 
@@ -167,7 +170,7 @@ def test_evaluation_counts_every_example_once(devices):
   evaluator = evaluation.Evaluator(
     this.method,
     evaluation.make_splits(
-      parallel.Devices(devices), this.source, tuple(splits), 101
+      devices_lib.Devices(devices), this.source, tuple(splits), 101
     ),
   )
   for name, split in splits.items():
@@ -190,20 +193,20 @@ def test_evaluation_counts_every_example_once(devices):
 
 def test_devices_out_of_range_are_refused():
   with pytest.raises(ValueError, match='devices must be between 1 and 8'):
-    parallel.Devices(9)
+    devices_lib.Devices(9)
 
 
 def test_steps_per_call_divides_every_interval():
   config = helpers.small_config(
     steps=1200, log_every=300, eval_every=600, checkpoint_every=1200
   )
-  assert build.steps_per_call(config, 'gpu') == 100
+  assert setup_lib.steps_per_call(config, 'gpu') == 100
   config.log_every = 14
-  assert build.steps_per_call(config, 'tpu') == 2
-  assert build.steps_per_call(config, 'cpu') == 1
-  assert build.steps_per_call(config, 'gpu', start=7) == 1
+  assert setup_lib.steps_per_call(config, 'tpu') == 2
+  assert setup_lib.steps_per_call(config, 'cpu') == 1
+  assert setup_lib.steps_per_call(config, 'gpu', start=7) == 1
   config.steps_per_call = 3
-  assert build.steps_per_call(config, 'cpu') == 3
+  assert setup_lib.steps_per_call(config, 'cpu') == 3
 
 
 def test_batches_depend_on_the_seed():

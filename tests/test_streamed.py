@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from margin_jax import build, data, feeding, loop, parallel
-from margin_jax.data import images, streamed
+from margin_jax import data
+from margin_jax.data import feeding, in_memory, streaming
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import loop
+from margin_jax.train import setup as setup_lib
 from tests import helpers
 
 SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples drawn
@@ -42,7 +45,7 @@ def source(workers=0, examples=30):
     return Records({'image': jpeg(rng, y), 'label': int(y)} for y in labels)
 
   rows = {'train': np.arange(examples), 'test': np.arange(11)}
-  return streamed.Streamed(
+  return streaming.Streamed(
     name='made',
     num_classes=4,
     records={'train': records(examples), 'test': records(11)},
@@ -51,11 +54,11 @@ def source(workers=0, examples=30):
     image_size=16,
     workers=workers,
     augment=lambda key, image: image,
-    prepare=images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
+    prepare=in_memory.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
   )
 
 
-ONE = parallel.Share(0, 1)
+ONE = devices_lib.Share(0, 1)
 
 
 def assert_batches_equal(first, second):
@@ -102,7 +105,7 @@ def test_resuming_needs_the_step_only(batches, start):
 
 def test_processes_share_every_draw(batches):
   parts = [
-    [*source().training(SIZES, 0, 7, parallel.Share(i, 2))] for i in (0, 1)
+    [*source().training(SIZES, 0, 7, devices_lib.Share(i, 2))] for i in (0, 1)
   ]
   joined = [
     {k: np.concatenate([x[k], y[k]]) for k in x}
@@ -132,7 +135,7 @@ def test_evaluation_sees_every_example_once(size, count):
   seen = []
   for index in range(count):
     for chunk in source().evaluation(
-      'test', size, parallel.Share(index, count)
+      'test', size, devices_lib.Share(index, count)
     ):
       assert len(chunk['label']) == size // count
       seen += chunk['index'][chunk['real']].tolist()
@@ -141,7 +144,7 @@ def test_evaluation_sees_every_example_once(size, count):
 
 def test_crops_have_the_published_distribution():
   rng = np.random.default_rng(0)
-  boxes = np.array([streamed.crop_box(rng, 400, 300) for _ in range(4000)])
+  boxes = np.array([streaming.crop_box(rng, 400, 300) for _ in range(4000)])
   left, top, right, bottom = boxes.T
   width, height = right - left, bottom - top
   share, ratio = width * height / 120_000, width / height
@@ -160,24 +163,24 @@ def test_crops_have_the_published_distribution():
 
 def test_images_that_no_crop_fits_are_cut_in_the_middle():
   rng = np.random.default_rng(0)
-  box = streamed.crop_box(rng, 10, 1000)
+  box = streaming.crop_box(rng, 10, 1000)
   assert box == (0, 493, 10, 506)
-  assert streamed.center_box(256, 512) == (16, 144, 240, 368)
+  assert streaming.center_box(256, 512) == (16, 144, 240, 368)
 
 
 def test_decoding_is_pillows():
   rng = np.random.default_rng(0)
   encoded = jpeg(rng, 3)
   with Image.open(io.BytesIO(encoded)) as image:
-    box = streamed.crop_box(np.random.default_rng(5), *image.size)
+    box = streaming.crop_box(np.random.default_rng(5), *image.size)
     expected = image.crop(tuple(map(int, box))).resize(
       (16, 16), Image.Resampling.BILINEAR
     )
     grey = io.BytesIO()
     image.convert('L').save(grey, 'JPEG')
-  found = streamed.decode(encoded, 16, np.random.default_rng(5))
+  found = streaming.decode(encoded, 16, np.random.default_rng(5))
   np.testing.assert_array_equal(found, expected)
-  assert streamed.decode(grey.getvalue(), 16, None).shape == (16, 16, 3)
+  assert streaming.decode(grey.getvalue(), 16, None).shape == (16, 16, 3)
 
 
 def config(**fields):
@@ -230,8 +233,8 @@ def test_four_devices_agree_with_one(tmp_path, monkeypatch):
 def test_a_streamed_draw_has_the_pixels_of_its_place():
   """Augmentation keys do not depend on the number of lanes."""
   key = jax.random.key(0)
-  whole = images.pixel_keys(key, 3, 8, 0, 1)
-  parts = [images.pixel_keys(key, 3, 8, lane, 4) for lane in range(4)]
+  whole = in_memory.pixel_keys(key, 3, 8, 0, 1)
+  parts = [in_memory.pixel_keys(key, 3, 8, lane, 4) for lane in range(4)]
   np.testing.assert_array_equal(
     jax.random.key_data(whole),
     np.concatenate([jax.random.key_data(part) for part in parts]),
@@ -239,9 +242,9 @@ def test_a_streamed_draw_has_the_pixels_of_its_place():
 
 
 def test_steps_of_streamed_data_are_called_one_by_one():
-  assert build.steps_per_call(config(), 'gpu', chained=False) == 1
+  assert setup_lib.steps_per_call(config(), 'gpu', chained=False) == 1
   with pytest.raises(ValueError, match='steps_per_call=3 is not allowed'):
-    build.steps_per_call(config(steps_per_call=3), 'gpu', chained=False)
+    setup_lib.steps_per_call(config(steps_per_call=3), 'gpu', chained=False)
 
 
 def sample(folder):
@@ -305,8 +308,8 @@ def test_wrong_labels_of_streamed_data(data_dir):
 
 
 def test_the_feed_gives_what_a_branch_is_compiled_for():
-  devices = parallel.Devices(2)
-  method = build.make_method(config(), source(), 2)
+  devices = devices_lib.Devices(2)
+  method = setup_lib.make_method(config(), source(), 2)
   feed = feeding.Streamed(devices, source(), method, 0, 4, 0)
   for step in range(4):
     example = feed.example((method.branch_of(step), 0))

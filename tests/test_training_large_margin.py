@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from configs import mnist_large_margin
-from margin_jax import at_layers, build, data, large_margin_loss, layers, loop
+from margin_jax import at_layers, data, large_margin_loss, linearized
 from margin_jax.config import ConfigError
+from margin_jax.train import loop
+from margin_jax.train import setup as setup_lib
 from tests import helpers
 
 FIELDS = {
@@ -85,7 +87,7 @@ def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
   _, updates = model.apply(
     variables, inputs, train=True, mutable=['batch_stats']
   )
-  statistics = layers.batch_statistics(
+  statistics = linearized.batch_statistics(
     model, variables, inputs, updates['batch_stats']
   )
 
@@ -154,7 +156,7 @@ def test_the_released_configuration_is_what_is_built():
   config = mnist_large_margin.get_config('small=0.01,noisy=0.4')
   assert config.data.fraction == 0.01
   assert config.data.label_noise == 0.4
-  method = build.make_method(config, helpers.digits(), 1)
+  method = setup_lib.make_method(config, helpers.digits(), 1)
   assert method.large_margin.layers == ('input', 'norm1', 'norm2')
   assert method.large_margin.cross_entropy == 0
   options = method.large_margin.options
@@ -163,7 +165,7 @@ def test_the_released_configuration_is_what_is_built():
   rates = [float(method.learning_rate(s)) for s in (0, 1999, 2000, 46_000)]
   np.testing.assert_allclose(rates, [0.1, 0.1, 0.096, 0.1 * 0.96**23], 1e-6)
   attacked = mnist_large_margin.get_config('attack=pgd,epsilon=0.2')
-  assert build.make_attack(attacked) is not None
+  assert setup_lib.make_attack(attacked) is not None
   assert attacked.attack.epsilons == (0.2,)
   with pytest.raises(ConfigError, match=r'epsilon=0\.3 needs attack=fgsm'):
     mnist_large_margin.get_config('epsilon=0.3')

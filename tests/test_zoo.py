@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import gradients, layers, models, optimizers
+from margin_jax import linearized, models
 from margin_jax.models import mobilenet
+from margin_jax.train import gradients, optimizers
 from tests import helpers
 
 SMALL = {'stem': 'small'}
@@ -157,7 +158,7 @@ def test_bfloat16_is_of_the_computation_only(name):
 def test_layers_are_found_by_name(name, layer, shape):
   model = models.build(name, 7)
   inputs, variables = abstract(model)
-  found = layers.layer_shapes(model, variables, inputs)
+  found = linearized.layer_shapes(model, variables, inputs)
   assert found[layer] == shape
   # Every module that has parameters is a layer, and every block.
   assert {*variables['params']} <= {*found}
@@ -170,7 +171,7 @@ def test_the_stems():
       model = models.build(name, 7, stem=stem)
       inputs, variables = abstract(model, 64)
       kernel = variables['params']['conv_stem']['kernel']
-      found = layers.layer_shapes(model, variables, inputs)
+      found = linearized.layer_shapes(model, variables, inputs)
       first = 'stage1_block1' if 'resnet' in name else 'block1_layer1'
       sides.append((kernel.shape[0], found['conv_stem'][1], found[first][1]))
     assert sides == [(7, 32, 16), (3, 64, 64)]
@@ -189,7 +190,7 @@ def test_the_least_side_leaves_something(name, stem, last, left):
   least = models.least_side(name, stem)
   for side, expected in ((least, left), (least - 1, left - 1)):
     inputs, variables = abstract(model, side)
-    shapes = layers.layer_shapes(model, variables, inputs)
+    shapes = linearized.layer_shapes(model, variables, inputs)
     assert shapes[last][1:3] == (expected, expected)
 
 

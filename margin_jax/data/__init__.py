@@ -8,19 +8,19 @@ import numpy as np
 from margin_jax.data import (
   augment,
   autoaugment,
+  bucketed,
   digits,
   entailment,
   glue,
   imagenet,
-  images,
+  in_memory,
   own,
-  parts,
   tfds_images,
   tokenization,
   tokens,
 )
-from margin_jax.data.images import Epoch, Source, Stream, draw
-from margin_jax.data.streamed import Streamed
+from margin_jax.data.in_memory import Epoch, Source, Stream, draw
+from margin_jax.data.streaming import Streamed
 from margin_jax.data.tfds_images import DatasetError
 
 __all__ = [
@@ -145,7 +145,7 @@ def load(
     rows = chosen(len(opened['train']))
     rows['test'] = np.arange(len(opened['test']))
     # The normalisation of any: these are the statistics of this dataset.
-    prepare = images.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
+    prepare = in_memory.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
   else:
     whole, num_classes = _arrays(name, data_dir)
     rows, splits = _split(whole, chosen(len(whole['train']['label'])))
@@ -154,7 +154,9 @@ def load(
     augmentations, crop_padding, cutout_size, prepare,
     3 if name in STREAMED else splits['train']['inputs'].shape[-1],
   )  # fmt: skip
-  wrong = images.label_shift(len(rows['train']), label_noise, num_classes, seed)
+  wrong = in_memory.label_shift(
+    len(rows['train']), label_noise, num_classes, seed
+  )
   if name in STREAMED:
     return Streamed(
       name=name,
@@ -182,7 +184,7 @@ def load(
 def _prepare(inputs: np.ndarray, normalization: str) -> Callable:
   if inputs.dtype != np.uint8:
     return lambda inputs: inputs
-  return images.normalizer(inputs, normalization)
+  return in_memory.normalizer(inputs, normalization)
 
 
 def _check_name(name: str, allowed: tuple[str, ...]) -> None:
@@ -192,7 +194,7 @@ def _check_name(name: str, allowed: tuple[str, ...]) -> None:
 
 def _arrays(
   name: str, data_dir: str | None
-) -> tuple[dict[str, images.Split], int]:
+) -> tuple[dict[str, in_memory.Split], int]:
   """The dataset's own training and test split, and the number of classes."""
   if name in own.DATASETS:
     found = own.DATASETS[name]
@@ -213,13 +215,13 @@ def _augmentation(
 ) -> augment.Augmentation:
   if 'autoaugment' in names:
     autoaugment.check_channels(channels)
-  fill = images.zero_pixel(prepare, channels) if 'cutout' in names else 0
+  fill = in_memory.zero_pixel(prepare, channels) if 'cutout' in names else 0
   return augment.compose(tuple(names), crop_padding, cutout_size, fill)
 
 
 def _split(
-  whole: dict[str, images.Split], training: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, images.Split]]:
+  whole: dict[str, in_memory.Split], training: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, in_memory.Split]]:
   """Rows and arrays of every split: parts of 'train', the others whole."""
   rows = dict(training)
   splits = {}
@@ -234,7 +236,7 @@ def _split(
 
 def _sentences(
   name: str, data_dir: str | None, vocabulary: str | None, max_length: int
-) -> tuple[dict[str, images.Split], int, int]:
+) -> tuple[dict[str, in_memory.Split], int, int]:
   """The dataset's own splits, the numbers of classes and of tokens."""
   if name in entailment.NAMES:
     whole, num_classes, words = entailment.load(max_length)
@@ -293,7 +295,7 @@ def load_sentences(
     ),
   )  # fmt: skip
   label = splits['train']['label']
-  wrong = images.label_shift(len(label), label_noise, num_classes, seed)
+  wrong = in_memory.label_shift(len(label), label_noise, num_classes, seed)
   splits['train']['label'] = (label + wrong) % num_classes
   return Source(
     name=name,
@@ -303,7 +305,7 @@ def load_sentences(
     augment=lambda key, sentence: sentence,
     prepare=tokens.unpack,
     parts={
-      k: parts.assign(
+      k: bucketed.assign(
         tokens.lengths(x['inputs']),
         (*widths, max_length),
         draw_size if k == 'train' else 1,
@@ -330,7 +332,7 @@ def _training_rows(
       f'leave something to train on: {name!r} has {examples} training examples'
     )
   cut = examples - validation_examples
-  kept = images.subset(np.arange(cut), fraction, seed)
+  kept = in_memory.subset(np.arange(cut), fraction, seed)
   if not kept.size:
     raise ValueError(
       f'data.fraction={fraction} must leave something to train on: it is of '

@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from margin_jax.checkpoints import Checkpoints
+from margin_jax.train.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import loop
+from margin_jax.train import loop
 from tests import helpers
 from tests.bad_configs import BAD, BAD_TOGETHER
 from tests.test_config import make_config

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from margin_jax import analyze, loop
-from margin_jax import checkpoints as checkpoints_lib
+from margin_jax import analyze
 from margin_jax import config as config_lib
+from margin_jax.train import checkpoints as checkpoints_lib
+from margin_jax.train import loop
 from tests import helpers
 from tests.faults import runs
 

@@ -13,7 +13,9 @@ import ml_collections
 from hypothesis import strategies
 
 from margin_jax import config as config_lib
-from margin_jax import data, loop, nonfinite, parallel, validation
+from margin_jax import data
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import guard, loop, schema
 from tests import helpers
 
 # What a hand might type, of every type; models that compile in a second.
@@ -33,14 +35,14 @@ SMALL = {
   'data.image_size': (0, 8, 224, None),
   'data.data_dir': ('/nowhere', 3),
 }
-CLEAR = (config_lib.ConfigError, data.DatasetError, nonfinite.NonFiniteError)
+CLEAR = (config_lib.ConfigError, data.DatasetError, guard.NonFiniteError)
 
 
 def values(name: str) -> strategies.SearchStrategy:
   """What a field is set to."""
   if name in SMALL:
     return strategies.sampled_from(SMALL[name])
-  choices = [x for x in validation.CHOICES.get(name, ()) if x is not None]
+  choices = [x for x in schema.CHOICES.get(name, ()) if x is not None]
   default = config_lib.flatten(helpers.small_config())[name]
   # Half of the time something that is allowed by itself.
   return strategies.one_of(
@@ -115,5 +117,5 @@ if __name__ == '__main__':
   parser.add_argument('--cases', type=int, default=2000)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
-  parallel.use_compilation_cache()
+  devices_lib.use_compilation_cache()
   print(dict(main(args.cases, args.seed)))

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from margin_jax import data, loop, parallel
+from margin_jax import data
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import loop
 from tests import test_streamed
 from tests.faults import runs
 from tests.test_loop import read_csv
@@ -44,7 +46,7 @@ def test_processes_agree_on_what_takes_the_place():
   source = damaged(True)
   (whole,) = source.training([30], 0, 0, test_streamed.ONE)
   halves = [
-    next(source.training([30], 0, 0, parallel.Share(i, 2))) for i in range(2)
+    next(source.training([30], 0, 0, devices_lib.Share(i, 2))) for i in range(2)
   ]
   for name in whole:
     np.testing.assert_array_equal(

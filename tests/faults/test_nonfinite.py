@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import loop, nonfinite
+from margin_jax.train import guard, loop
 from tests import helpers
 from tests.faults import runs
 from tests.test_loop import read_csv, saved_state
@@ -34,7 +34,7 @@ def train(workdir, rule=None, **fields):
   ],
 )
 def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
-  with pytest.raises(nonfinite.NonFiniteError) as caught:
+  with pytest.raises(guard.NonFiniteError) as caught:
     train(tmp_path, **EXPLODES, **fields)
   text = str(caught.value)
   assert text.startswith('update_norm is inf at step 13; ')
@@ -52,7 +52,7 @@ def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
   assert info['step'] == 10
   assert int(state.nonfinite) == 0
   # The same command comes to the same end.
-  with pytest.raises(nonfinite.NonFiniteError, match='at step 13'):
+  with pytest.raises(guard.NonFiniteError, match='at step 13'):
     train(tmp_path, **EXPLODES, **fields)
 
 
@@ -65,7 +65,7 @@ def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
   good = helpers.Setup(**EXPLODES, **{'selection.every': 2}).run(12)[0]
   state, metrics = setup.run(20 // steps_per_call)
   assert (metrics['nonfinite'][:12] == 0).all()
-  code = nonfinite.CHECKED.index('update_norm') + 1
+  code = guard.CHECKED.index('update_norm') + 1
   assert (metrics['nonfinite'][12:] == code).all()
   assert int(state.nonfinite) == code
   assert int(state.step) == 12
@@ -87,7 +87,7 @@ def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
   state, metrics = setup.run(1)
   assert np.isfinite(metrics['loss']).all()
   assert np.isfinite(metrics['gradient_norm']).all()
-  code = nonfinite.CHECKED.index('statistics_norm') + 1
+  code = guard.CHECKED.index('statistics_norm') + 1
   assert metrics['nonfinite'].tolist() == [code]
   assert int(state.step) == 0
   for leaf in jax.tree.leaves(state.batch_stats):
@@ -115,7 +115,7 @@ def nan_scores(logits, kernel, labels, keys):
 
 def test_a_nan_score_stops_the_run_at_once(tmp_path):
   with pytest.raises(
-    nonfinite.NonFiniteError, match=r'[1-9]\d* score\(s\) are nan at step 1;'
+    guard.NonFiniteError, match=r'[1-9]\d* score\(s\) are nan at step 1;'
   ):
     train(tmp_path, rule=nan_scores)
   setup = helpers.Setup(rule=nan_scores)
@@ -159,17 +159,17 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
 
 def test_the_parameter_with_a_bad_gradient_is_named():
   tree = {'a': np.ones(3, np.float32), 'b': np.ones(2, np.float32)}
-  assert int(nonfinite.first_bad_leaf(tree)) == -1
+  assert int(guard.first_bad_leaf(tree)) == -1
   tree['b'][1] = np.inf
-  assert int(nonfinite.first_bad_leaf(tree)) == 1
-  place = nonfinite.CHECKED.index('gradient_norm') + 1
+  assert int(guard.first_bad_leaf(tree)) == 1
+  place = guard.CHECKED.index('gradient_norm') + 1
   metrics = {
     'nonfinite': np.array([0, place]),
     'bad_gradient': np.array([-1, 1]),
     'gradient_norm': np.array([1.0, np.inf]),
   }
   with pytest.raises(
-    nonfinite.NonFiniteError,
+    guard.NonFiniteError,
     match=r'gradient_norm is inf, of the gradient of b, at step 8',
   ):
-    nonfinite.check(6, metrics, ['a', 'b'])
+    guard.check(6, metrics, ['a', 'b'])

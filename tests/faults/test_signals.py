@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from margin_jax import interrupts
+from margin_jax.train import process
 from tests.faults import runs
 
 # Slow enough to be caught between two steps.
 LONG = ('--config.steps=100000', '--config.checkpoint_every=100000')
 
 
-@pytest.mark.parametrize('number', interrupts.SIGNALS)
+@pytest.mark.parametrize('number', process.SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
   process = runs.start(tmp_path, *LONG)
   runs.wait_for(process, 'step 20/')
@@ -46,7 +46,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
 
 
 def test_the_first_signal_is_remembered_and_handlers_are_given_back():
-  with interrupts.Interrupts() as caught:
+  with process.Interrupts() as caught:
     assert caught.number is None
     signal.raise_signal(signal.SIGINT)
     assert caught.number == signal.SIGINT
@@ -54,11 +54,11 @@ def test_the_first_signal_is_remembered_and_handlers_are_given_back():
 
 
 def test_signals_reach_the_outer_of_two():
-  with interrupts.Interrupts() as outer:
-    with interrupts.Interrupts() as inner:
+  with process.Interrupts() as outer:
+    with process.Interrupts() as inner:
       signal.raise_signal(signal.SIGTERM)
     assert outer.number == inner.number == signal.SIGTERM
-    with pytest.raises(interrupts.Interrupted):
+    with pytest.raises(process.Interrupted):
       outer.check()
 
 
@@ -90,7 +90,7 @@ def test_two_signals_end_a_process_that_is_busy():
   script = (
     'import time\n'
     'from margin_jax import interrupts\n'
-    'with interrupts.Interrupts():\n'
+    'with process.Interrupts():\n'
     "  print('ready', flush=True)\n"
     '  time.sleep(60)\n'
     '  time.sleep(60)\n'

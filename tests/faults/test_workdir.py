@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from margin_jax import config as config_lib
-from margin_jax import files, loop
+from margin_jax import files
+from margin_jax.train import loop
 from tests import helpers
 from tests.faults import runs
 

@@ -1,0 +1,5 @@
+"""Methods compared on one budget: `compare(config, workdir)`."""
+
+from margin_jax.compare.experiment import compare
+
+__all__ = ['compare']

@@ -1,0 +1,94 @@
+"""Compares methods: the same config, several rules and seeds, one budget.
+
+    python -m margin_jax.compare --config=configs/digits.py \\
+        --methods=uniform,random,mms,loss --workdir=/tmp/compare
+
+The same command again redoes nothing that is complete. Tables, curves and
+pictures are written to the workdir. A sweep of config fields:
+--sweep=mmr.alpha=1e-5,1e-4,1e-3
+"""
+
+import functools
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from margin_jax import cpu
+from margin_jax.compare import budgets, experiment
+from margin_jax.compare import methods as methods_lib
+from margin_jax.config import UNIFORM, ConfigError
+from margin_jax.train import devices as devices_lib
+from margin_jax.train import flags as flags_lib
+from margin_jax.train import process
+
+flags.adopt_module_key_flags(flags_lib)
+_METHODS = flags.DEFINE_string(
+  'methods',
+  None,
+  'Rules with commas between them; one may have config fields after it, as '
+  'mms+reuse=5+pool_size=320. Default: those of the config file, or '
+  + ','.join(experiment.METHODS),
+)
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, from config.seed on.')
+_BUDGET = flags.DEFINE_enum(
+  'budget',
+  budgets.BUDGETS[0],
+  budgets.BUDGETS,
+  'All methods have the same steps, or the FLOPs or the seconds of the '
+  "baseline's.",
+)
+_BASELINE = flags.DEFINE_string(
+  'baseline', UNIFORM, 'The method that the others are compared with.'
+)
+_SWEEP = flags.DEFINE_multi_string(
+  'sweep', [], 'A config field and its values: mmr.alpha=1e-5,1e-4. Repeated: '
+  'a grid.',
+)  # fmt: skip
+
+
+def _methods() -> Sequence[str] | dict[str, methods_lib.Fields]:
+  """Those of the flag, else those of the config file, else the usual ones."""
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = path.partition(':')
+  get_methods = runpy.run_path(path).get('get_methods')
+  known = get_methods(argument or None) if get_methods else {}
+  if _METHODS.value is None:
+    return known or experiment.METHODS
+  names = methods_lib.split(_METHODS.value)
+  if not all(names):
+    raise ConfigError(
+      f'methods={_METHODS.value!r} is not allowed: there is an empty name'
+    )
+  return methods_lib.parse_methods(names, flags_lib.CONFIG.value, known)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the comparison; what the user can mend is one line."""
+  flags_lib.begin(argv)
+  cpu.tune()
+  devices_lib.use_compilation_cache()
+  with process.one_line_errors():
+    experiment.compare(
+      flags_lib.CONFIG.value,
+      flags_lib.WORKDIR.value,
+      methods=_methods(),
+      seeds=_SEEDS.value,
+      budget=_BUDGET.value,
+      baseline=_BASELINE.value,
+      sweep=_SWEEP.value,
+      command=shlex.join(['python', '-m', 'margin_jax.compare', *sys.argv[1:]]),
+      log=functools.partial(print, flush=True),
+    )
+
+
+def run() -> None:
+  """The command line."""
+  flags_lib.run(main, __doc__)
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,283 @@
+"""Checkpoints with Orbax: the last two and the best, saved in the background.
+
+A checkpoint is the whole `TrainState`, as plain arrays that do not know how
+many devices wrote them, and a JSON dictionary about the run. With it goes a
+digest of both: what is read is what was saved, or it is not read at all.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from margin_jax.train import devices as devices_lib
+
+PyTree = Any
+
+FOLDER = 'checkpoints'
+DAMAGED = 'damaged_checkpoints'
+_ACCURACY, _DIGESTS = 'accuracy', 'sha256'
+# What is said of a file that may be all right.
+_PASSING = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
+
+
+class DamagedError(Exception):
+  """A checkpoint cannot be read, or is not what was saved."""
+
+
+class SaveError(Exception):
+  """A checkpoint could not be written; those before are as they were."""
+
+
+def _digest(state: PyTree) -> str:
+  """Of names, shapes, dtypes and every byte of the leaves."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    array = np.asarray(leaf)
+    about = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'
+    found.update(about.encode())
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return found.hexdigest()
+
+
+def _digest_info(info: dict[str, Any]) -> str:
+  rest = {name: value for name, value in info.items() if name != _DIGESTS}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
+def _is_passing(error: Exception) -> bool:
+  """Whether it is no fault of the checkpoint: of memory, rights, a peer."""
+  several = devices_lib.several_processes()
+  return (
+    isinstance(error, MemoryError)
+    or (isinstance(error, OSError) and error.errno in _PASSING)
+    or (several and isinstance(error, jax.errors.JaxRuntimeError))
+  )
+
+
+class _Best:
+  """Keeps the most accurate step, of equals the latest.
+
+  Orbax's own reads the accuracies from files that nothing verifies, and ends
+  with the first that is cut.
+  """
+
+  def __init__(self, accuracies: dict[int, float]):
+    self._accuracies = accuracies
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    del context
+    steps = [info.step for info in checkpoints]
+    known = {s: self._accuracies[s] for s in steps if s in self._accuracies}
+    best = max(known, key=lambda s: (known[s], s), default=None)
+    return [step == best for step in steps]
+
+
+class Checkpoints:
+  """A few functions around an Orbax `CheckpointManager`."""
+
+  def __init__(
+    self, workdir: str, keep_every: int | None = None, *, writing: bool = False
+  ):
+    """Opens, or creates, `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's folder.
+      keep_every: checkpoints at its multiples are never deleted.
+      writing: whether this is the run itself, which may clear away what a
+        save left that was killed.
+    """
+    policies = ocp.checkpoint_managers
+    self._accuracies: dict[int, float] = {}
+    keep = [policies.LatestN(2), _Best(self._accuracies)]
+    if keep_every is not None:
+      keep.append(policies.EveryNSteps(keep_every))
+    self._folder = pathlib.Path(workdir).absolute() / FOLDER
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=writing,
+      ),
+    )
+    for step in self.steps():
+      with contextlib.suppress(DamagedError):
+        self._note(step, self.info(step).get(_ACCURACY))
+
+  def _note(self, step: int, accuracy: float | None) -> None:
+    if accuracy is not None:
+      self._accuracies[step] = accuracy
+
+  def save(
+    self, state: PyTree, info: dict[str, Any], accuracy: float | None
+  ) -> None:
+    """Saves state and info at `state.step`; returns while files are written.
+
+    Args:
+      state: the train state. It is copied first: the step that follows
+        donates its memory.
+      info: JSON-serialisable, with the 'step'.
+      accuracy: on the validation split, which decides the best checkpoint (of
+        equals the latest); None if this step was not evaluated.
+
+    Raises:
+      SaveError: this one or the one before could not be written.
+    """
+    host = _without_mark(jax.tree.map(np.array, jax.device_get(state)))
+    info = {**info, _ACCURACY: accuracy}
+    info[_DIGESTS] = {'state': _digest(host), 'info': _digest_info(info)}
+    step = int(host.step)
+    self._note(step, accuracy)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(host), info=ocp.args.JsonSave(info)
+    )
+    with self._explained():
+      saved = self._manager.save(step, args=args)
+    if not saved:
+      raise SaveError(
+        f'{self._folder} holds steps {self.steps()} already, so that step '
+        f'{step} could not be saved'
+      )
+
+  def restore(
+    self, target: PyTree, step: int | None = None
+  ) -> tuple[PyTree, dict[str, Any]] | None:
+    """The state and info of a step, by default the latest, or None.
+
+    Args:
+      target: a state of the same structure, shapes and dtypes.
+      step: which checkpoint.
+
+    Raises:
+      DamagedError: it cannot be read, or is not what was saved.
+    """
+    step = self._manager.latest_step() if step is None else step
+    if step is None:
+      return None
+    info = self.info(step)
+    host = jax.tree.map(np.asarray, jax.device_get(target))
+    args = ocp.args.StandardRestore(_without_mark(host))
+    with self._read(step):
+      state = self._manager.restore(
+        step, args=ocp.args.Composite(state=args)
+      ).state
+    digest = self.digests(step).get('state')
+    if digest not in (None, _digest(state)):
+      raise self._damaged(step, 'its arrays are not those that were saved')
+    return state.replace(nonfinite=np.int32(0)), info
+
+  def info(self, step: int | None = None) -> dict[str, Any] | None:
+    """The info of a step, by default the latest, or None; needs no target.
+
+    Raises:
+      DamagedError: it cannot be read, or is not what was saved.
+    """
+    step = self._manager.latest_step() if step is None else step
+    if step is None:
+      return None
+    info = self._read_info(step)
+    digest = info.pop(_DIGESTS, {}).get('info')
+    if not {'config', 'counters', 'step'} <= {*info} or info['step'] != step:
+      raise self._damaged(step, 'it is not the one that margin_jax saved there')
+    if digest not in (None, _digest_info(info)):
+      raise self._damaged(step, 'its info is not what was saved')
+    return info
+
+  def digests(self, step: int) -> dict[str, str]:
+    """Of the state and the info of a step, as saved; {} in older versions."""
+    return self._read_info(step).get(_DIGESTS, {})
+
+  def _read_info(self, step: int) -> dict[str, Any]:
+    # Asked for what a folder does not have, Orbax takes all for another kind.
+    if not (self._folder / str(step) / 'info').is_dir():
+      raise self._damaged(step, 'it has no info, as those of margin_jax have')
+    args = ocp.args.Composite(info=ocp.args.JsonRestore())
+    with self._read(step):
+      return dict(self._manager.restore(step, args=args).info)
+
+  @contextlib.contextmanager
+  def _read(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      if _is_passing(error):
+        raise
+      raise self._damaged(step, _first_line(error)) from error
+
+  def _damaged(self, step: int, why: str) -> DamagedError:
+    return DamagedError(
+      f'the checkpoint {self._folder / str(step)} cannot be used: {why}'
+    )
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Moves a step's folder out of the way, and says where it is now."""
+    place = self._folder.with_name(DAMAGED)
+    place.mkdir(exist_ok=True)
+    names = itertools.chain(
+      [str(step)], (f'{step}-{i}' for i in itertools.count(1))
+    )
+    target = next(x for x in map(place.joinpath, names) if not x.exists())
+    shutil.move(self._folder / str(step), target)
+    return target
+
+  def reload(self) -> None:
+    """Looks again which steps there are."""
+    self._manager.reload()
+
+  def steps(self) -> list[int]:
+    """The steps that are kept."""
+    return sorted(self._manager.all_steps())
+
+  def wait(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      SaveError: it failed.
+    """
+    with self._explained():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      SaveError: it failed.
+    """
+    try:
+      self.wait()
+    finally:
+      with self._explained():
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      if devices_lib.several_processes() and _is_passing(error):
+        raise
+      raise SaveError(
+        f'a checkpoint could not be written to {self._folder}: '
+        f'{_first_line(error)}'
+      ) from error
+
+
+def _without_mark(state: PyTree) -> PyTree:
+  """The state without `nonfinite`, which is 0 in whatever is saved."""
+  return state.replace(nonfinite=())
