@@ -315,7 +315,9 @@ def test_errors_of_batches_are_in_the_picture(tmp_path, monkeypatch):
     return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
 
   saved = []
-  monkeypatch.setattr(analyze_plots, 'save', lambda figure, *_: saved.append(figure))
+  monkeypatch.setattr(
+    analyze_plots, 'save', lambda figure, *_: saved.append(figure)
+  )
   for last in (0.01, 0.0001):
     run = curves.Curves(test=rows(0.3, 0.05), train=rows(0.6, last))
     plots.error(tmp_path / 'error.png', {'mms': [run]})

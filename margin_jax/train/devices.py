@@ -114,7 +114,7 @@ class Devices:
     total: how many there are over all processes.
     kind: what JAX calls their kind.
     platform: 'cpu', 'gpu' or 'tpu'.
-    primary: whether this is the process that writes files.
+    is_main_process: whether this is the process that writes files.
   """
 
   def __init__(self, count: int | None = None):
@@ -140,7 +140,7 @@ class Devices:
       d for d in self._all if d.process_index == jax.process_index()
     ]
     self.total = count
-    self.primary = jax.process_index() == 0
+    self.is_main_process = jax.process_index() == 0
     self.kind = self._all[0].device_kind
     self.platform = self._all[0].platform
     self._mesh = Mesh(np.array(self._local), (AXIS,))
@@ -172,7 +172,7 @@ class Devices:
     host = jax.tree.map(np.array, jax.device_get(tree))
     return jax.device_put(host, NamedSharding(self._mesh, PartitionSpec()))
 
-  def meet(self, name: str) -> None:
+  def barrier(self, name: str) -> None:
     """Waits for the other processes to come to the same place."""
     if several_processes():
       multihost_utils.sync_global_devices(name)

@@ -130,10 +130,10 @@ class Trainer:
       self.best = info['best']
       for bad, error in damaged:
         log(f'warning: {error}; going back to step {step:,}')
-        if self.devices.primary:
+        if self.devices.is_main_process:
           log(f'warning: it is now {self.checkpoints.set_aside(bad)}')
       if damaged:
-        self.devices.meet('set aside')
+        self.devices.barrier('set aside')
         self.checkpoints.reload()
       return state
     if damaged:
@@ -282,7 +282,7 @@ def _keep_pool(
   path = pathlib.Path(workdir, f'nonfinite_step_{error.step}.npz')
   try:
     pool = trainer.pool()
-    if trainer.devices.primary:
+    if trainer.devices.is_main_process:
       with files.whole(path) as aside, aside.open('xb') as file:
         np.savez(file, **pool)
     text += f', and what the step read is in {path}'
@@ -424,7 +424,7 @@ def _open(workdir: str, devices: devices_lib.Devices) -> Iterator[None]:
     problem = None
     try:
       os.makedirs(workdir, exist_ok=True)
-      if devices.primary:
+      if devices.is_main_process:
         stack.enter_context(files.locked(workdir))
     except OSError as error:
       problem = error
@@ -448,7 +448,7 @@ def _train(
   compiled = f'compiled in {trainer.program.compile_seconds:.1f} s; '
   if devices.share.count > 1:
     compiled = ''  # by the first calls
-  say = log if devices.primary else (lambda line: None)
+  say = log if devices.is_main_process else (lambda line: None)
   say(
     f'{source.name}: {source.counts["train"]:,} training '
     f'examples on {devices.total} x {devices.kind}; {compiled}'
@@ -459,7 +459,7 @@ def _train(
     say(f'complete: {_headline(result)}')
     return result
   reporter = Silent()
-  if devices.primary:
+  if devices.is_main_process:
     setup_lib.keep_vocabulary(config, workdir)
     reporter = Reporter(
       workdir,
@@ -476,7 +476,7 @@ def _train(
       result = _finish(trainer, reporter, interrupts, workdir)
     result['attack'] = _evaluate_attacked(trainer, reporter)
     result['config'] = trainer.saved_config
-  if devices.primary:
+  if devices.is_main_process:
     _write_result(pathlib.Path(workdir), result, trainer)
     log(
       f'{_headline(result)} after {config.steps:,} steps, '
