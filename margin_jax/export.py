@@ -40,7 +40,7 @@ def export(
   Raises:
     ConfigError: there is no such checkpoint, or the model is no BERT.
     DatasetError: the dataset is missing or broken.
-    DamagedError: the checkpoint cannot be read.
+    CorruptError: the checkpoint cannot be read.
   """
   workdir = os.path.abspath(os.path.expanduser(workdir))
   checkpoints = runs.checkpoints(workdir, None if step is None else [step])

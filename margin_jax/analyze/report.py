@@ -131,7 +131,7 @@ def analyze(
   Raises:
     ConfigError: there is no such checkpoint, or no such layer.
     DatasetError: the dataset is missing or broken.
-    DamagedError: a checkpoint cannot be read.
+    CorruptError: a checkpoint cannot be read.
   """
   if examples is not None and examples < 1:
     raise config_lib.ConfigError(

@@ -96,7 +96,7 @@ def compare(
     DatasetError: the dataset is missing or broken.
     NonFiniteError: some runs were not finite; raised at the end, when all
       others are done and written down.
-    DamagedError, SaveError: as in `loop.train`.
+    CorruptError, SaveError: as in `loop.train`.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'

@@ -24,13 +24,13 @@ from margin_jax.train import devices as devices_lib
 PyTree = Any
 
 FOLDER = 'checkpoints'
-DAMAGED = 'damaged_checkpoints'
+QUARANTINE = 'corrupt_checkpoints'
 _ACCURACY, _DIGESTS = 'accuracy', 'sha256'
 # What is said of a file that may be all right.
 _PASSING = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 
 
-class DamagedError(Exception):
+class CorruptError(Exception):
   """A checkpoint cannot be read, or is not what was saved."""
 
 
@@ -117,7 +117,7 @@ class Checkpoints:
       ),
     )
     for step in self.steps():
-      with contextlib.suppress(DamagedError):
+      with contextlib.suppress(CorruptError):
         self._note(step, self.info(step).get(_ACCURACY))
 
   def _note(self, step: int, accuracy: float | None) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
       step: which checkpoint.
 
     Raises:
-      DamagedError: it cannot be read, or is not what was saved.
+      CorruptError: it cannot be read, or is not what was saved.
     """
     step = self._manager.latest_step() if step is None else step
     if step is None:
@@ -179,14 +179,14 @@ class Checkpoints:
       ).state
     digest = self.digests(step).get('state')
     if digest not in (None, _digest(state)):
-      raise self._damaged(step, 'its arrays are not those that were saved')
+      raise self._corrupt(step, 'its arrays are not those that were saved')
     return state.replace(nonfinite=np.int32(0)), info
 
   def info(self, step: int | None = None) -> dict[str, Any] | None:
     """The info of a step, by default the latest, or None; needs no target.
 
     Raises:
-      DamagedError: it cannot be read, or is not what was saved.
+      CorruptError: it cannot be read, or is not what was saved.
     """
     step = self._manager.latest_step() if step is None else step
     if step is None:
@@ -194,9 +194,9 @@ class Checkpoints:
     info = self._read_info(step)
     digest = info.pop(_DIGESTS, {}).get('info')
     if not {'config', 'counters', 'step'} <= {*info} or info['step'] != step:
-      raise self._damaged(step, 'it is not the one that margin_jax saved there')
+      raise self._corrupt(step, 'it is not the one that margin_jax saved there')
     if digest not in (None, _digest_info(info)):
-      raise self._damaged(step, 'its info is not what was saved')
+      raise self._corrupt(step, 'its info is not what was saved')
     return info
 
   def digests(self, step: int) -> dict[str, str]:
@@ -206,7 +206,7 @@ class Checkpoints:
   def _read_info(self, step: int) -> dict[str, Any]:
     # Asked for what a folder does not have, Orbax takes all for another kind.
     if not (self._folder / str(step) / 'info').is_dir():
-      raise self._damaged(step, 'it has no info, as those of margin_jax have')
+      raise self._corrupt(step, 'it has no info, as those of margin_jax have')
     args = ocp.args.Composite(info=ocp.args.JsonRestore())
     with self._read(step):
       return dict(self._manager.restore(step, args=args).info)
@@ -218,16 +218,16 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds
       if _is_passing(error):
         raise
-      raise self._damaged(step, _first_line(error)) from error
+      raise self._corrupt(step, _first_line(error)) from error
 
-  def _damaged(self, step: int, why: str) -> DamagedError:
-    return DamagedError(
+  def _corrupt(self, step: int, why: str) -> CorruptError:
+    return CorruptError(
       f'the checkpoint {self._folder / str(step)} cannot be used: {why}'
     )
 
-  def set_aside(self, step: int) -> pathlib.Path:
+  def quarantine(self, step: int) -> pathlib.Path:
     """Moves a step's folder out of the way, and says where it is now."""
-    place = self._folder.with_name(DAMAGED)
+    place = self._folder.with_name(QUARANTINE)
     place.mkdir(exist_ok=True)
     names = itertools.chain(
       [str(step)], (f'{step}-{i}' for i in itertools.count(1))

@@ -20,7 +20,7 @@ from margin_jax.data import feeding
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import evaluation, guard, pool, progress, runs
 from margin_jax.train import setup as setup_lib
-from margin_jax.train.checkpoints import Checkpoints, DamagedError
+from margin_jax.train.checkpoints import Checkpoints, CorruptError
 from margin_jax.train.compiled import Counters, Program
 from margin_jax.train.metrics import summarize
 from margin_jax.train.process import Interrupted, Interrupts
@@ -75,7 +75,7 @@ class Trainer:
     Raises:
       ConfigError: the checkpoint was made by another config, or the
         pretrained weights do not fit.
-      DamagedError: there are checkpoints, and none can be read.
+      CorruptError: there are checkpoints, and none can be read.
     """
     self.config = config
     self.source = source
@@ -117,28 +117,28 @@ class Trainer:
 
     What is newer is moved aside, or its steps could not be saved again.
     """
-    damaged = []
+    corrupt = []
     for step in reversed(self.checkpoints.steps()):
       try:
         info = self.checkpoints.info(step)
         self._check_same_run(info)
         state, info = self.checkpoints.restore(state, step)
-      except DamagedError as error:
-        damaged.append((step, error))
+      except CorruptError as error:
+        corrupt.append((step, error))
         continue
       self.counters = Counters(**info['counters'])
       self.best = info['best']
-      for bad, error in damaged:
+      for bad, error in corrupt:
         log(f'warning: {error}; going back to step {step:,}')
         if self.devices.is_main_process:
-          log(f'warning: it is now {self.checkpoints.set_aside(bad)}')
-      if damaged:
-        self.devices.barrier('set aside')
+          log(f'warning: it is now {self.checkpoints.quarantine(bad)}')
+      if corrupt:
+        self.devices.barrier('quarantine')
         self.checkpoints.reload()
       return state
-    if damaged:
-      raise DamagedError(
-        f'{damaged[0][1]}, and there is no older one that can be. To start '
+    if corrupt:
+      raise CorruptError(
+        f'{corrupt[0][1]}, and there is no older one that can be. To start '
         'anew, move the folder away or name another workdir'
       )
     return state
@@ -398,7 +398,7 @@ def train(
       became NaN or infinite, or a score NaN, and `config.on_nonfinite` is
       'stop'. Checkpoints saved before are kept, and what the step read is in
       nonfinite_step_N.npz.
-    DamagedError: there are checkpoints, and none can be read.
+    CorruptError: there are checkpoints, and none can be read.
     SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """

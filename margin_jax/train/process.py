@@ -126,7 +126,7 @@ def one_line_errors() -> Iterator[None]:
     config_lib.ConfigError,
     data.DatasetError,
     guard.NonFiniteError,
-    checkpoints.DamagedError,
+    checkpoints.CorruptError,
     checkpoints.SaveError,
   ) as error:
     _stop(str(error))

@@ -127,8 +127,8 @@ def test_a_damaged_checkpoint_is_stepped_over(copy, finished, damage):
   assert warning.startswith(f'warning: the checkpoint {latest} ')
   assert 'going back to step 10' in warning
   assert any('starting at step 10' in line for line in lines)
-  # What was damaged is still there, and the run ends as it did.
-  assert (copy / checkpoints_lib.DAMAGED / '20').is_dir()
+  # What was corrupt is still there, and the run ends as it did.
+  assert (copy / checkpoints_lib.QUARANTINE / '20').is_dir()
   assert runs.digest(copy, 20) == runs.digest(finished, 20)
   assert runs.rows(copy, 'eval.csv') == runs.rows(finished, 'eval.csv')
 
@@ -138,7 +138,7 @@ def test_without_a_good_checkpoint_nothing_is_begun_anew(copy):
     cut(files(copy / 'checkpoints' / step / 'state')[0])
   before = sorted(files(copy))
   with pytest.raises(
-    checkpoints_lib.DamagedError, match='no older one that can be'
+    checkpoints_lib.CorruptError, match='no older one that can be'
   ):
     train(copy)
   assert sorted(files(copy)) == before
@@ -188,13 +188,13 @@ def test_another_model_is_refused_by_name_and_nothing_is_moved(copy):
   with pytest.raises(config_lib.ConfigError, match=r'model\.name: .*resnet8'):
     train(copy, **{'model.name': 'resnet8', 'data.crop_padding': 1})
   assert {x.name for x in (copy / 'checkpoints').iterdir()} >= {'10', '20'}
-  assert not (copy / checkpoints_lib.DAMAGED).exists()
+  assert not (copy / checkpoints_lib.QUARANTINE).exists()
 
 
 def test_analysis_says_which_checkpoint_is_damaged(copy):
   latest = copy / 'checkpoints' / '20'
   flip(files(latest / 'state')[0])
   with pytest.raises(
-    checkpoints_lib.DamagedError, match=re.escape(str(latest))
+    checkpoints_lib.CorruptError, match=re.escape(str(latest))
   ):
     analyze.analyze(str(copy), out=str(copy / 'out'))

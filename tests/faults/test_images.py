@@ -15,7 +15,7 @@ from tests.test_loop import read_csv
 BAD = (5, 6, 17)
 
 
-def damaged(skip, workers=0):
+def corrupt(skip, workers=0):
   """Three of 30 training images, and one of 11 test images, are none."""
   source = test_streamed.source(workers=workers)
   whole = source.records['train'][6]['image']
@@ -29,7 +29,7 @@ def damaged(skip, workers=0):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
-  (batch,) = damaged(True, workers).training([30], 0, 0, test_streamed.ONE)
+  (batch,) = corrupt(True, workers).training([30], 0, 0, test_streamed.ONE)
   (whole,) = test_streamed.source().training([30], 0, 0, test_streamed.ONE)
   bad = np.isin(whole['index'], BAD)
   assert batch['undecodable'].tolist() == bad.astype(int).tolist()
@@ -38,12 +38,12 @@ def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
   following = {5: 7, 6: 7, 17: 18}
   expected = [following[int(x)] for x in whole['index'][bad]]
   assert batch['index'][bad].tolist() == expected
-  labels = [damaged(True).records['train'][x]['label'] for x in expected]
+  labels = [corrupt(True).records['train'][x]['label'] for x in expected]
   assert batch['label'][bad].tolist() == labels
 
 
 def test_processes_agree_on_what_takes_the_place():
-  source = damaged(True)
+  source = corrupt(True)
   (whole,) = source.training([30], 0, 0, test_streamed.ONE)
   halves = [
     next(source.training([30], 0, 0, devices_lib.Share(i, 2))) for i in range(2)
@@ -55,13 +55,13 @@ def test_processes_agree_on_what_takes_the_place():
 
 
 def test_evaluation_does_not_count_them():
-  chunks = [*damaged(True).evaluation('test', 4, test_streamed.ONE)]
+  chunks = [*corrupt(True).evaluation('test', 4, test_streamed.ONE)]
   real = np.concatenate([chunk['real'] for chunk in chunks])
   assert real[:11].tolist() == [i != 3 for i in range(11)]
 
 
 def test_too_many_in_a_row_end_the_run():
-  source = damaged(True)
+  source = corrupt(True)
   for record in source.records['train']:
     record['image'] = b''
   with pytest.raises(data.DatasetError, match='11 JPEGs in a row'):
@@ -79,7 +79,7 @@ def test_labels_of_no_class_are_named(label):
 
 
 def test_a_run_counts_them_also_when_it_is_resumed(tmp_path, monkeypatch):
-  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: damaged(True))
+  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: corrupt(True))
   fields = {'data.undecodable': 'skip', 'data.name': 'imagenet2012'}
   config = test_streamed.config(**fields)
   whole = loop.train(config, str(tmp_path / 'whole'))
@@ -108,4 +108,4 @@ def test_stopping_says_which_and_what_to_do():
   with pytest.raises(
     data.DatasetError, match=r"cannot be decoded .*data\.undecodable='skip'"
   ):
-    next(damaged(False).training([30], 0, 0, test_streamed.ONE))
+    next(corrupt(False).training([30], 0, 0, test_streamed.ONE))
