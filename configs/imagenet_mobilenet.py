@@ -39,7 +39,7 @@ def get_config(argument: str | None = None):
     epoch * STEPS_PER_EPOCH for epoch in (30, 60, 80)
   )
   config.optimizer.weight_decay = 1e-4
-  config.optimizer.decayed = 'convolutions'
+  config.optimizer.weight_decay_mask = 'convolutions'
   if args.method == 'mmr':
     config.mmr.alpha = 1e-5
   return config

@@ -15,7 +15,7 @@ Paper's test error, off and on, means of ten seeds (Fassold, Table 1):
 
 Adam at 0.001, halved at epochs 50 and 100 of 150, weight decay 1e-4, batch 128.
 The paper names no augmentation, and its errors are those of training without;
-nor does it say what is decayed: all parameters here, as by the Adam of PyTorch,
+nor does it say what is weight_decay_mask: all parameters here, as by the Adam of PyTorch,
 which it used.
 
 Ours: not run at full length yet.
@@ -52,7 +52,7 @@ def get_config(argument: str | None = None):
   config.optimizer.learning_rates = (1e-3, 5e-4, 2.5e-4)
   config.optimizer.boundaries = (50 * epoch, 100 * epoch)
   config.optimizer.weight_decay = 1e-4
-  config.optimizer.decayed = 'all'
+  config.optimizer.weight_decay_mask = 'all'
   if args.trimming == 'on':
     config.trimming.first = 1.0
     config.trimming.last = 0.2

@@ -120,7 +120,7 @@ def _optimizer() -> dict[str, Any]:
     'nesterov': False,
     # On 'kernels' only, of those on the 'convolutions' only, or on 'all'.
     'weight_decay': 0.0,
-    'decayed': 'kernels',
+    'weight_decay_mask': 'kernels',
     # Of Adam and RMSProp; None is optax's own.
     'epsilon': optional(float),
     # Largest L2 norm of the gradient; None does not clip.

@@ -103,7 +103,11 @@ BAD = [
   ('optimizer.weight_decay', -1e-4, REAL),
   ('optimizer.weight_decay', INF, REAL),
   ('optimizer.weight_decay', None, REAL),
-  ('optimizer.decayed', 'biases', "('kernels', 'convolutions', 'all')"),
+  (
+    'optimizer.weight_decay_mask',
+    'biases',
+    "('kernels', 'convolutions', 'all')",
+  ),
   ('optimizer.epsilon', 0.0, ABOVE),
   ('optimizer.clip_norm', INF, ABOVE),
   ('selection.rule', 'MMS', "'mms'"),
@@ -267,7 +271,7 @@ BAD_TOGETHER = [
     {'large_margin.worst_case': True, 'large_margin.weight': 1.0},
     'the one class is the worst case',
   ),
-  ({'optimizer.decayed': 'all'}, 'with optimizer.weight_decay=0.0'),
+  ({'optimizer.weight_decay_mask': 'all'}, 'with optimizer.weight_decay=0.0'),
   ({'attack.epsilons': (0.1,)}, 'with attack.name=None'),
   ({'attack.steps': 20}, 'with attack.name=None'),
   ({'data.image_size': 32}, 'which lies in memory'),
@@ -321,7 +325,10 @@ GOOD = [
     **MMS,
   },
   {'selection.proxy': 'wrn10_1', **MMS},
-  {'optimizer.weight_decay': 1e-4, 'optimizer.decayed': 'convolutions'},
+  {
+    'optimizer.weight_decay': 1e-4,
+    'optimizer.weight_decay_mask': 'convolutions',
+  },
   {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 1e-2},
   {'data.fraction': 0.01, 'data.label_noise': 1.0, 'keep_every': 1000},
 ]

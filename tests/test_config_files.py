@@ -111,7 +111,7 @@ ROWS = [
       **SGD, 'batch_size': 256, 'steps': 90 * 5004, 'mmr.alpha': 1e-5,
       RATES: (0.1, 0.01, 0.001, 0.0001),
       BOUNDARIES: (30 * 5004, 60 * 5004, 80 * 5004),
-      'optimizer.decayed': 'convolutions', 'model.name': 'mobilenet',
+      'optimizer.weight_decay_mask': 'convolutions', 'model.name': 'mobilenet',
     },
   ),
   (

@@ -107,7 +107,7 @@ def run(optimizer):
     yield params
 
 
-def decayed(gradient, params, weight_decay):
+def weight_decay_mask(gradient, params, weight_decay):
   """With the gradient of weight_decay / 2 * the kernels' squared norm."""
   kernel = gradient['kernel'] + weight_decay * params['kernel']
   return gradient | {'kernel': kernel}
@@ -118,7 +118,7 @@ def sgd(momentum, nesterov, weight_decay):
   params, gradients = random_trees()
   trace = {name: np.zeros_like(x) for name, x in params.items()}
   for step, gradient in enumerate(gradients):
-    gradient = decayed(gradient, params, weight_decay)
+    gradient = weight_decay_mask(gradient, params, weight_decay)
     for name, g in gradient.items():
       trace[name] = momentum * trace[name] + g
       change = g + momentum * trace[name] if nesterov else trace[name]
@@ -132,7 +132,7 @@ def adam(weight_decay):
   first = {name: np.zeros_like(x) for name, x in params.items()}
   second = {name: np.zeros_like(x) for name, x in params.items()}
   for step, gradient in enumerate(gradients):
-    gradient = decayed(gradient, params, weight_decay)
+    gradient = weight_decay_mask(gradient, params, weight_decay)
     for name, g in gradient.items():
       first[name] = 0.9 * first[name] + 0.1 * g
       second[name] = 0.999 * second[name] + 0.001 * g**2
@@ -205,7 +205,7 @@ def test_rmsprop_agrees_with_the_oracle(momentum, weight_decay, clip_norm):
     momentum=momentum,
     nesterov=False,
     weight_decay=weight_decay,
-    decayed='all',
+    weight_decay_mask='all',
     epsilon=1e-2,
     clip_norm=clip_norm,
   )

@@ -227,7 +227,7 @@ def test_what_is_known_of_the_names():
 
 
 def masked(name, mask):
-  """Paths of the parameters that are decayed."""
+  """Paths of the parameters that are weight_decay_mask."""
   _, variables = abstract(models.build(name, 7))
   flags = jax.tree_util.tree_leaves_with_path(mask(variables['params']))
   return {'/'.join(key.key for key in path) for path, flag in flags if flag}
@@ -251,7 +251,7 @@ def test_only_convolutions_are_decayed_on_request():
   }
   optimizer = optimizers.make(
     'sgd', lambda step: 1.0, momentum=0.0, nesterov=False,
-    weight_decay=0.5, decayed='convolutions',
+    weight_decay=0.5, weight_decay_mask='convolutions',
   )  # fmt: skip
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -260,7 +260,7 @@ def test_only_convolutions_are_decayed_on_request():
   with pytest.raises(ValueError, match=r"must be one of .*got 'biases'"):
     optimizers.make(
       'sgd', lambda step: 1.0, momentum=0.0, nesterov=False,
-      weight_decay=0.5, decayed='biases',
+      weight_decay=0.5, weight_decay_mask='biases',
     )  # fmt: skip
 
 

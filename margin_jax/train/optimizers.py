@@ -8,7 +8,7 @@ import optax
 
 NAMES = ('sgd', 'adam', 'rmsprop')
 # What weight decay is applied to.
-DECAYED = ('kernels', 'convolutions', 'all')
+WEIGHT_DECAY_MASKS = ('kernels', 'convolutions', 'all')
 # How the learning rate falls.
 DECAYS = ('steps', 'linear')
 
@@ -90,7 +90,7 @@ def make(
   momentum: float,
   nesterov: bool,
   weight_decay: float,
-  decayed: str = 'kernels',
+  weight_decay_mask: str = 'kernels',
   epsilon: float | None = None,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
@@ -107,7 +107,7 @@ def make(
     momentum: decay of the trace.
     nesterov: SGD's variant.
     weight_decay: coefficient.
-    decayed: 'kernels', of those the 'convolutions', or 'all' parameters.
+    weight_decay_mask: 'kernels', of those the 'convolutions', or 'all' parameters.
     epsilon: of Adam and RMSProp; None is optax's default.
     clip_norm: the gradient, weight decay included, is scaled down to this L2
       norm; None does not clip.
@@ -116,12 +116,14 @@ def make(
     The gradient transformation.
 
   Raises:
-    ValueError: `name` or `decayed` is unknown.
+    ValueError: `name` or `weight_decay_mask` is unknown.
   """
   if name not in NAMES:
     raise ValueError(f'no optimizer is called {name!r}; there are {NAMES}')
-  if decayed not in DECAYED:
-    raise ValueError(f'decayed must be one of {DECAYED}, got {decayed!r}')
+  if weight_decay_mask not in WEIGHT_DECAY_MASKS:
+    raise ValueError(
+      f'weight_decay_mask must be one of {WEIGHT_DECAY_MASKS}, got {weight_decay_mask!r}'
+    )
   eps = {} if epsilon is None else {'eps': epsilon}
   if name == 'sgd':
     core = optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
@@ -133,7 +135,9 @@ def make(
     )
   chain = []
   if weight_decay:
-    chain.append(optax.add_decayed_weights(weight_decay, mask=_MASKS[decayed]))
+    chain.append(
+      optax.add_decayed_weights(weight_decay, mask=_MASKS[weight_decay_mask])
+    )
   if clip_norm is not None:
     chain.append(optax.clip_by_global_norm(clip_norm))
   return optax.chain(*chain, core) if chain else core

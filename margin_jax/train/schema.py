@@ -32,7 +32,7 @@ CHOICES = {
   'selection.score_dtype': (None, *models.DTYPES),
   'trimming.backward': ('all', 'kept'),
   'mmr.reduction': losses_lib.REDUCTIONS,
-  'optimizer.decayed': optimizers.DECAYED,
+  'optimizer.weight_decay_mask': optimizers.WEIGHT_DECAY_MASKS,
   'optimizer.decay': optimizers.DECAYS,
   'large_margin.norm': linearized.NORMS,
   'large_margin.difference': losses_lib.DIFFERENCES,
@@ -580,7 +580,7 @@ def _check_losses(flat: dict[str, Any]) -> None:
     _forbid(flat, ('optimizer.epsilon',), because)
   if not flat['optimizer.weight_decay']:
     because = 'with optimizer.weight_decay=0.0'
-    _forbid(flat, ('optimizer.decayed',), because)
+    _forbid(flat, ('optimizer.weight_decay_mask',), because)
   attack, radii = flat['attack.name'], flat['attack.epsilons']
   if attack is None:
     because = 'with attack.name=None'

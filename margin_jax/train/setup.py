@@ -320,7 +320,7 @@ def make_method(
       momentum=config.optimizer.momentum,
       nesterov=config.optimizer.nesterov,
       weight_decay=config.optimizer.weight_decay,
-      decayed=config.optimizer.decayed,
+      weight_decay_mask=config.optimizer.weight_decay_mask,
       epsilon=config.optimizer.epsilon,
       clip_norm=config.optimizer.clip_norm,
     ),
