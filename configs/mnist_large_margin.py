@@ -75,7 +75,7 @@ def get_config(argument: str | None = None):
     config.large_margin.gamma = 1e4
     config.large_margin.alpha = 4.0
     config.large_margin.epsilon = 1e-6
-    config.large_margin.by_size = True
+    config.large_margin.normalize_by_size = True
   if args.attack == 'none' and args.epsilon != EPSILON:
     raise config_lib.ConfigError(
       f'config argument epsilon={args.epsilon} needs attack=fgsm or attack=pgd'

@@ -181,7 +181,7 @@ def _large_margin() -> dict[str, Any]:
     'alpha': 4.0,
     'epsilon': 1e-6,
     # Divide gradient norms by the number of the layer's activations.
-    'by_size': False,
+    'normalize_by_size': False,
     # The exact gradient, through the norm of the gradient.
     'second_order': False,
   }

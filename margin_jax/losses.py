@@ -140,7 +140,7 @@ def large_margin_loss(
   worst_case: bool = False,
   difference: str = 'softmax',
   epsilon: float = 1e-6,
-  by_size: bool = False,
+  normalize_by_size: bool = False,
   second_order: bool = False,
 ) -> Float32[Array, ' B']:
   """The large-margin loss of every example, at one layer or several.
@@ -172,7 +172,7 @@ def large_margin_loss(
     worst_case: only the least distance of those counts, not their sum.
     difference: of 'softmax' (the released code) or of 'logits' (the paper).
     epsilon: positive, added to g.
-    by_size: divide g by the number of activations of the layer, as the
+    normalize_by_size: divide g by the number of activations of the layer, as the
       released code does for l_inf, where g is a sum over them.
     second_order: let the gradient flow through g.
 
@@ -213,7 +213,7 @@ def large_margin_loss(
   gaps, norms = linearized.slopes(values_fn, activations, choose, norm)
 
   def loss(slope: Array, layer: Array) -> Array:
-    if by_size:
+    if normalize_by_size:
       slope = slope / math.prod(layer.shape[1:])
     if not second_order:
       slope = jax.lax.stop_gradient(slope)

@@ -151,7 +151,7 @@ BAD = [
   ('large_margin.epsilon', 1e-46, 'from 1e-12 to'),
   ('large_margin.gamma', 1e13, 'from 1e-12 to'),
   ('large_margin.weight', 1e300, 'at most 1000000000000.0'),
-  ('large_margin.by_size', None, 'True or False'),
+  ('large_margin.normalize_by_size', None, 'True or False'),
   ('large_margin.second_order', 'yes', 'True or False'),
   ('attack.name', 'cw', "'fgsm'"),
   ('attack.epsilons', 0.1, 'a tuple'),

@@ -247,7 +247,7 @@ def layer_margins(weights, inputs, labels, layer, norm) -> np.ndarray:
 
 def large_margin_losses(
   weights, inputs, labels, layers, *, gamma, alpha, norm, top_k, worst_case,
-  difference, epsilon, by_size, frozen=None,
+  difference, epsilon, normalize_by_size, frozen=None,
 ):  # fmt: skip
   """Elsayed 2018: mean over layers of -sum_k clip(d_k), for each example.
 
@@ -268,7 +268,7 @@ def large_margin_losses(
       distances = []
       for k in competing[:top_k]:
         slope = _slope(_difference(logits, y, k, values), size, norm)
-        if by_size:
+        if normalize_by_size:
           slope /= size
         distances.append((own[y] - own[k]) / (slope + epsilon))
       if worst_case:

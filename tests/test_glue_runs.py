@@ -174,7 +174,7 @@ def test_a_layer_of_tokens_has_no_size(tmp_path, layer, allowed):
       'data.fraction': 0.02,
       'large_margin.weight': 1.0,
       'large_margin.layers': (layer,),
-      'large_margin.by_size': True,
+      'large_margin.normalize_by_size': True,
       'mmr.alpha': 0.0,
       'steps': 1,
     }
@@ -185,5 +185,7 @@ def test_a_layer_of_tokens_has_no_size(tmp_path, layer, allowed):
   if allowed:
     assert train()['steps'] == 1
   else:
-    with pytest.raises(ConfigError, match=r'by_size=True.*embeddings'):
+    with pytest.raises(
+      ConfigError, match=r'normalize_by_size=True.*embeddings'
+    ):
       train()

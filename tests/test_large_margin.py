@@ -14,12 +14,12 @@ from tests.test_layers import small_network
 
 DEFAULTS = {
   'gamma': 2.0, 'alpha': 3.0, 'norm': 'l2', 'top_k': 1, 'worst_case': False,
-  'difference': 'softmax', 'epsilon': 1e-3, 'by_size': False,
+  'difference': 'softmax', 'epsilon': 1e-3, 'normalize_by_size': False,
 }  # fmt: skip
 OPTIONS = [
   {},
   {'norm': 'l1', 'top_k': 2},
-  {'norm': 'l_inf', 'by_size': True, 'gamma': 5.0},
+  {'norm': 'l_inf', 'normalize_by_size': True, 'gamma': 5.0},
   {'norm': 'l_inf', 'difference': 'logits', 'top_k': 3},
   {'norm': 'l2', 'difference': 'logits', 'top_k': 3, 'worst_case': True},
   {'norm': 'l1', 'difference': 'logits', 'gamma': 4.0, 'alpha': 3.5},

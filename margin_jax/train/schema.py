@@ -49,7 +49,7 @@ FLAGS = (
   'mmr.stop_feature_gradient',
   'selection.log_counts',
   'large_margin.worst_case',
-  'large_margin.by_size',
+  'large_margin.normalize_by_size',
   'large_margin.second_order',
 )
 # Integers and the least they may be; those in OPTIONAL may be None.

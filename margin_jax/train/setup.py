@@ -203,7 +203,7 @@ def _large_margin(
     return None
   known = layer_shapes(model, source)
   check_layers('large_margin.layers', config.large_margin.layers, known)
-  _check_by_size(config, known, source)
+  _check_normalize_by_size(config, known, source)
   if config.large_margin.top_k >= source.num_classes:
     raise ConfigError(
       f'large_margin.top_k={config.large_margin.top_k} is not allowed: it '
@@ -221,24 +221,24 @@ def _large_margin(
       'worst_case': config.large_margin.worst_case,
       'difference': config.large_margin.difference,
       'epsilon': config.large_margin.epsilon,
-      'by_size': config.large_margin.by_size,
+      'normalize_by_size': config.large_margin.normalize_by_size,
       'second_order': config.large_margin.second_order,
     },
   )
 
 
-def _check_by_size(
+def _check_normalize_by_size(
   config: ml_collections.ConfigDict,
   known: dict[str, tuple[int, ...]],
   source: data.Source,
 ) -> None:
   """Raises where a layer's size is that of the padding."""
-  if not (config.large_margin.by_size and source.widths):
+  if not (config.large_margin.normalize_by_size and source.widths):
     return
   for name in config.large_margin.layers:
     if len(known[name]) > 2:
       raise ConfigError(
-        'large_margin.by_size=True is not allowed with large_margin.layers='
+        'large_margin.normalize_by_size=True is not allowed with large_margin.layers='
         f'{config.large_margin.layers}: {name!r} has a row for every token, '
         'padding too, so that its size says how far a sentence was padded'
       )
