@@ -281,7 +281,7 @@ def at_layers(
   """A Flax model as a function of what is added to its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first
-  arguments: the gradient by an offset, at zero, is that by the activations.
+  arguments: the gradient by an perturbation, at zero, is that by the activations.
 
   Args:
     model: `(inputs, train=) -> (logits, features)`, its last layer `head`.
@@ -291,7 +291,7 @@ def at_layers(
     layers: names as `layer_shapes` returns them.
 
   Returns:
-    `logits_fn(offsets) -> (B, C)`, and zero offsets, float32, by layer.
+    `logits_fn(perturbations) -> (B, C)`, and zero perturbations, float32, by layer.
 
   Raises:
     ValueError: there is no such layer; lists those there are. Or Flax cannot
@@ -303,12 +303,12 @@ def at_layers(
 
   fired: collections.Counter = collections.Counter()
 
-  def logits_fn(offsets: dict[str, Array]) -> Array:
+  def logits_fn(perturbations: dict[str, Array]) -> Array:
     def shifted(x: Array, name: str) -> Array:
-      if name not in offsets:
+      if name not in perturbations:
         return x
       fired[name] += 1
-      return (x.astype(jnp.float32) + offsets[name]).astype(x.dtype)
+      return (x.astype(jnp.float32) + perturbations[name]).astype(x.dtype)
 
     def add(next_function, args, kwargs, context):
       name = '/'.join(context.module.path)
@@ -324,7 +324,7 @@ def at_layers(
     return logits
 
   # Flax reuses the trace of a jitted block for its twins, and knows no head of
-  # another name: an offset that is not added would give gradients of zero.
+  # another name: an perturbation that is not added would give gradients of zero.
   jax.eval_shape(logits_fn, zeros)
   for name in layers:
     if fired[name] != 1:

@@ -201,11 +201,11 @@ def random_network(seed=0, batch=4, inputs=3, hidden=5, classes=4):
   return weights, x, rng.integers(0, classes, size=batch).astype(np.int32)
 
 
-def network_logits(weights, x, offset=0.0) -> np.ndarray:
+def network_logits(weights, x, perturbation=0.0) -> np.ndarray:
   """One example through it: BatchNorm with given statistics, then tanh."""
   w = {k: float64(v) for k, v in weights.items()}
   hidden = (x @ w['w1'] + w['b1'] - w['mean']) / np.sqrt(w['var'])
-  return (np.tanh(hidden * w['scale']) + offset) @ w['w2'] + w['b2']
+  return (np.tanh(hidden * w['scale']) + perturbation) @ w['w2'] + w['b2']
 
 
 def _slope(function, size, norm, step=1e-6) -> float:
@@ -219,8 +219,8 @@ def _slope(function, size, norm, step=1e-6) -> float:
 def _difference(logits, p, q, values=lambda x: x):
   """What is added at a layer -> value of class p minus that of class q."""
 
-  def difference(offset):
-    found = values(logits(offset))
+  def difference(perturbation):
+    found = values(logits(perturbation))
     return found[p] - found[q]
 
   return difference

@@ -333,8 +333,10 @@ def test_margins_at_layers():
   inputs, model = make_inputs(), bert.Bert(**TINY)
   variables, labels = random_params(), jnp.array([0, 1, 2])
   names = ('embeddings', 'layer0', 'pooler', 'features')
-  logits_fn, offsets = linearized.at_layers(model, variables, inputs, names)
-  found = layer_margins(logits_fn, offsets, labels)
+  logits_fn, perturbations = linearized.at_layers(
+    model, variables, inputs, names
+  )
+  found = layer_margins(logits_fn, perturbations, labels)
   logits, _ = model.apply(variables, inputs, train=False)
   expected = signed_margins(
     logits, variables['params']['head']['kernel'], labels

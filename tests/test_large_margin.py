@@ -31,16 +31,16 @@ each_option = pytest.mark.parametrize('options', OPTIONS, ids=str)
 
 def losses(weights, inputs, labels, layers=LAYERS, **options):
   """The loss of `references.random_network` at these layers."""
-  offsets = {
+  perturbations = {
     'input': jnp.zeros_like(inputs),
     'hidden': jnp.zeros((len(inputs), 5), inputs.dtype),
   }
 
-  def logits_fn(offsets):
-    shifted = inputs + offsets.get('input', 0)
-    return small_network(weights, shifted, offsets.get('hidden', 0))
+  def logits_fn(perturbations):
+    shifted = inputs + perturbations.get('input', 0)
+    return small_network(weights, shifted, perturbations.get('hidden', 0))
 
-  chosen = {name: offsets[name] for name in layers}
+  chosen = {name: perturbations[name] for name in layers}
   return large_margin_loss(logits_fn, chosen, labels, **options)
 
 
@@ -135,14 +135,16 @@ def test_flax_models_with_batch_norm(second_order):
   @functools.partial(jax.jit, static_argnums=1)
   def value_and_grad(params, dtype):
     def loss(params):
-      logits_fn, offsets = at_layers(
+      logits_fn, perturbations = at_layers(
         models.build('resnet8', 4, dtype=dtype),
         {**variables, 'params': params},
         inputs.astype(dtype),
         ('input', 'norm_stem', 'stage3_block1'),
       )
       options = DEFAULTS | {'gamma': 100.0, 'second_order': second_order}
-      return jnp.mean(large_margin_loss(logits_fn, offsets, labels, **options))
+      return jnp.mean(
+        large_margin_loss(logits_fn, perturbations, labels, **options)
+      )
 
     return jax.value_and_grad(loss)(params)
 

@@ -42,14 +42,14 @@ def test_at_the_features_the_linear_margins_come_out(name):
   model, variables, inputs = network(name)
   logits, _ = model.apply(variables, inputs, train=False)
   kernel = variables['params']['head']['kernel']
-  logits_fn, offsets = linearized.at_layers(
+  logits_fn, perturbations = linearized.at_layers(
     model, variables, inputs, ('features',)
   )
   for labels, expected in (
     (None, mms_scores(logits, kernel)),
     (LABELS, signed_margins(logits, kernel, LABELS)),
   ):
-    found = layer_margins(logits_fn, offsets, labels)['features']
+    found = layer_margins(logits_fn, perturbations, labels)['features']
     np.testing.assert_allclose(found, expected, 1e-5)
 
 
@@ -68,11 +68,11 @@ def test_hidden_layers_agree_with_finite_differences(norm):
     np.testing.assert_allclose(found[layer], expected, 1e-3)
 
 
-def small_network(weights, inputs, offset=0.0):
+def small_network(weights, inputs, perturbation=0.0):
   """The network of `references.network_logits`, in JAX."""
   hidden = inputs @ weights['w1'] + weights['b1'][None]
   hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
-  hidden = jnp.tanh(hidden * weights['scale'][None]) + offset
+  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
   return hidden @ weights['w2'] + weights['b2'][None]
 
 
@@ -106,8 +106,10 @@ def test_bfloat16_models_give_float32_margins():
   _, variables, inputs = network()
   model = models.build('resnet8', 5, dtype='bfloat16')
   names = ('input', 'stage2_block1', 'features')
-  logits_fn, offsets = linearized.at_layers(model, variables, inputs, names)
-  for found in layer_margins(logits_fn, offsets).values():
+  logits_fn, perturbations = linearized.at_layers(
+    model, variables, inputs, names
+  )
+  for found in layer_margins(logits_fn, perturbations).values():
     assert found.dtype == jnp.float32
     assert np.isfinite(found).all()
 
@@ -125,14 +127,16 @@ def test_layers_are_found_and_named():
 
 
 def test_activations_and_offsets_are_of_the_same_layer():
-  """An offset that undoes the activations makes them zero for what follows."""
+  """An perturbation that undoes the activations makes them zero for what follows."""
   model, variables, inputs = network()
   # Inside a block a shortcut carries the examples past the layer.
   whole = ('input', 'norm_stem', 'stage2_block1')
   for name in (*whole, 'stage2_block1/conv1', 'features', 'head'):
     found = linearized.activations_at(model, variables, inputs, (name,))
-    logits_fn, offsets = linearized.at_layers(model, variables, inputs, (name,))
-    assert found[name].shape == offsets[name].shape
+    logits_fn, perturbations = linearized.at_layers(
+      model, variables, inputs, (name,)
+    )
+    assert found[name].shape == perturbations[name].shape
     logits = logits_fn({name: -found[name].astype(jnp.float32)})
     if name == 'features':
       bias = variables['params']['head']['bias']

@@ -22,7 +22,7 @@ STEPS = 10
 )
 def test_a_learning_rate_changes_at_its_boundary(values, boundaries):
   schedule = jax.jit(optimizers.learning_rate(values, boundaries))
-  near = {b + offset for b in boundaries for offset in (-1, 0, 1)}
+  near = {b + perturbation for b in boundaries for perturbation in (-1, 0, 1)}
   for step in sorted({0, 1, 2**31 - 1} | near):
     passed = sum(step >= boundary for boundary in boundaries)
     found = schedule(jnp.int32(step))

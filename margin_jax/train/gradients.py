@@ -59,14 +59,14 @@ def _large_margin(
   statistics = linearized.batch_statistics(
     method.model, variables, inputs, updated
   )
-  logits_fn, offsets = linearized.at_layers(
+  logits_fn, perturbations = linearized.at_layers(
     method.model,
     {**variables, 'batch_stats': statistics},
     inputs,
     method.large_margin.layers,
   )
   losses = losses_lib.large_margin_loss(
-    logits_fn, offsets, batch['label'], **method.large_margin.options
+    logits_fn, perturbations, batch['label'], **method.large_margin.options
   )
   return jnp.mean(losses)
 

@@ -355,11 +355,11 @@ def measure_step(
     'radius': margins.row_norms(features.astype(jnp.float32)),
   }
   found = layers_lib.activations_at(method.model, variables, inputs, layers)
-  logits_fn, offsets = layers_lib.at_layers(
+  logits_fn, perturbations = layers_lib.at_layers(
     method.model, variables, inputs, layers
   )
-  signed = layers_lib.layer_margins(logits_fn, offsets, label)
-  free = layers_lib.layer_margins(logits_fn, offsets)
+  signed = layers_lib.layer_margins(logits_fn, perturbations, label)
+  free = layers_lib.layer_margins(logits_fn, perturbations)
   sums = {}
   for name in layers:
     flat = found[name].astype(jnp.float32).reshape(label.shape[0], -1)
