@@ -58,7 +58,7 @@ def _dual_norms(gradient: Array, norm: str) -> Array:
   return norms.reshape(k, rows).T
 
 
-def slopes(
+def gradient_norms(
   values_fn: LogitsFunction,
   activations: PyTree,
   choose: Callable[[Array], tuple[Array, Array]],
@@ -142,7 +142,7 @@ def layer_margins(
     own = jnp.where(valid, own, 0).astype(jnp.int32)
     return own, jnp.where(valid, competitor, 1)[:, None]
 
-  gaps, norms = slopes(values_fn, activations, choose, norm)
+  gaps, norms = gradient_norms(values_fn, activations, choose, norm)
   gap = gaps[:, 0]
 
   def distance(slope: Array) -> Array:

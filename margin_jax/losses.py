@@ -210,7 +210,7 @@ def large_margin_loss(
     others = jnp.where(is_label, -jnp.inf, values)
     return own, jax.lax.top_k(others, top_k)[1]
 
-  gaps, norms = linearized.slopes(values_fn, activations, choose, norm)
+  gaps, norms = linearized.gradient_norms(values_fn, activations, choose, norm)
 
   def loss(slope: Array, layer: Array) -> Array:
     if normalize_by_size:
