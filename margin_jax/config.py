@@ -366,9 +366,9 @@ def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
   """Lines 'field: saved -> now' for fields that a continued run must keep."""
   saved = as_json(default()) | saved  # fields that came after the checkpoint
   free = {*RESUMABLE}
-  gradient_norms = config.get('trimming.first') != config.get('trimming.last')
+  trims = config.get('trimming.first') != config.get('trimming.last')
   falls = config.get('optimizer.decay') == 'linear'
-  if config.get('mmr.alpha_end') is not None or gradient_norms or falls:
+  if config.get('mmr.alpha_end') is not None or trims or falls:
     # The slope of alpha, of the share that is kept, of the learning rate.
     free.discard('steps')
   if binds_devices(config):

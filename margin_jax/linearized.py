@@ -145,11 +145,11 @@ def layer_margins(
   gaps, norms = gradient_norms(values_fn, activations, choose, norm)
   gap = gaps[:, 0]
 
-  def distance(slope: Array) -> Array:
-    slope = slope[:, 0]
-    flat = slope == 0
+  def distance(gradient_norm: Array) -> Array:
+    gradient_norm = gradient_norm[:, 0]
+    flat = gradient_norm == 0
     far = jnp.where(gap > 0, jnp.inf, jnp.where(gap < 0, -jnp.inf, gap))
-    result = jnp.where(flat, far, gap / jnp.where(flat, 1, slope))
+    result = jnp.where(flat, far, gap / jnp.where(flat, 1, gradient_norm))
     return jnp.where(valid, result, jnp.nan)
 
   return jax.tree.map(distance, norms)

@@ -212,12 +212,12 @@ def large_margin_loss(
 
   gaps, norms = linearized.gradient_norms(values_fn, activations, choose, norm)
 
-  def loss(slope: Array, layer: Array) -> Array:
+  def loss(gradient_norm: Array, layer: Array) -> Array:
     if normalize_by_size:
-      slope = slope / math.prod(layer.shape[1:])
+      gradient_norm = gradient_norm / math.prod(layer.shape[1:])
     if not second_order:
-      slope = jax.lax.stop_gradient(slope)
-    distance = gaps / (slope + epsilon)
+      gradient_norm = jax.lax.stop_gradient(gradient_norm)
+    distance = gaps / (gradient_norm + epsilon)
     if worst_case:
       distance = jnp.min(distance, axis=1, keepdims=True)
     # With clip, and not by adding and subtracting gamma, which loses digits.
