@@ -103,15 +103,15 @@ class Fused:
   def __init__(self, config: ml_collections.ConfigDict, source: data.Source):
     """Compiles them."""
     self.devices = devices_lib.Devices(1)
-    self.method = setup_lib.make_method(config, source, 1)
-    self.first = setup_lib.init_state(config, source, self.method)
+    self.spec = setup_lib.make_spec(config, source, 1)
+    self.first = setup_lib.init_state(config, source, self.spec)
     self.state = self.devices.replicate(self.first)
-    self.feed = feeding.Resident(self.devices, source, self.method)
+    self.feed = feeding.Resident(self.devices, source, self.spec)
     self.count = setup_lib.steps_per_call(
       config, self.devices.platform, 0, setup_lib.chained(source)
     )
     self.program = compiled_lib.Program(
-      self.method, self.devices, self.count, self.state, self.feed
+      self.spec, self.devices, self.count, self.state, self.feed
     )
 
   @property

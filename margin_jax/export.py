@@ -53,7 +53,7 @@ def export(
     devices, source = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_method(config, source, devices.total)
+    method = setup_lib.make_spec(config, source, devices.total)
     state = setup_lib.init_state(config, source, method, restoring=True)
     state, _ = checkpoints.restore(state, step)
   finally:

@@ -80,19 +80,19 @@ class Setup:
     self.config = small_config(**fields)
     self.source = source or digits()
     self.devices = devices_lib.Devices(self.config.devices)
-    self.method = setup_lib.make_method(
+    self.spec = setup_lib.make_spec(
       self.config, self.source, self.devices.total, rule
     )
     self._steps_per_call = steps_per_call
-    self._state = setup_lib.init_state(self.config, self.source, self.method)
+    self._state = setup_lib.init_state(self.config, self.source, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    self.feed = feeding.Resident(self.devices, self.source, self.method)
+    self.feed = feeding.Resident(self.devices, self.source, self.spec)
     self.data = self.feed(0)
 
   @functools.cached_property
   def program(self):
     return compiled_lib.Program(
-      self.method,
+      self.spec,
       self.devices,
       self._steps_per_call,
       self.devices.replicate(self._state),
@@ -115,7 +115,7 @@ class Setup:
 
 def first_pool(setup):
   """The 32 examples that the first step of seed 0 scores."""
-  _, pool = setup.method.draw(
+  _, pool = setup.spec.draw(
     setup.first.stream,
     setup.source.splits['train'],
     32,

@@ -46,7 +46,7 @@ def column(rows, name):
 def restored(workdir, step):
   config = helpers.small_config(**NOISY)
   source = setup_lib.load(config, None)[1]
-  method = setup_lib.make_method(config, source, 1)
+  method = setup_lib.make_spec(config, source, 1)
   checkpoints = Checkpoints(str(workdir))
   state, _ = checkpoints.restore(
     setup_lib.init_state(config, source, method), step

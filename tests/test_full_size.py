@@ -58,7 +58,7 @@ def tiny(name, argument):
   rng = np.random.default_rng(0)
   if config.data.name in data.SENTENCES:
     source = sentences(config, rng)
-    return config, source, setup_lib.make_method(config, source, 1)
+    return config, source, setup_lib.make_spec(config, source, 1)
   shape, classes = SHAPES[config.data.name]
   split = {
     'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
@@ -72,7 +72,7 @@ def tiny(name, argument):
     augment=data.augment.compose(tuple(config.data.augmentations), 4, 16, 0),
     prepare=in_memory.normalizer(split['inputs'], 'dataset'),
   )
-  return config, source, setup_lib.make_method(config, source, 1)
+  return config, source, setup_lib.make_spec(config, source, 1)
 
 
 def sentences(config, rng):

@@ -42,7 +42,7 @@ def saved_state(workdir, **fields):
   config = helpers.small_config(**fields)
   source = helpers.digits()
   target = setup_lib.init_state(
-    config, source, setup_lib.make_method(config, source, 1)
+    config, source, setup_lib.make_spec(config, source, 1)
   )
   checkpoints = Checkpoints(str(workdir))
   restored = checkpoints.restore(target)

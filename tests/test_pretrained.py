@@ -219,7 +219,7 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
     ),
   )  # fmt: skip
   chosen = vgg_config(path)
-  method = setup_lib.make_method(chosen, images, 1)
+  method = setup_lib.make_spec(chosen, images, 1)
   state = setup_lib.init_state(chosen, images, method)
   expected = pretrained.load(path, 'vgg11', variables())
   helpers.assert_trees_equal(state.params, expected['params'])

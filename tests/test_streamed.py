@@ -309,7 +309,7 @@ def test_wrong_labels_of_streamed_data(data_dir):
 
 def test_the_feed_gives_what_a_branch_is_compiled_for():
   devices = devices_lib.Devices(2)
-  method = setup_lib.make_method(config(), source(), 2)
+  method = setup_lib.make_spec(config(), source(), 2)
   feed = feeding.Streamed(devices, source(), method, 0, 4, 0)
   for step in range(4):
     example = feed.example((method.branch_of(step), 0))

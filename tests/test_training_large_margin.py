@@ -156,7 +156,7 @@ def test_the_released_configuration_is_what_is_built():
   config = mnist_large_margin.get_config('small=0.01,noisy=0.4')
   assert config.data.fraction == 0.01
   assert config.data.label_noise == 0.4
-  method = setup_lib.make_method(config, helpers.digits(), 1)
+  method = setup_lib.make_spec(config, helpers.digits(), 1)
   assert method.large_margin.layers == ('input', 'norm1', 'norm2')
   assert method.large_margin.cross_entropy == 0
   options = method.large_margin.options

@@ -280,7 +280,7 @@ def wide(devices):
     'data.validation_examples': 0, 'data.augmentations': (), 'mmr.alpha': 0.0,
   }  # fmt: skip
   setup = helpers.Setup(source=helpers.noise(), **fields)
-  assert setup.method.model.dropout == 0.3
+  assert setup.spec.model.dropout == 0.3
   state, metrics = setup.run(2)
   return state, metrics['loss']
 

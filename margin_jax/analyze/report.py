@@ -144,7 +144,7 @@ def analyze(
     devices, source = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_method(config, source, devices.total)
+    method = setup_lib.make_spec(config, source, devices.total)
     splits = tuple(name for name in source.counts if name != 'validation')
     known = setup_lib.layer_shapes(method.model, source)
     if layer_names is None:

@@ -99,7 +99,7 @@ def check(config: ml_collections.ConfigDict) -> Facts:
     DatasetError: the dataset is missing or broken.
   """
   devices, source = setup_lib.load(config, None)
-  setup_lib.make_method(config, source, devices.total)
+  setup_lib.make_spec(config, source, devices.total)
   grain = setup_lib.steps_per_call(
     config, devices.platform, chained=setup_lib.chained(source)
   )
@@ -109,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> Facts:
 def flops(config: ml_collections.ConfigDict) -> float:
   """What a run will have counted in the end, without running it."""
   devices, source = setup_lib.load(config, None)
-  method = setup_lib.make_method(config, source, devices.total)
+  method = setup_lib.make_spec(config, source, devices.total)
   with (
     tempfile.TemporaryDirectory() as folder,
     contextlib.closing(checkpoints.Checkpoints(folder, writing=True)) as none,

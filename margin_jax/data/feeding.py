@@ -10,7 +10,7 @@ import numpy as np
 
 from margin_jax import data
 from margin_jax.train import devices as devices_lib
-from margin_jax.train.spec import AGAIN, Method
+from margin_jax.train.spec import AGAIN, StepSpec
 
 PyTree = Any
 
@@ -27,11 +27,11 @@ class Resident:
   undecodable = 0
 
   def __init__(
-    self, devices: devices_lib.Devices, source: data.Source, method: Method
+    self, devices: devices_lib.Devices, source: data.Source, spec: StepSpec
   ):
     """Copies the split, part by part, to the devices."""
     self._parts = [devices.replicate(p) for p in source.parted('train')]
-    self._method = method
+    self._method = spec
 
   def example(self, kind: tuple[int | None, int]) -> PyTree:
     """What a call of this branch and part is compiled for."""
@@ -60,7 +60,7 @@ class Streamed:
     self,
     devices: devices_lib.Devices,
     source: data.Streamed,
-    method: Method,
+    spec: StepSpec,
     start: int,
     steps: int,
     seed: int,
@@ -70,17 +70,17 @@ class Streamed:
     Args:
       devices: that the draws are sent to.
       source: of the draws.
-      method: how many examples each step draws.
+      spec: how many examples each step draws.
       start: the first step that will be asked for; they come in order.
       steps: of the whole run.
       seed: of the run.
     """
     self._devices = devices
     self._source = source
-    self._method = method
+    self._method = spec
     self.seconds_waited = 0.0
     self.undecodable = 0
-    sizes = [method.examples_drawn(method.branch_of(s)) for s in range(steps)]
+    sizes = [spec.examples_drawn(spec.branch_of(s)) for s in range(steps)]
     self._batches: Iterator = source.training(sizes, start, seed, devices.share)
 
   def example(self, kind: tuple[int, int]) -> PyTree:

@@ -80,7 +80,7 @@ def fgsm(
   *,
   bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-  """The fast gradient sign method: one step of `pgd` of size epsilon.
+  """The fast gradient sign spec: one step of `pgd` of size epsilon.
 
       x' = clip(x + epsilon * sign(grad_x a), bounds)
 

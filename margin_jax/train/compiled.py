@@ -7,7 +7,7 @@ import time
 from margin_jax.data import feeding
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
-from margin_jax.train.spec import FRESH, Method
+from margin_jax.train.spec import FRESH, StepSpec
 
 # The kind of a program that switches between branches itself.
 SWITCH = (None, 0)
@@ -39,7 +39,7 @@ class Counters:
 class Program:
   """A train step for every step of a run, compiled before the first.
 
-  A method may have several branches: plain steps and scored ones, say. On
+  A spec may have several branches: plain steps and scored ones, say. On
   accelerators one program switches between them on the device. On CPU each is
   a program of its own and the host picks, since XLA:CPU runs the gradient of
   a convolution inside a conditional eight times slower than outside. Parts of
@@ -54,39 +54,39 @@ class Program:
 
   def __init__(
     self,
-    method: Method,
+    spec: StepSpec,
     devices: devices_lib.Devices,
     steps_per_call: int,
     state: step_lib.TrainState,
     feed: feeding.Resident | feeding.Streamed,
   ):
-    """Compiles the branches that `method` has for arguments like these.
+    """Compiles the branches that `spec` has for arguments like these.
 
     With several processes each is compiled by its first call instead.
     """
     started = time.perf_counter()
     self.steps_per_call = steps_per_call
-    self._method = method
+    self._method = spec
     streamed = isinstance(feed, feeding.Streamed)
     sharded = (1,) if streamed else ()
 
-    def per_device(method: Method, kind: tuple[int | None, int], times: int):
-      step = functools.partial(step_lib.train_step, method.at(*kind))
+    def per_device(spec: StepSpec, kind: tuple[int | None, int], times: int):
+      step = functools.partial(step_lib.train_step, spec.at(*kind))
       return step_lib.repeat(step, times)
 
-    kinds = method.kinds()
+    kinds = spec.kinds()
     # A branch of streamed data reads arrays of its own shape, and so does a
     # part.
     self._switching = (
       len(kinds) > 1
       and not streamed
-      and not method.plan
+      and not spec.plan
       and (steps_per_call > 1 or devices.platform != 'cpu')
     )
     compiled = [SWITCH] if self._switching else kinds
     self._programs = {
       kind: devices.compile(
-        per_device(method, kind, steps_per_call),
+        per_device(spec, kind, steps_per_call),
         state,
         feed.example(kind),
         donate_first=True,
@@ -97,12 +97,12 @@ class Program:
     # XLA's analysis counts the body of a loop once: a program of many steps
     # gives the cost of one, and one that scores some rows at a time too little.
     # Of a switch it cannot tell which branch runs.
-    whole = method.at_once()
+    whole = spec.at_once()
     self._flops = {
       kind: devices.flops(
         per_device(whole, kind, 1), state, feed.example(kind), sharded=sharded
       )
-      if self._switching or (whole is not method and kind[0] == FRESH)
+      if self._switching or (whole is not spec and kind[0] == FRESH)
       else self._programs[kind].flops
       for kind in kinds
     }

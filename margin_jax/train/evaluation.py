@@ -14,7 +14,7 @@ import numpy as np
 from margin_jax import data
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
-from margin_jax.train.spec import Method
+from margin_jax.train.spec import StepSpec
 
 PyTree = Any
 
@@ -248,19 +248,19 @@ class Evaluator:
 
   def __init__(
     self,
-    method: Method,
+    spec: StepSpec,
     splits: Splits,
     attack: Callable | None = None,
   ):
     """Compiles nothing yet.
 
     Args:
-      method: holds the model.
+      spec: holds the model.
       splits: to evaluate.
       attack: as `eval_step` takes it, for calls with an `epsilon`.
     """
     self._splits = splits
-    self._method = method
+    self._method = spec
     self._attack = attack
     self._programs: dict[Callable | None, list[devices_lib.Compiled]] = {}
 
@@ -305,14 +305,14 @@ class Measurer:
 
   def __init__(
     self,
-    method: Method,
+    spec: StepSpec,
     splits: Splits,
     layers: dict[str, tuple[int, ...]],
   ):
     """Compiles nothing yet.
 
     Args:
-      method: holds the model.
+      spec: holds the model.
       splits: to measure, each in one part.
       layers: some of what `layers.layer_shapes` returns.
     """
@@ -320,7 +320,7 @@ class Measurer:
     layers = tuple(layers)
     self._splits = splits
     self._make_step = lambda size: functools.partial(
-      step_lib.measure_step, method, size, layers
+      step_lib.measure_step, spec, size, layers
     )
     self._layers = layers
     self._programs: list[devices_lib.Compiled] | None = None

@@ -16,7 +16,7 @@ from jax import Array
 from margin_jax import linearized, margins, selection
 from margin_jax import losses as losses_lib
 from margin_jax.train import pool
-from margin_jax.train.spec import Method
+from margin_jax.train.spec import StepSpec
 
 PyTree = Any
 
@@ -32,16 +32,16 @@ def _mean_mms(logits: Array, kernel: Array, axis: str) -> Array:
   return jnp.mean(scores[selection.select_lowest(scores, count)])
 
 
-def _batch_loss(method: Method, losses: Array, keep: Array | None) -> Array:
+def _batch_loss(spec: StepSpec, losses: Array, keep: Array | None) -> Array:
   """The mean loss, or that of the `keep` hardest over all devices."""
   if keep is None:
     return jnp.mean(losses)
-  everywhere = jax.lax.all_gather(losses, method.axis, tiled=True)
+  everywhere = jax.lax.all_gather(losses, spec.axis, tiled=True)
   return selection.trimmed_mean(everywhere, keep)
 
 
 def _large_margin(
-  method: Method, variables: PyTree, updated: PyTree, batch: PyTree
+  spec: StepSpec, variables: PyTree, updated: PyTree, batch: PyTree
 ) -> Array:
   """The mean large-margin loss of this device's share of the batch.
 
@@ -50,23 +50,23 @@ def _large_margin(
   itself: the running ones lag behind weights that move fast.
 
   Args:
-    method: names the layers and options.
+    spec: names the layers and options.
     variables: of the training-mode forward.
     updated: its new batch_stats.
     batch: 'inputs' and 'label'.
   """
-  inputs = method.prepare(batch['inputs'])
+  inputs = spec.prepare(batch['inputs'])
   statistics = linearized.batch_statistics(
-    method.model, variables, inputs, updated
+    spec.model, variables, inputs, updated
   )
   logits_fn, perturbations = linearized.at_layers(
-    method.model,
+    spec.model,
     {**variables, 'batch_stats': statistics},
     inputs,
-    method.large_margin.layers,
+    spec.large_margin.layers,
   )
   losses = losses_lib.large_margin_loss(
-    logits_fn, perturbations, batch['label'], **method.large_margin.options
+    logits_fn, perturbations, batch['label'], **spec.large_margin.options
   )
   return jnp.mean(losses)
 
@@ -136,16 +136,16 @@ def _below(key: Array, level: int, shape: list[int]) -> Array:
 
 
 def _gradient(
-  method: Method, state: PyTree, batch: PyTree, key: Array, lane: Array, keep
+  spec: StepSpec, state: PyTree, batch: PyTree, key: Array, lane: Array, keep
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
   """Mean gradient over devices, batch_stats, and what the metrics need."""
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': state.batch_stats}
     with nn.intercept_methods(dropout_by_place(lane)):
-      (logits, features), updates = method.model.apply(
+      (logits, features), updates = spec.model.apply(
         variables,
-        method.prepare(batch['inputs']),
+        spec.prepare(batch['inputs']),
         train=True,
         mutable=['batch_stats'],
         rngs={'dropout': key},
@@ -159,46 +159,46 @@ def _gradient(
       logits,
       pool.head_kernel(params),
       batch['label'],
-      axis_name=method.axis,
-      **method.mmr,
+      axis_name=spec.axis,
+      **spec.mmr,
     )
-    total = _batch_loss(method, losses, keep)
+    total = _batch_loss(spec, losses, keep)
     batch_stats = updates.get('batch_stats', {})
     means = {'loss': jnp.mean(losses), 'penalty': penalty}
-    if method.large_margin is not None:
-      large_margin = _large_margin(method, variables, batch_stats, batch)
+    if spec.large_margin is not None:
+      large_margin = _large_margin(spec, variables, batch_stats, batch)
       means['large_margin'] = large_margin
-      total = method.large_margin.cross_entropy * total
-      total = total + method.large_margin.weight * large_margin
-    if method.alpha is not None:
-      total = total + method.alpha(state.step) * penalty
+      total = spec.large_margin.cross_entropy * total
+      total = total + spec.large_margin.weight * large_margin
+    if spec.alpha is not None:
+      total = total + spec.alpha(state.step) * penalty
     return total, (batch_stats, logits, losses, means)
 
   gradient, (batch_stats, logits, losses, means) = jax.grad(
     loss_function, has_aux=True
   )(state.params)
-  gradient = jax.lax.pmean(gradient, method.axis)
-  if method.average_batch_stats:
-    batch_stats = jax.lax.pmean(batch_stats, method.axis)
+  gradient = jax.lax.pmean(gradient, spec.axis)
+  if spec.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, spec.axis)
   correct = jnp.argmax(logits, axis=1) == batch['label']
   means['accuracy'] = jnp.mean(correct, dtype=jnp.float32)
-  metrics = jax.lax.pmean(means, method.axis)
+  metrics = jax.lax.pmean(means, spec.axis)
   if keep is not None:
-    metrics['trimmed_loss'] = _batch_loss(method, losses, keep)
+    metrics['trimmed_loss'] = _batch_loss(spec, losses, keep)
   kernel = pool.head_kernel(state.params)
-  metrics['mean_mms'] = _mean_mms(logits, kernel, method.axis)
+  metrics['mean_mms'] = _mean_mms(logits, kernel, spec.axis)
   return gradient, batch_stats, metrics
 
 
 def _kept_part(
-  method: Method, state: PyTree, batch: PyTree, size: int
+  spec: StepSpec, state: PyTree, batch: PyTree, size: int
 ) -> PyTree:
   """The `size` hardest of the batch, by an eval-mode forward."""
-  if size == method.batch_size:
+  if size == spec.batch_size:
     return batch
-  logits, _ = method.model.apply(
+  logits, _ = spec.model.apply(
     {'params': state.params, 'batch_stats': state.batch_stats},
-    method.prepare(batch['inputs']),
+    spec.prepare(batch['inputs']),
     train=False,
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -206,16 +206,16 @@ def _kept_part(
   )
   # NaN counts as hardest: it must reach the loss, and stop the run.
   losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
-  return selection.take_lowest(-losses, batch, size, method.axis)
+  return selection.take_lowest(-losses, batch, size, spec.axis)
 
 
 def of_batch(
-  method: Method, state: PyTree, batch: PyTree, key: Array, lane: Array
+  spec: StepSpec, state: PyTree, batch: PyTree, key: Array, lane: Array
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-  """The gradient of a batch, trimmed where the method says so.
+  """The gradient of a batch, trimmed where the spec says so.
 
   Args:
-    method: what the loss is; static.
+    spec: what the loss is; static.
     state: `params`, `batch_stats` and `step` are read.
     batch: this device's share: 'inputs' and 'label'.
     key: of the step, for dropout; the same on all devices.
@@ -224,19 +224,19 @@ def of_batch(
   Returns:
     The mean gradient over devices, the new batch_stats, and metrics.
   """
-  trimming = method.trimming
+  trimming = spec.trimming
   if trimming is None:
-    return _gradient(method, state, batch, key, lane, None)
+    return _gradient(spec, state, batch, key, lane, None)
   table = jnp.array(trimming.keep, jnp.int32)
   keep = table[trimming.epoch(state.step)]
   if not trimming.kept_only:
-    return _gradient(method, state, batch, key, lane, keep)
+    return _gradient(spec, state, batch, key, lane, keep)
 
   def branch(size: int) -> Callable:
     return lambda: _gradient(
-      method, state, _kept_part(method, state, batch, size), key, lane, keep
+      spec, state, _kept_part(spec, state, batch, size), key, lane, keep
     )
 
   sizes = dict(enumerate(trimming.sizes))
   branches = {index: branch(size) for index, size in sizes.items()}
-  return pool.switch(method, state.step, branches)
+  return pool.switch(spec, state.step, branches)

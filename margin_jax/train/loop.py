@@ -31,7 +31,7 @@ from margin_jax.train.reporting import (
   Silent,
   versions,
 )
-from margin_jax.train.spec import Method
+from margin_jax.train.spec import StepSpec
 
 PyTree = Any
 
@@ -47,13 +47,13 @@ def _feed(
   config: ml_collections.ConfigDict,
   source: data.Source | data.Streamed,
   devices: devices_lib.Devices,
-  method: Method,
+  spec: StepSpec,
   start: int,
 ) -> feeding.Resident | feeding.Streamed:
   if source.resident:
-    return feeding.Resident(devices, source, method)
+    return feeding.Resident(devices, source, spec)
   return feeding.Streamed(
-    devices, source, method, start, config.steps, config.seed
+    devices, source, spec, start, config.steps, config.seed
   )
 
 
@@ -66,7 +66,7 @@ class Trainer:
     source: data.Source,
     devices: devices_lib.Devices,
     checkpoints: Checkpoints,
-    method: Method,
+    spec: StepSpec,
     rule: selection.Rule | None,
     log: Callable[[str], None],
   ):
@@ -79,7 +79,7 @@ class Trainer:
     """
     self.config = config
     self.source = source
-    self.method = method
+    self.spec = spec
     self.saved_config = runs.to_save(config)
     if rule is not None:
       self.saved_config['selection.rule'] = f'custom: {_name(rule)}'
@@ -88,22 +88,22 @@ class Trainer:
     self.counters = Counters()
     self.best: dict[str, Any] | None = None
     state = setup_lib.init_state(
-      config, source, method, restoring=bool(checkpoints.steps())
+      config, source, spec, restoring=bool(checkpoints.steps())
     )
     state = self._restore(state, log)
     self.start = int(state.step)
     self.state = devices.replicate(state)
-    self.feed = _feed(config, source, devices, method, self.start)
+    self.feed = _feed(config, source, devices, spec, self.start)
     self.splits = tuple(name for name in source.counts if name != 'train')
     self.evaluator = evaluation.Evaluator(
-      method,
+      spec,
       evaluation.make_splits(
         devices, source, self.splits, config.eval_batch_size
       ),
       setup_lib.make_attack(config),
     )
     self.program = Program(
-      method,
+      spec,
       devices,
       setup_lib.steps_per_call(
         config, devices.platform, self.start, setup_lib.chained(source)
@@ -164,17 +164,17 @@ class Trainer:
     """The examples that the step which `state` is at reads, on the host."""
     state = jax.device_get(self.state)
     step = int(state.step)
-    kind = self.method.branch_of(step), self.method.part_of(step)
-    method = self.method.at(*kind)
+    kind = self.spec.branch_of(step), self.spec.part_of(step)
+    spec = self.spec.at(*kind)
 
     def drawn(state: PyTree, batch: PyTree, lane: jax.Array) -> PyTree:
       key = jax.random.key(state.seed)
-      return pool.drawn(method, state, batch, key, lane)
+      return pool.drawn(spec, state, batch, key, lane)
 
     if self.source.resident:
       batch, sharded = self.feed(step), ()
     else:  # whose workers are some steps further
-      again = _feed(self.config, self.source, self.devices, self.method, step)
+      again = _feed(self.config, self.source, self.devices, self.spec, step)
       with contextlib.closing(again):
         batch, sharded = again(step), (1,)
     program = self.devices.compile(drawn, self.state, batch, sharded=sharded)
@@ -406,14 +406,14 @@ def train(
   with Interrupts() as interrupts:
     devices, source = setup_lib.load(config, rule, workdir=workdir)
     # Before the workdir is touched: the model and its layers may not fit.
-    method = setup_lib.make_method(config, source, devices.total, rule)
+    spec = setup_lib.make_spec(config, source, devices.total, rule)
     with (
       _open(workdir, devices),
       contextlib.closing(
         Checkpoints(workdir, config.keep_every, writing=True)
       ) as checkpoints,
     ):
-      trainer = Trainer(config, source, devices, checkpoints, method, rule, log)
+      trainer = Trainer(config, source, devices, checkpoints, spec, rule, log)
       return _train(trainer, workdir, interrupts, log, hook, view)
 
 

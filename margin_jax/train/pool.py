@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax import selection
-from margin_jax.train.spec import AGAIN, FRESH, PLAIN, Method
+from margin_jax.train.spec import AGAIN, FRESH, PLAIN, StepSpec
 
 PyTree = Any
 
@@ -69,10 +69,10 @@ def without_dropout(next_function, args, kwargs, context):
   return next_function(*args, **kwargs)
 
 
-def _seen(method: Method, inputs: PyTree) -> PyTree:
+def _seen(spec: StepSpec, inputs: PyTree) -> PyTree:
   """What the scorer reads of a pool as stored."""
-  inputs = method.prepare(inputs)
-  side = method.selection.resolution
+  inputs = spec.prepare(inputs)
+  side = spec.selection.resolution
   if side is None:
     return inputs
   shape = (inputs.shape[0], side, side, inputs.shape[-1])
@@ -89,28 +89,28 @@ def _by_rows(function: Any, inputs: PyTree, rows: int | None) -> Array:
 
 
 def _score(
-  method: Method, state: PyTree, inputs: PyTree
+  spec: StepSpec, state: PyTree, inputs: PyTree
 ) -> tuple[Array, Array, PyTree]:
   """Logits of this device's pool, the kernel, the model's batch_stats."""
-  chosen = method.selection
+  chosen = spec.selection
   params, batch_stats = state.params, state.batch_stats
-  if method.proxy is not None:
+  if spec.proxy is not None:
     params, batch_stats = state.proxy['params'], state.proxy['batch_stats']
   variables = {'params': params, 'batch_stats': batch_stats}
 
   def forward(inputs: PyTree) -> Array:
-    inputs = _seen(method, inputs)
+    inputs = _seen(spec, inputs)
     return chosen.scorer.apply(variables, inputs, train=False)[0]
 
   if chosen.pool_statistics:
-    inputs = _seen(method, inputs)
+    inputs = _seen(spec, inputs)
     with nn.intercept_methods(without_dropout):
       (logits, _), updates = chosen.scorer.apply(
         variables, inputs, train=True, mutable=['batch_stats']
       )
     batch_stats = updates.get('batch_stats', {})
-    if method.average_batch_stats:
-      batch_stats = jax.lax.pmean(batch_stats, method.axis)
+    if spec.average_batch_stats:
+      batch_stats = jax.lax.pmean(batch_stats, spec.axis)
   else:
     logits = _by_rows(forward, inputs, chosen.rows)
     batch_stats = state.batch_stats
@@ -118,7 +118,7 @@ def _score(
 
 
 def _arrange(
-  method: Method,
+  spec: StepSpec,
   scores: Array,
   labels: Array,
   keys: Array,
@@ -127,14 +127,14 @@ def _arrange(
   lane: Array,
 ) -> Array:
   """Applies the rule's arrangement to the pool that is ranked together."""
-  arrange = method.selection.arrange
+  arrange = spec.selection.arrange
   if arrange is None:
     return scores
   draws = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys)
-  if method.selection.scope == 'device':
+  if spec.selection.scope == 'device':
     return arrange(scores, labels, draws, jax.random.fold_in(key, lane), epoch)
   everywhere = jax.lax.all_gather(
-    (scores, labels, draws), method.axis, tiled=True
+    (scores, labels, draws), spec.axis, tiled=True
   )
   arranged = arrange(*everywhere, key, epoch)
   rows = scores.shape[0]
@@ -142,10 +142,10 @@ def _arrange(
 
 
 def _metrics(
-  method: Method, pool: PyTree, scores: Array, wrong: Array
+  spec: StepSpec, pool: PyTree, scores: Array, wrong: Array
 ) -> dict[str, Array]:
   """What there was to choose from, over all devices."""
-  everywhere = jax.lax.all_gather(scores, method.axis, tiled=True)
+  everywhere = jax.lax.all_gather(scores, spec.axis, tiled=True)
   total = everywhere.shape[0]
   order = selection.select_lowest(everywhere, total)
   # Of the numbers: one NaN, which ranks last, must not hide the largest.
@@ -155,23 +155,19 @@ def _metrics(
   quantiles = everywhere[order[places]]
   return {
     'scored': jnp.float32(1),
-    'pool_error': jax.lax.pmean(
-      jnp.mean(wrong, dtype=jnp.float32), method.axis
-    ),
+    'pool_error': jax.lax.pmean(jnp.mean(wrong, dtype=jnp.float32), spec.axis),
     'nan_scores': nan_scores.astype(jnp.float32),
-    'pool_classes': class_counts(
-      pool['label'], method.num_classes, method.axis
-    ),
+    'pool_classes': class_counts(pool['label'], spec.num_classes, spec.axis),
     **dict(zip(QUANTILES, quantiles, strict=True)),
   }
 
 
 def _select(
-  method: Method, state: PyTree, pool: PyTree, key: Array, lane: Array, epoch
+  spec: StepSpec, state: PyTree, pool: PyTree, key: Array, lane: Array, epoch
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
   """This device's share of the reuse * b lowest, batch_stats, metrics."""
-  chosen = method.selection
-  logits, kernel, batch_stats = _score(method, state, pool['inputs'])
+  chosen = spec.selection
+  logits, kernel, batch_stats = _score(spec, state, pool['inputs'])
   rows = logits.shape[0]
   keys = jax.vmap(jax.random.fold_in, (None, 0))(
     key, lane * rows + jnp.arange(rows)
@@ -186,33 +182,33 @@ def _select(
   # what has no logits has no score, also with rules that do not read them.
   bad = ~jnp.all(jnp.isfinite(logits), axis=1)
   scores = jnp.where(bad, jnp.nan, scores.astype(jnp.float32))
-  ranked = _arrange(method, scores, pool['label'], keys, key, epoch, lane)
+  ranked = _arrange(spec, scores, pool['label'], keys, key, epoch, lane)
   wrong = jnp.argmax(logits, axis=1) != pool['label']
-  count = chosen.reuse * method.batch_size
+  count = chosen.reuse * spec.batch_size
   if chosen.scope == 'device':
-    count, axis = count // method.lanes, None
+    count, axis = count // spec.lanes, None
   else:
-    axis = method.axis
+    axis = spec.axis
   taken = selection.take_lowest(
     ranked, {**pool, 'wrong': wrong}, count, axis_name=axis
   )
-  metrics = _metrics(method, pool, scores, wrong)
+  metrics = _metrics(spec, pool, scores, wrong)
   metrics['batch_classes'] = class_counts(
-    taken['label'], method.num_classes, method.axis
+    taken['label'], spec.num_classes, spec.axis
   )
   return taken, batch_stats, metrics
 
 
-def empty_reserve(method: Method, inputs: PyTree) -> PyTree:
+def empty_reserve(spec: StepSpec, inputs: PyTree) -> PyTree:
   """What `TrainState.reserve` holds before the first pool: zeros, or {}.
 
   Args:
-    method: the method.
+    spec: the spec.
     inputs: any examples' inputs as stored; only their shapes count.
   """
-  if method.selection is None or method.selection.reuse == 1:
+  if spec.selection is None or spec.selection.reuse == 1:
     return {}
-  rows = method.selection.reuse * method.batch_size
+  rows = spec.selection.reuse * spec.batch_size
   return {
     'inputs': jax.tree.map(
       lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), inputs
@@ -224,14 +220,14 @@ def empty_reserve(method: Method, inputs: PyTree) -> PyTree:
 
 
 def _from_reserve(
-  method: Method, reserve: PyTree, phase: Array, lane: Array
+  spec: StepSpec, reserve: PyTree, phase: Array, lane: Array
 ) -> PyTree:
   """This device's share of the reserve's ranks phase * b onwards."""
-  share = method.batch_size // method.lanes
-  if method.selection.scope == 'device':
-    start = (lane * method.selection.reuse + phase) * share
+  share = spec.batch_size // spec.lanes
+  if spec.selection.scope == 'device':
+    start = (lane * spec.selection.reuse + phase) * share
   else:
-    start = phase * method.batch_size + lane * share
+    start = phase * spec.batch_size + lane * share
   return jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), reserve
   )
@@ -245,7 +241,7 @@ def _fit(sentences: Array, width: int) -> Array:
 
 
 def _draw(
-  method: Method,
+  spec: StepSpec,
   state: PyTree,
   data: PyTree,
   size: int,
@@ -253,37 +249,37 @@ def _draw(
   lane: Array,
 ) -> tuple[PyTree, PyTree]:
   """The stream after a draw, and this device's share of what was drawn."""
-  return method.draw(
+  return spec.draw(
     state.stream,
     data,
     size,
     key=jax.random.fold_in(key, 2),
     step=state.step,
     lane=lane,
-    lanes=method.lanes,
+    lanes=spec.lanes,
   )
 
 
 def drawn(
-  method: Method, state: PyTree, data: PyTree, key: Array, lane: Array
+  spec: StepSpec, state: PyTree, data: PyTree, key: Array, lane: Array
 ) -> PyTree:
   """The examples that a step reads, of all devices: its pool, or its batch.
 
   Args:
-    method: at the branch and the part of the step.
+    spec: at the branch and the part of the step.
     state, data, key, lane: those of `next_batch`.
   """
-  if method.selection is not None and method.branch == AGAIN:
-    phase = (state.step - method.selection.start) % method.selection.reuse
-    found = _from_reserve(method, state.reserve, phase, lane)
+  if spec.selection is not None and spec.branch == AGAIN:
+    phase = (state.step - spec.selection.start) % spec.selection.reuse
+    found = _from_reserve(spec, state.reserve, phase, lane)
   else:
-    size = method.examples_drawn(method.branch)
-    _, found = _draw(method, state, data, size, key, lane)
-  return jax.lax.all_gather(found, method.axis, tiled=True)
+    size = spec.examples_drawn(spec.branch)
+    _, found = _draw(spec, state, data, size, key, lane)
+  return jax.lax.all_gather(found, spec.axis, tiled=True)
 
 
 def next_batch(
-  method: Method, state: PyTree, data: PyTree, key: Array, lane: Array
+  spec: StepSpec, state: PyTree, data: PyTree, key: Array, lane: Array
 ) -> Choice:
   """The batch of a step, by whichever branch the step takes.
 
@@ -293,56 +289,56 @@ def next_batch(
   """
 
   def draw(size: int) -> tuple[PyTree, PyTree]:
-    return _draw(method, state, data, size, key, lane)
+    return _draw(spec, state, data, size, key, lane)
 
   def plain() -> Choice:
-    stream, batch = draw(method.batch_size)
-    metrics = no_scores(method.num_classes)
+    stream, batch = draw(spec.batch_size)
+    metrics = no_scores(spec.num_classes)
     return Choice(batch, stream, state.reserve, state.batch_stats, metrics)
 
   def fresh() -> Choice:
-    stream, pool = draw(method.selection.pool_size)
+    stream, pool = draw(spec.selection.pool_size)
     rule_key = jax.random.fold_in(jax.random.fold_in(key, 3), state.step)
     taken, batch_stats, metrics = _select(
-      method, state, pool, rule_key, lane, stream.epoch
+      spec, state, pool, rule_key, lane, stream.epoch
     )
     reserve = {}
-    if method.selection.reuse > 1:
-      reserve = jax.lax.all_gather(taken, method.axis, tiled=True)
-      taken = _from_reserve(method, reserve, jnp.int32(0), lane)
-      if method.widths:
+    if spec.selection.reuse > 1:
+      reserve = jax.lax.all_gather(taken, spec.axis, tiled=True)
+      taken = _from_reserve(spec, reserve, jnp.int32(0), lane)
+      if spec.widths:
         width = state.reserve['inputs'].shape[1]
         reserve['inputs'] = _fit(reserve['inputs'], width)
     metrics['batch_error'] = jax.lax.pmean(
-      jnp.mean(taken.pop('wrong'), dtype=jnp.float32), method.axis
+      jnp.mean(taken.pop('wrong'), dtype=jnp.float32), spec.axis
     )
     return Choice(taken, stream, reserve, batch_stats, metrics)
 
   def again() -> Choice:
-    chosen = method.selection
+    chosen = spec.selection
     phase = (state.step - chosen.start) % chosen.reuse
-    batch = _from_reserve(method, state.reserve, phase, lane)
-    if method.widths:  # of the part that they were drawn from
-      width = method.widths[method.part]
+    batch = _from_reserve(spec, state.reserve, phase, lane)
+    if spec.widths:  # of the part that they were drawn from
+      width = spec.widths[spec.part]
       batch['inputs'] = _fit(batch['inputs'], width)
     del batch['wrong']
-    metrics = no_scores(method.num_classes)
+    metrics = no_scores(spec.num_classes)
     return Choice(
       batch, state.stream, state.reserve, state.batch_stats, metrics
     )
 
-  if method.selection is None:
+  if spec.selection is None:
     return plain()
   table = {PLAIN: plain, FRESH: fresh, AGAIN: again}
-  return switch(method, state.step, table)
+  return switch(spec, state.step, table)
 
 
-def switch(method: Method, step: Array, table: dict[int, Any]) -> PyTree:
-  """The branch that `method` is compiled for, or the step's own."""
-  used = method.branches()
-  if method.branch is not None or len(used) == 1:
-    return table[used[0] if method.branch is None else method.branch]()
+def switch(spec: StepSpec, step: Array, table: dict[int, Any]) -> PyTree:
+  """The branch that `spec` is compiled for, or the step's own."""
+  used = spec.branches()
+  if spec.branch is not None or len(used) == 1:
+    return table[used[0] if spec.branch is None else spec.branch]()
   place = sum(
-    (method.branch_of(step) == branch) * i for i, branch in enumerate(used)
+    (spec.branch_of(step) == branch) * i for i, branch in enumerate(used)
   )
   return jax.lax.switch(place, [table[branch] for branch in used])

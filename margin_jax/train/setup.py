@@ -24,7 +24,7 @@ from margin_jax.train import attacks, optimizers, schema
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.checkpoints import FOLDER
-from margin_jax.train.spec import LargeMargin, Method, Selection, Trimming
+from margin_jax.train.spec import LargeMargin, Selection, StepSpec, Trimming
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
@@ -289,12 +289,12 @@ def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
   return functools.partial(attacks.pgd, steps=config.attack.steps)
 
 
-def make_method(
+def make_spec(
   config: ml_collections.ConfigDict,
   source: data.Source,
   lanes: int,
   rule: selection.Rule | None = None,
-) -> Method:
+) -> StepSpec:
   """The static description of the train step that `config` asks for.
 
   Args:
@@ -312,7 +312,7 @@ def make_method(
     end=config.steps if config.optimizer.decay == 'linear' else None,
   )
   alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
-  method = Method(
+  spec = StepSpec(
     model=model,
     optimizer=optimizers.make(
       config.optimizer.name,
@@ -349,21 +349,19 @@ def make_method(
     f1=source.f1,
     widths=source.widths,
   )
-  return _plan(method, source, config.steps)
+  return _plan(spec, source, config.steps)
 
 
 def _plan(
-  method: Method, source: data.Source | data.Streamed, steps: int
-) -> Method:
-  """The method with the parts' turns, where the data has several."""
+  spec: StepSpec, source: data.Source | data.Streamed, steps: int
+) -> StepSpec:
+  """The spec with the parts' turns, where the data has several."""
   if len(source.widths) <= 1:
-    return method
-  sizes = [
-    method.examples_drawn(method.branch_of(step)) for step in range(steps)
-  ]
+    return spec
+  sizes = [spec.examples_drawn(spec.branch_of(step)) for step in range(steps)]
   counts = [len(rows) for _, rows in source.parts['train']]
   return dataclasses.replace(
-    method, plan=tuple(data.parts.plan(sizes, counts).tolist())
+    spec, plan=tuple(data.parts.plan(sizes, counts).tolist())
   )
 
 
@@ -402,7 +400,7 @@ def _pretrained(
 def init_state(
   config: ml_collections.ConfigDict,
   source: data.Source,
-  method: Method,
+  spec: StepSpec,
   *,
   restoring: bool = False,
 ) -> step_lib.TrainState:
@@ -411,17 +409,17 @@ def init_state(
   Args:
     config: validated.
     source: of the examples.
-    method: as `make_method` returns it.
+    spec: as `make_spec` returns it.
     restoring: a checkpoint will take the place of the values, so that no
       pretrained weights are read; their file may be gone.
 
   Raises:
     ConfigError: the pretrained weights cannot be read, or do not fit.
   """
-  weights = {} if restoring else _pretrained(config, source, method.model)
+  weights = {} if restoring else _pretrained(config, source, spec.model)
   examples = source.counts['train']
   state = step_lib.init_state(
-    method,
+    spec,
     _stream(source),
     config.seed,
     np.zeros((1, *source.input_shape), source.input_dtype),
@@ -431,7 +429,7 @@ def init_state(
     return state
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = pretrained.put(variables, weights)
-  opt_state = method.optimizer.init(variables['params'])
+  opt_state = spec.optimizer.init(variables['params'])
   return state.replace(opt_state=opt_state, **variables)
 
 

@@ -14,7 +14,7 @@ from margin_jax.train import guard
 
 PyTree = Any
 
-# What a step does with the pool, by `Method.branch_of(step)`.
+# What a step does with the pool, by `StepSpec.branch_of(step)`.
 PLAIN, FRESH, AGAIN = 0, 1, 2
 
 
@@ -96,7 +96,7 @@ class LargeMargin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class StepSpec:
   """What a train step does, all of it static.
 
   Attributes:
@@ -148,15 +148,15 @@ class Method:
   branch: int | None = None
   part: int = 0
 
-  def at(self, branch: int | None, part: int) -> 'Method':
-    """The method of the steps that take this branch and part."""
+  def at(self, branch: int | None, part: int) -> 'StepSpec':
+    """The spec of the steps that take this branch and part."""
     draw = self.draw
     if self.widths:
       draw = functools.partial(draw, part=part)
     return dataclasses.replace(self, branch=branch, part=part, draw=draw)
 
-  def at_once(self) -> 'Method':
-    """The method that scores all rows at a time; with the same results."""
+  def at_once(self) -> 'StepSpec':
+    """The spec that scores all rows at a time; with the same results."""
     if self.selection is None or self.selection.rows is None:
       return self
     whole = dataclasses.replace(self.selection, rows=None)

@@ -1,7 +1,7 @@
 """The per-device train step and eval step: score -> select -> update.
 
 Pure functions of (state, data, lane), meant to be mapped over devices under
-`method.axis`; nothing here knows how many hosts there are or where arrays live.
+`spec.axis`; nothing here knows how many hosts there are or where arrays live.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax import Array
 from margin_jax import linearized as layers_lib
 from margin_jax import margins
 from margin_jax.train import gradients, guard, pool
-from margin_jax.train.spec import PLAIN, Method
+from margin_jax.train.spec import PLAIN, StepSpec
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -53,7 +53,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(
-  method: Method,
+  spec: StepSpec,
   stream: PyTree,
   seed: int,
   inputs: PyTree,
@@ -62,13 +62,13 @@ def init_state(
   """The state before the first step.
 
   Args:
-    method: the method.
+    spec: the spec.
     stream: the data's stream before its first draw.
     seed: of everything random in the run.
     inputs: a batch of one, as stored; only shapes count.
     counted: the number of training examples, to count their selections.
   """
-  example = method.prepare(inputs)
+  example = spec.prepare(inputs)
 
   def variables(model: Any, key: Array) -> dict[str, PyTree]:
     found = model.init({'params': key}, example, train=False)
@@ -76,14 +76,14 @@ def init_state(
     return {
       'params': params,
       'batch_stats': found.get('batch_stats', {}),
-      'opt_state': method.optimizer.init(params),
+      'opt_state': spec.optimizer.init(params),
     }
 
   @jax.jit
   def init(seed: Array) -> tuple[dict[str, PyTree], PyTree]:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
-    proxy = {} if method.proxy is None else variables(method.proxy, keys[1])
-    return variables(method.model, keys[0]), proxy
+    proxy = {} if spec.proxy is None else variables(spec.proxy, keys[1])
+    return variables(spec.model, keys[0]), proxy
 
   seed = jnp.uint32(seed)
   model, proxy = init(seed)
@@ -91,7 +91,7 @@ def init_state(
     step=jnp.int32(0),
     seed=seed,
     stream=stream,
-    reserve=pool.empty_reserve(method, inputs),
+    reserve=pool.empty_reserve(spec, inputs),
     proxy=proxy,
     counts=() if counted is None else jnp.zeros(counted, jnp.int32),
     nonfinite=jnp.int32(0),
@@ -100,20 +100,20 @@ def init_state(
 
 
 def _train_proxy(
-  method: Method, state: TrainState, batch: PyTree
+  spec: StepSpec, state: TrainState, batch: PyTree
 ) -> tuple[PyTree, Metrics]:
   """One cross-entropy step of the proxy on the same batch; its loss."""
   proxy = state.proxy
-  if method.proxy is None:
+  if spec.proxy is None:
     return proxy, {}
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': proxy['batch_stats']}
     # A proxy is small, and has no key to drop anything by.
     with nn.intercept_methods(pool.without_dropout):
-      (logits, _), updates = method.proxy.apply(
+      (logits, _), updates = spec.proxy.apply(
         variables,
-        method.prepare(batch['inputs']),
+        spec.prepare(batch['inputs']),
         train=True,
         mutable=['batch_stats'],
       )
@@ -125,11 +125,11 @@ def _train_proxy(
   (loss, batch_stats), gradient = jax.value_and_grad(
     loss_function, has_aux=True
   )(proxy['params'])
-  gradient = jax.lax.pmean(gradient, method.axis)
+  gradient = jax.lax.pmean(gradient, spec.axis)
   norm = optax.tree.norm(gradient)
-  if method.average_batch_stats:
-    batch_stats = jax.lax.pmean(batch_stats, method.axis)
-  change, opt_state = method.optimizer.update(
+  if spec.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, spec.axis)
+  change, opt_state = spec.optimizer.update(
     gradient, proxy['opt_state'], proxy['params']
   )
   proxy = {
@@ -137,36 +137,36 @@ def _train_proxy(
     'batch_stats': batch_stats,
     'opt_state': opt_state,
   }
-  loss = jax.lax.pmean(loss, method.axis)
+  loss = jax.lax.pmean(loss, spec.axis)
   return proxy, {'proxy_loss': loss, 'proxy_gradient_norm': norm}
 
 
 def _update(
-  method: Method, state: TrainState, batch: PyTree, key: Array, lane: Array
+  spec: StepSpec, state: TrainState, batch: PyTree, key: Array, lane: Array
 ) -> tuple[TrainState, Metrics]:
   """One gradient step on the batch, averaged over devices."""
   gradient, batch_stats, metrics = gradients.of_batch(
-    method, state, batch, key, lane
+    spec, state, batch, key, lane
   )
-  if method.selection is not None and method.selection.pool_statistics:
+  if spec.selection is not None and spec.selection.pool_statistics:
     # Where a pool was scored, or its examples are used again, the running
     # statistics are the pool's already.
-    plain = method.branch_of(state.step) == PLAIN
+    plain = spec.branch_of(state.step) == PLAIN
     batch_stats = jax.tree.map(
       lambda new, old: jnp.where(plain, new, old),
       batch_stats,
       state.batch_stats,
     )
-  alpha = 0.0 if method.alpha is None else method.alpha(state.step)
+  alpha = 0.0 if spec.alpha is None else spec.alpha(state.step)
   metrics['gradient_norm'] = optax.tree.norm(gradient)
   metrics['bad_gradient'] = guard.first_bad_leaf(gradient)
-  metrics['learning_rate'] = jnp.float32(method.learning_rate(state.step))
+  metrics['learning_rate'] = jnp.float32(spec.learning_rate(state.step))
   metrics['alpha'] = jnp.float32(alpha)
-  change, opt_state = method.optimizer.update(
+  change, opt_state = spec.optimizer.update(
     gradient, state.opt_state, state.params
   )
   metrics['update_norm'] = optax.tree.norm(change)
-  proxy, proxy_metrics = _train_proxy(method, state, batch)
+  proxy, proxy_metrics = _train_proxy(spec, state, batch)
   metrics |= proxy_metrics
   state = state.replace(
     step=state.step + 1,
@@ -182,12 +182,12 @@ def _update(
 
 
 def train_step(
-  method: Method, state: TrainState, data: PyTree, lane: Array
+  spec: StepSpec, state: TrainState, data: PyTree, lane: Array
 ) -> tuple[TrainState, Metrics]:
   """Forward on the pool, scores, lowest b, gradient step on those.
 
   Args:
-    method: what to do; static.
+    spec: what to do; static.
     state: replicated.
     data: the training split, replicated.
     lane: () int32, this device's index.
@@ -216,21 +216,21 @@ def train_step(
   before = state
   key = jax.random.key(state.seed)
   step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-  choice = pool.next_batch(method, state, data, key, lane)
+  choice = pool.next_batch(spec, state, data, key, lane)
   state = state.replace(
     stream=choice.stream,
     reserve=choice.reserve,
     batch_stats=choice.batch_stats,
   )
   if not isinstance(state.counts, tuple):
-    chosen = jax.lax.all_gather(choice.batch['index'], method.axis, tiled=True)
+    chosen = jax.lax.all_gather(choice.batch['index'], spec.axis, tiled=True)
     state = state.replace(counts=state.counts.at[chosen].add(1))
-  state, metrics = _update(method, state, choice.batch, step_key, lane)
-  if method.selection is not None:
+  state, metrics = _update(spec, state, choice.batch, step_key, lane)
+  if spec.selection is not None:
     metrics |= choice.metrics
   # Without MMR nothing depends on the penalty.
-  free = ('penalty',) if method.alpha is None else ()
-  return guard.guard(method.on_nonfinite, before, state, metrics, free)
+  free = ('penalty',) if spec.alpha is None else ()
+  return guard.guard(spec.on_nonfinite, before, state, metrics, free)
 
 
 def repeat(step: Callable, times: int) -> Callable:
@@ -249,12 +249,12 @@ def repeat(step: Callable, times: int) -> Callable:
 
 
 def _examples(
-  method: Method, size: int, split: PyTree, chunk: Array, lane: Array
+  spec: StepSpec, size: int, split: PyTree, chunk: Array, lane: Array
 ) -> tuple[PyTree, Array, Array]:
   """This device's inputs and labels of a chunk, and which are not padding."""
   if 'real' in split:  # the chunk itself, already shared out
     return split['inputs'], split['label'], split['real']
-  share = size // method.lanes
+  share = size // spec.lanes
   index = chunk * size + lane * share + jnp.arange(share)
   real = index < split['count']
   index = jnp.where(real, index, 0)
@@ -262,7 +262,7 @@ def _examples(
 
 
 def eval_step(
-  method: Method,
+  spec: StepSpec,
   size: int,
   attack: Callable | None,
   variables: PyTree,
@@ -274,7 +274,7 @@ def eval_step(
   """Sums over examples [chunk * size, (chunk + 1) * size) of a split.
 
   Args:
-    method: holds the model; static.
+    spec: holds the model; static.
     size: examples a call over all devices; static, divisible by the lanes.
     attack: (logits_fn, inputs, labels, epsilon, bounds=) -> inputs, applied to
       the images first, or None; static.
@@ -291,12 +291,10 @@ def eval_step(
     over all chunks every real example counts exactly once. With F1 also
     'hits', true positives, and 'positives', those predicted plus those true.
   """
-  inputs, label, real = _examples(method, size, split, chunk, lane)
+  inputs, label, real = _examples(spec, size, split, chunk, lane)
 
   def logits_fn(inputs: PyTree) -> Array:
-    logits, _ = method.model.apply(
-      variables, method.prepare(inputs), train=False
-    )
+    logits, _ = spec.model.apply(variables, spec.prepare(inputs), train=False)
     return logits.astype(jnp.float32)
 
   if attack is not None:
@@ -310,16 +308,16 @@ def eval_step(
     'correct': jnp.sum(real & (jnp.argmax(logits, axis=1) == label)),
     'count': jnp.sum(real),
   }
-  if method.f1:
+  if spec.f1:
     positive = jnp.argmax(logits, axis=1) == 1
     sums['hits'] = jnp.sum(real & positive & (label == 1))
     # Both those predicted and those that are: 2 TP + FP + FN.
     sums['positives'] = jnp.sum(real & positive) + jnp.sum(real & (label == 1))
-  return jax.lax.psum(sums, method.axis)
+  return jax.lax.psum(sums, spec.axis)
 
 
 def measure_step(
-  method: Method,
+  spec: StepSpec,
   size: int,
   layers: tuple[str, ...],
   variables: PyTree,
@@ -331,7 +329,7 @@ def measure_step(
   """Margins of examples [chunk * size, (chunk + 1) * size) of a split.
 
   Args:
-    method, size, variables, split, chunk, lane: as `eval_step` takes them.
+    spec, size, variables, split, chunk, lane: as `eval_step` takes them.
     layers: at which to measure; static.
     reference: for each layer what is subtracted from its activations before
       they are squared and summed, near their mean, or digits are lost.
@@ -341,9 +339,9 @@ def measure_step(
     `evaluation.Measurer`, and 'square/LAYER', the squared norms of the
     activations; and 'sums': the activations summed over the real examples.
   """
-  inputs, label, real = _examples(method, size, split, chunk, lane)
-  inputs = method.prepare(inputs)
-  logits, features = method.model.apply(variables, inputs, train=False)
+  inputs, label, real = _examples(spec, size, split, chunk, lane)
+  inputs = spec.prepare(inputs)
+  logits, features = spec.model.apply(variables, inputs, train=False)
   logits = logits.astype(jnp.float32)
   kernel = pool.head_kernel(variables['params'])
   examples = {
@@ -354,9 +352,9 @@ def measure_step(
     'mms': margins.mms_scores(logits, kernel),
     'radius': margins.row_norms(features.astype(jnp.float32)),
   }
-  found = layers_lib.activations_at(method.model, variables, inputs, layers)
+  found = layers_lib.activations_at(spec.model, variables, inputs, layers)
   logits_fn, perturbations = layers_lib.at_layers(
-    method.model, variables, inputs, layers
+    spec.model, variables, inputs, layers
   )
   signed = layers_lib.layer_margins(logits_fn, perturbations, label)
   free = layers_lib.layer_margins(logits_fn, perturbations)
@@ -369,6 +367,6 @@ def measure_step(
     examples[f'mms/{name}'] = free[name]
     examples[f'square/{name}'] = jnp.sum(jnp.square(flat), axis=1)
   return {
-    'examples': jax.lax.all_gather(examples, method.axis, tiled=True),
-    'sums': jax.lax.psum(sums, method.axis),
+    'examples': jax.lax.all_gather(examples, spec.axis, tiled=True),
+    'sums': jax.lax.psum(sums, spec.axis),
   }
