@@ -40,12 +40,12 @@ def decoded(data_dir: str, images: int) -> Iterator[float]:
 
 def piped(data_dir: str, images: int, workers: int) -> Iterator[float]:
   """The whole pipeline: when each batch, but for the first, was there."""
-  source = data.load(
+  dataset = data.load(
     'imagenet2012', data_dir=data_dir, image_size=SIZE, workers=workers
   )
   # Two more to start with: what the workers read ahead is not counted.
   steps = images // BATCH + 3
-  batches = source.training([BATCH] * steps, 0, 0, devices_lib.Share(0, 1))
+  batches = dataset.training([BATCH] * steps, 0, 0, devices_lib.Share(0, 1))
   for step, _ in enumerate(batches):
     if step >= 2:
       yield time.perf_counter()

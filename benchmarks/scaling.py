@@ -79,14 +79,14 @@ def step_rows() -> list[str]:
     '| B | ms | ms an example scored | temporary MB | data, of the step |',
     '|---|---|---|---|---|',
   ]
-  source = selection_cost.make_source(6400)
+  dataset = selection_cost.make_source(6400)
   fused = {}
   for size in (None, *POOLS):
     rule = 'uniform' if size is None else 'mms'
     config = steps.make_config(
       'resnet20', BATCH, size or BATCH, rule, 'float32'
     )
-    fused[size] = steps.Fused(config, source)
+    fused[size] = steps.Fused(config, dataset)
   times = step_time.measure({k: one.run for k, one in fused.items()}, ROUNDS)
   for size, one in fused.items():
     seconds = statistics.median(times[size])

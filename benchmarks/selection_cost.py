@@ -66,7 +66,7 @@ def make_source(examples: int = 6400) -> data.Source:
   )
 
 
-def make_run(fields: dict, model: str, source: data.Source):
+def make_run(fields: dict, model: str, dataset: data.Source):
   """A function that takes `STEPS` steps and waits for them."""
   config = config_lib.default()
   config.model.name = model
@@ -75,7 +75,7 @@ def make_run(fields: dict, model: str, source: data.Source):
   config.devices = 1
   config.update_from_flattened_dict(fields)
   schema.validate(config)
-  fused = steps.Fused(config, source)
+  fused = steps.Fused(config, dataset)
   cost = fused.program.cost(0, STEPS)
   return functools.partial(fused.run, STEPS), dataclasses.asdict(cost)
 
@@ -108,10 +108,10 @@ def main() -> None:
   args = parser.parse_args()
   cpu.tune()  # as the trainer does, before JAX starts
   devices_lib.use_compilation_cache()
-  source = make_source()
+  dataset = make_source()
   runs, costs = {}, {}
   for name, fields in VARIANTS.items():
-    runs[name], costs[name] = make_run(fields, args.model, source)
+    runs[name], costs[name] = make_run(fields, args.model, dataset)
     runs[name]()  # the first steps of a program are slower
     print('compiled', name, flush=True)
   times: dict[str, list[float]] = {name: [] for name in runs}

@@ -148,7 +148,7 @@ def measure_model(
       )
       for variant in args.torch
     }
-  source = (
+  dataset = (
     steps.make_sentences(4 * pool_size)
     if model.startswith('bert')
     else selection_cost.make_source(10 * pool_size)
@@ -158,7 +158,7 @@ def measure_model(
     config = steps.make_config(
       model, batch, pool_size, rule, args.dtype, per_call
     )
-    return steps.Fused(config, source)
+    return steps.Fused(config, dataset)
 
   plain, fused = make('uniform'), make('mms')
   two, forward = steps.in_two_programs(fused)

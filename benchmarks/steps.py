@@ -100,15 +100,15 @@ def make_config(
 class Fused:
   """Steps of the trainer's own program."""
 
-  def __init__(self, config: ml_collections.ConfigDict, source: data.Source):
+  def __init__(self, config: ml_collections.ConfigDict, dataset: data.Source):
     """Compiles them."""
     self.devices = devices_lib.Devices(1)
-    self.spec = setup_lib.make_spec(config, source, 1)
-    self.first = setup_lib.init_state(config, source, self.spec)
+    self.spec = setup_lib.make_spec(config, dataset, 1)
+    self.first = setup_lib.init_state(config, dataset, self.spec)
     self.state = self.devices.replicate(self.first)
-    self.feed = feeding.Resident(self.devices, source, self.spec)
+    self.feed = feeding.Resident(self.devices, dataset, self.spec)
     self.count = setup_lib.steps_per_call(
-      config, self.devices.platform, 0, setup_lib.chained(source)
+      config, self.devices.platform, 0, setup_lib.chained(dataset)
     )
     self.program = compiled_lib.Program(
       self.spec, self.devices, self.count, self.state, self.feed

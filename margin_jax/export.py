@@ -50,11 +50,11 @@ def export(
       models.reads_sentences(config.model.name), 'model.name',
       config.model.name, 'a BERT to be exported',
     )  # fmt: skip
-    devices, source = setup_lib.load(
+    devices, dataset = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_spec(config, source, devices.total)
-    state = setup_lib.init_state(config, source, method, restoring=True)
+    method = setup_lib.make_spec(config, dataset, devices.total)
+    state = setup_lib.init_state(config, dataset, method, restoring=True)
     state, _ = checkpoints.restore(state, step)
   finally:
     checkpoints.close()

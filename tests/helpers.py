@@ -76,17 +76,17 @@ def noise():
 class Setup:
   """A step outside the trainer, compiled when it is first asked for."""
 
-  def __init__(self, steps_per_call=1, source=None, rule=None, **fields):
+  def __init__(self, steps_per_call=1, dataset=None, rule=None, **fields):
     self.config = small_config(**fields)
-    self.source = source or digits()
+    self.dataset = dataset or digits()
     self.devices = devices_lib.Devices(self.config.devices)
     self.spec = setup_lib.make_spec(
-      self.config, self.source, self.devices.total, rule
+      self.config, self.dataset, self.devices.total, rule
     )
     self._steps_per_call = steps_per_call
-    self._state = setup_lib.init_state(self.config, self.source, self.spec)
+    self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    self.feed = feeding.Resident(self.devices, self.source, self.spec)
+    self.feed = feeding.Resident(self.devices, self.dataset, self.spec)
     self.data = self.feed(0)
 
   @functools.cached_property
@@ -117,7 +117,7 @@ def first_pool(setup):
   """The 32 examples that the first step of seed 0 scores."""
   _, pool = setup.spec.draw(
     setup.first.stream,
-    setup.source.splits['train'],
+    setup.dataset.splits['train'],
     32,
     key=jax.random.fold_in(jax.random.key(0), 2),
     step=0,

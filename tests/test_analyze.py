@@ -45,14 +45,14 @@ def column(rows, name):
 
 def restored(workdir, step):
   config = helpers.small_config(**NOISY)
-  source = setup_lib.load(config, None)[1]
-  method = setup_lib.make_spec(config, source, 1)
+  dataset = setup_lib.load(config, None)[1]
+  method = setup_lib.make_spec(config, dataset, 1)
   checkpoints = Checkpoints(str(workdir))
   state, _ = checkpoints.restore(
-    setup_lib.init_state(config, source, method), step
+    setup_lib.init_state(config, dataset, method), step
   )
   checkpoints.close()
-  return source, method, state
+  return dataset, method, state
 
 
 def test_flipped_labels_have_the_most_negative_margins(run):
@@ -70,10 +70,10 @@ def test_flipped_labels_have_the_most_negative_margins(run):
 def test_every_example_is_ranked_with_its_own_margin(run, split):
   workdir, folder, _ = run
   rows = read(folder / f'{split}.csv')
-  source, method, state = restored(workdir, 200)
-  examples = source.splits[split]
+  dataset, method, state = restored(workdir, 200)
+  examples = dataset.splits[split]
   logits, _ = method.model.apply(
-    {'params': state.params}, source.prepare(examples['inputs']), train=False
+    {'params': state.params}, dataset.prepare(examples['inputs']), train=False
   )
   kernel = state.params['head']['kernel']
   index = column(rows, 'index').astype(int)
@@ -103,10 +103,10 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
     'normalized margin at conv2', 'normalized margin at features',
   }  # fmt: skip
   last = [row for row in rows if row['step'] == '200']
-  source, method, state = restored(workdir, 200)
-  train = source.splits['train']
+  dataset, method, state = restored(workdir, 200)
+  train = dataset.splits['train']
   _, features = method.model.apply(
-    {'params': state.params}, source.prepare(train['inputs']), train=False
+    {'params': state.params}, dataset.prepare(train['inputs']), train=False
   )
   ranked = column(read(folder / 'train.csv'), 'margin')
   variation = np.trace(np.cov(np.asarray(features, np.float64).T, bias=True))
@@ -142,11 +142,11 @@ def test_signatures_and_the_picture_are_written(run):
 def test_the_number_of_devices_does_not_matter(run, tmp_path):
   """The run was analyzed on all eight; devices=1 is the saved config's."""
   assert jax.device_count() == 8
-  source, method, state = restored(run[0], 200)
-  label = source.splits['train']['label']
+  dataset, method, state = restored(run[0], 200)
+  label = dataset.splits['train']['label']
   logits, _ = method.model.apply(
     {'params': state.params},
-    source.prepare(source.splits['train']['inputs']),
+    dataset.prepare(dataset.splits['train']['inputs']),
     train=False,
   )
   expected = float(np.mean(np.argmax(logits, 1) == label))
@@ -203,10 +203,10 @@ def test_the_layers_variation_is_exact_far_from_zero():
   }  # fmt: skip
   measurer = evaluation.Measurer(
     this.method,
-    evaluation.make_splits(this.devices, this.source, ('test',), 100),
+    evaluation.make_splits(this.devices, this.dataset, ('test',), 100),
     {'hidden': (1, 128), 'features': (1, 128)},
   )
-  inputs = this.source.prepare(this.source.splits['test']['inputs'])
+  inputs = this.dataset.prepare(this.dataset.splits['test']['inputs'])
   found = linearized.activations_at(
     this.method.model, variables, inputs, ('hidden',)
   )

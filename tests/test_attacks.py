@@ -109,16 +109,16 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
 @pytest.mark.parametrize('devices', [1, 4])
 def test_an_evaluation_under_attack_equals_its_parts(devices):
   this = helpers.Setup(devices=devices, **{'selection.rule': 'uniform'})
-  split = this.source.splits['test']
+  split = this.dataset.splits['test']
   evaluator = evaluation.Evaluator(
     this.method,
-    evaluation.make_splits(this.devices, this.source, ('test',), 101),
+    evaluation.make_splits(this.devices, this.dataset, ('test',), 101),
     attacks.fgsm,
   )
   params = this.first.params
 
   def logits_fn(pixels):
-    prepared = this.source.prepare(pixels)
+    prepared = this.dataset.prepare(pixels)
     return this.method.model.apply({'params': params}, prepared, train=False)[0]
 
   pixels = jnp.asarray(split['inputs'], jnp.float32)

@@ -287,10 +287,10 @@ def test_cutout_fills_with_what_normalisation_maps_to_zero(normalization):
 
 
 def test_load_gives_cutout_its_size_and_fill():
-  source = data.load('digits', augmentations=('cutout',), cutout_size=3)
+  dataset = data.load('digits', augmentations=('cutout',), cutout_size=3)
   image = np.full((8, 8, 1), 255, np.uint8)
-  output = np.asarray(source.augment(jax.random.key(1), image))
-  mean = round(float(source.splits['train']['inputs'].mean()))
+  output = np.asarray(dataset.augment(jax.random.key(1), image))
+  mean = round(float(dataset.splits['train']['inputs'].mean()))
   assert {*np.unique(output)} == {255, mean}
   assert 4 <= (output == mean).sum() <= 9
 

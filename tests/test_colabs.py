@@ -43,7 +43,7 @@ def code_cells(notebook):
 
 
 def install_cell(notebook):
-  (cell,) = [c for c in code_cells(notebook) if c.source.startswith(INSTALL)]
+  (cell,) = [c for c in code_cells(notebook) if c.dataset.startswith(INSTALL)]
   return cell
 
 
@@ -116,7 +116,7 @@ def test_runs_from_top_to_bottom(name, tmp_path):
   assert all(x.output_type != 'error' for x in outputs(found))
   assert install_cell(found).outputs == []
   assert len(pictures(found)) == len(pictures(committed))
-  sources = [[cell.source for cell in x.cells] for x in (found, committed)]
+  sources = [[cell.dataset for cell in x.cells] for x in (found, committed)]
   assert sources[0] == sources[1]
   if environment:
     lines = re.findall(
@@ -174,13 +174,13 @@ def test_is_committed_as_a_run_left_it(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_opens_in_colab_and_installs_what_is_pinned(name):
   notebook = read(name)
-  assert f'{BADGE}{name}.ipynb)' in notebook.cells[0].source
-  install = install_cell(notebook).source
-  assert install == install_cell(read('quickstart')).source
+  assert f'{BADGE}{name}.ipynb)' in notebook.cells[0].dataset
+  install = install_cell(notebook).dataset
+  assert install == install_cell(read('quickstart')).dataset
   assert f'{REPOSITORY}@v{margin_jax.__version__}"' in install.replace("'", '"')
   for cell in code_cells(notebook):
-    assert 'absl' not in cell.source
-    assert 'configs' not in cell.source  # which pip does not install
+    assert 'absl' not in cell.dataset
+    assert 'configs' not in cell.dataset  # which pip does not install
 
 
 def requirement(package, python):
@@ -194,8 +194,8 @@ def requirement(package, python):
 
 def installs(monkeypatch, python, **there):
   """What the install cell asks pip for where there are these packages."""
-  source = install_cell(read('quickstart')).source
-  source = re.sub(r'%pip (.*)', r"pip(r'''\1''')", source)
+  dataset = install_cell(read('quickstart')).dataset
+  dataset = re.sub(r'%pip (.*)', r"pip(r'''\1''')", dataset)
   asked = []
   scope = {'pip': asked.append}
   distributions = [
@@ -206,7 +206,7 @@ def installs(monkeypatch, python, **there):
     patch.setattr(importlib.util, 'find_spec', lambda name: None)
     patch.setattr(importlib.metadata, 'distributions', lambda: distributions)
     patch.setattr(sys, 'version_info', python)
-    exec(compile(ast.parse(source), 'cell', 'exec'), scope)
+    exec(compile(ast.parse(dataset), 'cell', 'exec'), scope)
   (line,) = asked
   return re.findall('"(.*?)"', line.format(**scope))[1:]
 

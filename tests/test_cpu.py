@@ -143,7 +143,7 @@ def test_all_that_is_scored_is_counted(large):
     large.devices,
     1,
     large.devices.replicate(large.first),
-    feeding.Resident(large.devices, large.source, large.method),
+    feeding.Resident(large.devices, large.dataset, large.method),
   )
   assert large.program.cost(0, 3) == whole.cost(0, 3)
   compiled = large.program.programs[0].flops

@@ -174,18 +174,18 @@ def test_digits_are_scikit_learns_each_once():
 def test_validation_is_the_last_of_the_training_examples():
   train, test, _ = digits.load()
   assert {*data.load('digits').splits} == {'train', 'test'}
-  source = data.load('digits', validation_examples=100)
-  assert {*source.splits} == {'train', 'validation', 'test'}
-  assert (source.input_shape, source.num_classes) == ((8, 8, 1), 10)
+  dataset = data.load('digits', validation_examples=100)
+  assert {*dataset.splits} == {'train', 'validation', 'test'}
+  assert (dataset.input_shape, dataset.num_classes) == ((8, 8, 1), 10)
   for split, whole, rows in (
     ('train', train, slice(-100)),
     ('validation', train, slice(-100, None)),
     ('test', test, slice(None)),
   ):
-    for key, value in source.splits[split].items():
+    for key, value in dataset.splits[split].items():
       np.testing.assert_array_equal(value, whole[key][rows])
   # Normalised by what is trained on: the held-out images do not count.
-  first = source.prepare(jnp.asarray(train['inputs'][:-100]))
+  first = dataset.prepare(jnp.asarray(train['inputs'][:-100]))
   np.testing.assert_allclose([np.mean(first), np.var(first)], [0, 1], 0, 1e-5)
 
 
@@ -258,8 +258,8 @@ def test_stored_images_come_back_in_the_order_of_their_ids(tmp_path):
   write_dataset(tmp_path, 'cifar10', ids=True, labels=labels)
   stored = stored_records('cifar10', tmp_path)
   assert [number_of(x) for x in stored] != [*range(120)]
-  source = data.load('cifar10', data_dir=str(tmp_path), validation_examples=15)
-  splits = source.splits
+  dataset = data.load('cifar10', data_dir=str(tmp_path), validation_examples=15)
+  splits = dataset.splits
   test_label = splits['test']['label']
   assert sorted(test_label) == [0, 1, 2]
   for split, numbers, expected in (
@@ -375,18 +375,18 @@ def test_prepare_explains_a_failed_download(monkeypatch, error):
 
 
 def test_cifar10_validates_on_the_last_5000_images(data_dir):
-  source = data.load(
+  dataset = data.load(
     'cifar10', data_dir=str(data_dir / 'tfds'), validation_examples=5000
   )
-  sizes = {name: len(x['label']) for name, x in source.splits.items()}
+  sizes = {name: len(x['label']) for name, x in dataset.splits.items()}
   assert sizes == {'train': 45_000, 'validation': 5000, 'test': 10_000}
-  assert (source.input_shape, source.num_classes) == (CIFAR, 10)
+  assert (dataset.input_shape, dataset.num_classes) == (CIFAR, 10)
   stored = stored_records('cifar10', data_dir / 'tfds')
   seen = set()
   for record in stored.__getitems__([*range(0, 50_000, 500)]):
     number = number_of(record)
     split, first = ('train', 0) if number < 45_000 else ('validation', 45_000)
-    image, label = (x[number - first] for x in source.splits[split].values())
+    image, label = (x[number - first] for x in dataset.splits[split].values())
     np.testing.assert_array_equal(image, record['image'])
     assert label == record['label']
     seen.add(split)
@@ -394,7 +394,7 @@ def test_cifar10_validates_on_the_last_5000_images(data_dir):
 
 
 def test_mnist_is_read(data_dir):
-  source = data.load('mnist', data_dir=str(data_dir / 'tfds'))
+  dataset = data.load('mnist', data_dir=str(data_dir / 'tfds'))
   for name, count in (('train', 60_000), ('test', 10_000)):
-    assert source.splits[name]['inputs'].shape == (count, 28, 28, 1)
-  assert {*source.splits['test']['label']} == {*range(10)}
+    assert dataset.splits[name]['inputs'].shape == (count, 28, 28, 1)
+  assert {*dataset.splits['test']['label']} == {*range(10)}

@@ -84,9 +84,9 @@ def check_parsed(text, folder):
     module, arguments = module_of(words)
     if module is None:
       continue
-    source = ROOT / (module.replace('.', '/') + '.py')
+    dataset = ROOT / (module.replace('.', '/') + '.py')
     shared = (ROOT / 'margin_jax/command_line.py').read_text()
-    known = re.findall(r"'(?:--)?(\w+)',", source.read_text() + shared)
+    known = re.findall(r"'(?:--)?(\w+)',", dataset.read_text() + shared)
     given = dict(x.removeprefix('--').split('=', 1) for x in arguments[1:])
     if arguments[0].startswith('--'):
       name, _, value = arguments[0].removeprefix('--').partition('=')

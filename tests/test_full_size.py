@@ -48,7 +48,7 @@ ROWS = 12
 
 
 def tiny(name, argument):
-  """The config with b=2 of B=6, its source's twin, and its method."""
+  """The config with b=2 of B=6, its dataset's twin, and its method."""
   module = importlib.import_module(f'configs.{name}')
   config = module.get_config(*filter(None, [argument]))
   config.batch_size = 2
@@ -57,14 +57,14 @@ def tiny(name, argument):
   schema.validate(config)
   rng = np.random.default_rng(0)
   if config.data.name in data.SENTENCES:
-    source = sentences(config, rng)
-    return config, source, setup_lib.make_spec(config, source, 1)
+    dataset = sentences(config, rng)
+    return config, dataset, setup_lib.make_spec(config, dataset, 1)
   shape, classes = SHAPES[config.data.name]
   split = {
     'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
     'label': rng.integers(0, classes, ROWS).astype(np.int32),
   }
-  source = data.Source(
+  dataset = data.Source(
     name=config.data.name,
     num_classes=classes,
     splits={'train': split, 'test': split},
@@ -72,7 +72,7 @@ def tiny(name, argument):
     augment=data.augment.compose(tuple(config.data.augmentations), 4, 16, 0),
     prepare=in_memory.normalizer(split['inputs'], 'dataset'),
   )
-  return config, source, setup_lib.make_spec(config, source, 1)
+  return config, dataset, setup_lib.make_spec(config, dataset, 1)
 
 
 def sentences(config, rng):
@@ -104,10 +104,10 @@ def test_every_config_is_here():
 
 @pytest.mark.parametrize(('name', 'argument'), RUN)
 def test_one_step_at_full_size(name, argument):
-  config, source, method = tiny(name, argument)
+  config, dataset, method = tiny(name, argument)
   devices = devices_lib.Devices(1)
-  state = devices.replicate(setup_lib.init_state(config, source, method))
-  feed = feeding.Resident(devices, source, method)
+  state = devices.replicate(setup_lib.init_state(config, dataset, method))
+  feed = feeding.Resident(devices, dataset, method)
   compiled = devices.compile(
     functools.partial(step_lib.train_step, method.at(None, 0)), state, feed(0)
   )
@@ -119,11 +119,11 @@ def test_one_step_at_full_size(name, argument):
 
 @pytest.mark.parametrize(('name', 'argument'), TRACED)
 def test_one_step_has_the_shapes_of_the_state(name, argument):
-  config, source, method = tiny(name, argument)
-  state = jax.eval_shape(lambda: setup_lib.init_state(config, source, method))
+  config, dataset, method = tiny(name, argument)
+  state = jax.eval_shape(lambda: setup_lib.init_state(config, dataset, method))
   batch = {
     k: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    for k, x in source.parted('train')[0].items()
+    for k, x in dataset.parted('train')[0].items()
   }
   one = method.at(None, 0)
   mapped = jax.pmap(

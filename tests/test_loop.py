@@ -40,9 +40,9 @@ def train(workdir, *, interrupt_at=None, **fields):
 def saved_state(workdir, **fields):
   """The latest checkpoint's state and info."""
   config = helpers.small_config(**fields)
-  source = helpers.digits()
+  dataset = helpers.digits()
   target = setup_lib.init_state(
-    config, source, setup_lib.make_spec(config, source, 1)
+    config, dataset, setup_lib.make_spec(config, dataset, 1)
   )
   checkpoints = Checkpoints(str(workdir))
   restored = checkpoints.restore(target)

@@ -41,7 +41,7 @@ def test_device_scope_ranks_within_each_device():
   pool = helpers.first_pool(this)
   logits, _ = this.method.model.apply(
     {'params': this.first.params},
-    this.source.prepare(pool['inputs']),
+    this.dataset.prepare(pool['inputs']),
     train=False,
   )
   scores = np.asarray(
@@ -139,9 +139,9 @@ def test_bfloat16_scores_train_the_same_float32_model():
 def test_low_resolution_scoring_costs_less():
   fields = {'model.name': 'resnet8', 'data.validation_examples': 0}
   small = helpers.Setup(
-    source=helpers.noise(), **fields, **{'selection.score_resolution': 6}
+    dataset=helpers.noise(), **fields, **{'selection.score_resolution': 6}
   )
-  full = helpers.Setup(source=helpers.noise(), **fields)
+  full = helpers.Setup(dataset=helpers.noise(), **fields)
   _, metrics = small.run(1)
   assert np.isfinite(metrics['loss']).all()
   assert small.program.cost(0, 1).flops < 0.7 * full.program.cost(0, 1).flops
@@ -176,13 +176,13 @@ def test_pool_statistics_follow_the_pool(devices):
     'data.validation_examples': 0,
     'selection.batch_stats': 'pool',
   }
-  this = helpers.Setup(source=helpers.noise(), devices=devices, **fields)
+  this = helpers.Setup(dataset=helpers.noise(), devices=devices, **fields)
   state, _ = this.run(1)
   pool = helpers.first_pool(this)
   model = models.build('resnet8', 2)
   _, updates = model.apply(
     {'params': this.first.params, 'batch_stats': this.first.batch_stats},
-    this.source.prepare(pool['inputs']),
+    this.dataset.prepare(pool['inputs']),
     train=True,
     mutable=['batch_stats'],
   )

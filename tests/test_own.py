@@ -187,11 +187,11 @@ def test_statistics_of_an_own_model_do_not_depend_on_devices():
 
 def assert_one_device_is_two(**fields):
   """Compares what they train; the setup with two."""
-  source = data.load('rings', validation_examples=180)
+  dataset = data.load('rings', validation_examples=180)
   states = []
   for devices in (1, 2):
     made = helpers.Setup(
-      source=source,
+      dataset=dataset,
       devices=devices,
       **{'data.name': 'rings', 'data.augmentations': (), **fields},
     )

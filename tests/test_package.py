@@ -67,7 +67,7 @@ def metadata():
 
 def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
   """Built without a network, of a copy: no build folder is left here."""
-  copy = tmp_path / 'source'
+  copy = tmp_path / 'dataset'
   ignored = shutil.ignore_patterns('__pycache__', '.*', 'tests')
   shutil.copytree(ROOT, copy, ignore=ignored)
   subprocess.run(

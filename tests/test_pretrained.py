@@ -190,7 +190,7 @@ def vgg_config(path):
   )
 
 
-def source():
+def dataset():
   """Images of 32x32."""
   rng = np.random.default_rng(0)
   split = {
@@ -207,7 +207,7 @@ def source():
 
 def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
   save_file(state_dict(), path)
-  images = source()
+  images = dataset()
   # The initial values take a minute to compile, and do not matter.
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables())
   monkeypatch.setattr(
@@ -240,7 +240,7 @@ def test_the_trainer_stops_before_anything_is_compiled(
   state = state_dict()
   del state['classifier.bias']
   save_file(state, path)
-  monkeypatch.setattr(setup_lib.data, 'load', lambda *args, **kwargs: source())
+  monkeypatch.setattr(setup_lib.data, 'load', lambda *args, **kwargs: dataset())
   monkeypatch.setattr(setup_lib.step_lib, 'init_state', None)
   with pytest.raises(config.ConfigError) as caught:
     loop.train(vgg_config(path), str(tmp_path / 'run'))

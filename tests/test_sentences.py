@@ -33,7 +33,7 @@ FIELDS = {
 
 
 @functools.cache
-def source():
+def dataset():
   """395 of the training pairs in two parts, 100 for validation."""
   return data.load_sentences(
     'entailment',
@@ -52,7 +52,7 @@ def setup(**fields):
   A new BERT's weights are so small that the scores of a pool agree to three
   digits, and its ranks are decided by rounding, which is that of the machine.
   """
-  this = helpers.Setup(source=source(), **{**FIELDS, **fields})
+  this = helpers.Setup(dataset=dataset(), **{**FIELDS, **fields})
   params = jax.tree.map(
     lambda x: 10 * x if x.ndim > 1 else x, this.first.params
   )
@@ -65,7 +65,7 @@ def whole_pool(this, step, state=None):
   part = this.method.part_of(step)
   _, pool = this.method.at(None, part).draw(
     (state or this.first).stream,
-    source().parted('train')[part],
+    dataset().parted('train')[part],
     32,
     key=jax.random.fold_in(jax.random.key(0), 2),
     step=step,
@@ -79,7 +79,7 @@ def score_pool(this, pool, state=None):
   """MMS scores of a pool, outside any compiled step."""
   params = (state or this.first).params
   logits, _ = this.method.model.apply(
-    {'params': params}, source().prepare(pool['inputs']), train=False
+    {'params': params}, dataset().prepare(pool['inputs']), train=False
   )
   return np.asarray(mms_scores(logits, params['head']['kernel']))
 
@@ -93,10 +93,10 @@ def assert_no_rank_is_rounding(this, steps):
 
 
 def test_every_pair_is_in_one_part_that_holds_it():
-  assert source().widths == (24, 48)
-  split = source().splits['train']
+  assert dataset().widths == (24, 48)
+  split = dataset().splits['train']
   seen = []
-  for part in source().parted('train'):
+  for part in dataset().parted('train'):
     seen.extend(part['row'])
     width = part['inputs'].shape[1]
     np.testing.assert_array_equal(
@@ -104,13 +104,13 @@ def test_every_pair_is_in_one_part_that_holds_it():
     )
     assert not split['inputs'][part['row'], width:].any()
     np.testing.assert_array_equal(part['label'], split['label'][part['row']])
-  assert sorted(seen) == list(range(source().counts['train']))
+  assert sorted(seen) == list(range(dataset().counts['train']))
 
 
 def test_a_step_selects_the_lowest_of_a_pool_of_one_width():
   this = setup()
   pool = whole_pool(this, 0)
-  width = source().widths[this.method.part_of(0)]
+  width = dataset().widths[this.method.part_of(0)]
   assert pool['inputs'].shape == (32, width, 2)
   scores = score_pool(this, pool)
   counted = setup(**{'selection.log_counts': True})
@@ -167,14 +167,14 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(devices):
   this = setup(devices=devices, **{'selection.rule': 'uniform'})
   method = dataclasses.replace(this.method, f1=True)
   splits = evaluation.make_splits(
-    this.devices, source(), ('test', 'validation'), 64
+    this.devices, dataset(), ('test', 'validation'), 64
   )
   evaluator = evaluation.Evaluator(method, splits)
   for name in ('test', 'validation'):
-    split = source().splits[name]
+    split = dataset().splits[name]
     logits, _ = method.model.apply(
       {'params': this.first.params},
-      source().prepare(split['inputs']),
+      dataset().prepare(split['inputs']),
       train=False,
     )
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)

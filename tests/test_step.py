@@ -65,7 +65,7 @@ def test_one_step_equals_its_parts():
   first, method = this.first, this.method
   pool = helpers.first_pool(this)
   apply = functools.partial(method.model.apply, train=False)
-  inputs = this.source.prepare(pool['inputs'])
+  inputs = this.dataset.prepare(pool['inputs'])
   logits, _ = apply({'params': first.params}, inputs)
   scores = references.mms_scores(
     np.asarray(logits), first.params['head']['kernel']
@@ -118,15 +118,15 @@ def test_device_count_does_not_change_batch_norm_networks():
     'data.validation_examples': 0,
     'optimizer.learning_rates': (0.01,),
   }
-  source = helpers.noise()
-  one, _ = helpers.Setup(source=source, devices=1, **fields).run(3)
-  four, _ = helpers.Setup(source=source, devices=4, **fields).run(3)
+  dataset = helpers.noise()
+  one, _ = helpers.Setup(dataset=dataset, devices=1, **fields).run(3)
+  four, _ = helpers.Setup(dataset=dataset, devices=4, **fields).run(3)
   helpers.assert_trees_close(one.batch_stats, four.batch_stats, 1e-4)
   helpers.assert_trees_close(one.params, four.params, 1e-4)
 
   # Statistics per device are another computation, averaged to one state.
   own, _ = helpers.Setup(
-    source=source, devices=4, **fields, **{'model.batch_norm': 'device'}
+    dataset=dataset, devices=4, **fields, **{'model.batch_norm': 'device'}
   ).run(3)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(own))
   difference = jax.tree.map(
@@ -166,18 +166,18 @@ def test_flops_count_the_forward_on_the_pool():
 @pytest.mark.parametrize('devices', [1, 4])
 def test_evaluation_counts_every_example_once(devices):
   this = setup(devices=devices)
-  splits = {k: v for k, v in this.source.splits.items() if k != 'train'}
+  splits = {k: v for k, v in this.dataset.splits.items() if k != 'train'}
   evaluator = evaluation.Evaluator(
     this.method,
     evaluation.make_splits(
-      devices_lib.Devices(devices), this.source, tuple(splits), 101
+      devices_lib.Devices(devices), this.dataset, tuple(splits), 101
     ),
   )
   for name, split in splits.items():
     result = evaluator(name, this.first)
     logits, _ = this.method.model.apply(
       {'params': this.first.params},
-      this.source.prepare(split['inputs']),
+      this.dataset.prepare(split['inputs']),
       train=False,
     )
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -240,23 +240,23 @@ class Linear(nn.Module):
 def test_examples_without_logits_are_not_selected(rule, monkeypatch):
   """NaN pixels give NaN logits: counted, and left out by every rule."""
   monkeypatch.setattr(models, 'build', lambda *args, **kwargs: Linear())
-  source = helpers.digits()
+  dataset = helpers.digits()
 
   def prepare(inputs):
     bad = inputs[:, :1, :1, :1] == 255
-    return jax.numpy.where(bad, jax.numpy.nan, source.prepare(inputs))
+    return jax.numpy.where(bad, jax.numpy.nan, dataset.prepare(inputs))
 
-  train = dict(source.splits['train'])
+  train = dict(dataset.splits['train'])
   train['inputs'] = train['inputs'].copy()
   train['inputs'][::5, 0, 0] = 255
   broken = dataclasses.replace(
-    source,
-    splits={**source.splits, 'train': train},
+    dataset,
+    splits={**dataset.splits, 'train': train},
     augment=lambda key, image: image,
     prepare=prepare,
   )
   this = helpers.Setup(
-    source=broken,
+    dataset=broken,
     **{'selection.rule': rule, 'selection.log_counts': True},
     on_nonfinite='skip',
   )

@@ -36,7 +36,7 @@ class Records(list):
     return [self[row] for row in rows]
 
 
-def source(workers=0, examples=30):
+def dataset(workers=0, examples=30):
   """30 training and 11 test images of four classes, made here."""
   rng = np.random.default_rng(0)
 
@@ -68,7 +68,7 @@ def assert_batches_equal(first, second):
 
 @pytest.fixture(scope='module')
 def batches():
-  return [*source().training(SIZES, 0, 7, ONE)]
+  return [*dataset().training(SIZES, 0, 7, ONE)]
 
 
 def test_draws_have_the_sizes_asked_for(batches):
@@ -90,7 +90,7 @@ def test_an_epoch_visits_no_example_twice(batches):
 
 
 def test_labels_are_those_of_the_index(batches):
-  records = source().records['train']
+  records = dataset().records['train']
   for batch in batches:
     expected = [records[i]['label'] for i in batch['index']]
     np.testing.assert_array_equal(batch['label'], expected)
@@ -99,13 +99,13 @@ def test_labels_are_those_of_the_index(batches):
 @pytest.mark.parametrize('start', [1, 3, 7])
 def test_resuming_needs_the_step_only(batches, start):
   before = sum(size > 0 for size in SIZES[:start])
-  resumed = [*source().training(SIZES, start, 7, ONE)]
+  resumed = [*dataset().training(SIZES, start, 7, ONE)]
   assert_batches_equal(resumed, batches[before:])
 
 
 def test_processes_share_every_draw(batches):
   parts = [
-    [*source().training(SIZES, 0, 7, devices_lib.Share(i, 2))] for i in (0, 1)
+    [*dataset().training(SIZES, 0, 7, devices_lib.Share(i, 2))] for i in (0, 1)
   ]
   joined = [
     {k: np.concatenate([x[k], y[k]]) for k in x}
@@ -115,14 +115,14 @@ def test_processes_share_every_draw(batches):
 
 
 def test_another_seed_draws_otherwise(batches):
-  other = [*source().training(SIZES, 0, 8, ONE)]
+  other = [*dataset().training(SIZES, 0, 8, ONE)]
   assert not np.array_equal(other[0]['index'], batches[0]['index'])
 
 
 def test_an_image_is_cut_anew_every_time():
   """One image, drawn over and over."""
   lonely = dataclasses.replace(
-    source(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
+    dataset(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
   )
   (batch,) = lonely.training([4], 0, 0, ONE)
   assert len({x.tobytes() for x in batch['inputs']}) == 4
@@ -134,7 +134,7 @@ def test_evaluation_sees_every_example_once(size, count):
   size += size % count
   seen = []
   for index in range(count):
-    for chunk in source().evaluation(
+    for chunk in dataset().evaluation(
       'test', size, devices_lib.Share(index, count)
     ):
       assert len(chunk['label']) == size // count
@@ -202,7 +202,7 @@ def config(**fields):
 
 
 def train(workdir, monkeypatch, steps_until=None, **fields):
-  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: source())
+  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: dataset())
 
   def log(line):
     if steps_until is not None and f'step {steps_until}/' in line:
@@ -256,7 +256,7 @@ def sample(folder):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_damaged_jpeg_is_named(workers):
-  this = source(workers=workers)
+  this = dataset(workers=workers)
   this.records['train'][5]['image'] = b'no image'
   with pytest.raises(data.DatasetError, match='record 5 cannot be decoded'):
     list(this.training([30], 0, 0, ONE))
@@ -309,8 +309,8 @@ def test_wrong_labels_of_streamed_data(data_dir):
 
 def test_the_feed_gives_what_a_branch_is_compiled_for():
   devices = devices_lib.Devices(2)
-  method = setup_lib.make_spec(config(), source(), 2)
-  feed = feeding.Streamed(devices, source(), method, 0, 4, 0)
+  method = setup_lib.make_spec(config(), dataset(), 2)
+  feed = feeding.Streamed(devices, dataset(), method, 0, 4, 0)
   for step in range(4):
     example = feed.example((method.branch_of(step), 0))
     batch = feed(step)

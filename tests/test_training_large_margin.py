@@ -35,14 +35,14 @@ def test_one_step_equals_its_parts(cross_entropy):
   state, metrics = this.run(1)
   _, batch = this.method.draw(
     this.first.stream,
-    this.source.splits['train'],
+    this.dataset.splits['train'],
     8,
     key=jax.random.fold_in(jax.random.key(0), 2),
     step=0,
     lane=0,
     lanes=1,
   )
-  inputs = this.source.prepare(batch['inputs'])
+  inputs = this.dataset.prepare(batch['inputs'])
 
   def parts(params):
     variables = {'params': params}
@@ -71,15 +71,15 @@ def test_one_step_equals_its_parts(cross_entropy):
 
 def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
   """The loss is that of evaluation mode with the batch's statistics."""
-  this = helpers.Setup(source=helpers.noise(), **{
+  this = helpers.Setup(dataset=helpers.noise(), **{
     **RESNET, 'large_margin.top_k': 1,
   })  # fmt: skip
   _, metrics = this.run(1)
   _, batch = this.method.draw(
-    this.first.stream, this.source.splits['train'], 8,
+    this.first.stream, this.dataset.splits['train'], 8,
     key=jax.random.fold_in(jax.random.key(0), 2), step=0, lane=0, lanes=1,
   )  # fmt: skip
-  inputs = this.source.prepare(batch['inputs'])
+  inputs = this.dataset.prepare(batch['inputs'])
   model = this.method.model.clone(batch_norm_axis=None)
   variables = {
     'params': this.first.params, 'batch_stats': this.first.batch_stats
@@ -106,9 +106,9 @@ def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
 
 def test_four_devices_agree_with_one():
   fields = {**RESNET, 'large_margin.top_k': 1}
-  source = helpers.noise()
+  dataset = helpers.noise()
   one, four = (
-    helpers.Setup(source=source, devices=devices, **fields)
+    helpers.Setup(dataset=dataset, devices=devices, **fields)
     for devices in (1, 4)
   )
   (first, before), (second, after) = one.run(2), four.run(2)

@@ -279,7 +279,7 @@ def wide(devices):
     'model.name': 'wrn10_1', 'model.dropout': 0.3, 'devices': devices,
     'data.validation_examples': 0, 'data.augmentations': (), 'mmr.alpha': 0.0,
   }  # fmt: skip
-  setup = helpers.Setup(source=helpers.noise(), **fields)
+  setup = helpers.Setup(dataset=helpers.noise(), **fields)
   assert setup.spec.model.dropout == 0.3
   state, metrics = setup.run(2)
   return state, metrics['loss']

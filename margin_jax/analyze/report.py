@@ -64,9 +64,9 @@ def _ranked(
 class _Report:
   """Collects what every checkpoint measured."""
 
-  def __init__(self, source: data.Source, names: tuple[str, ...]):
+  def __init__(self, dataset: data.Source, names: tuple[str, ...]):
     self.names = names
-    self.source = source
+    self.dataset = dataset
     self.distributions: list[dict[str, Any]] = []
     self.signatures: list[dict[str, Any]] = []
     self.last: dict[str, dict[str, np.ndarray]] = {}
@@ -90,7 +90,7 @@ class _Report:
         numbers = {f's{i + 1}': float(v) for i, v in enumerate(values)}
         self.signatures.append({**place, **numbers})
     self.last[split] = quantities
-    rows = self.source.rows[split][found['row']]
+    rows = self.dataset.rows[split][found['row']]
     self.ranked[split] = _ranked(found, rows, self.names)
     return accuracy
 
@@ -141,25 +141,25 @@ def analyze(
   checkpoints = runs.checkpoints(workdir, steps)
   try:
     config = runs.saved_config(checkpoints.info(), data_dir)
-    devices, source = setup_lib.load(
+    devices, dataset = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_spec(config, source, devices.total)
-    splits = tuple(name for name in source.counts if name != 'validation')
-    known = setup_lib.layer_shapes(method.model, source)
+    method = setup_lib.make_spec(config, dataset, devices.total)
+    splits = tuple(name for name in dataset.counts if name != 'validation')
+    known = setup_lib.layer_shapes(method.model, dataset)
     if layer_names is None:
       layer_names = tuple(name for name in LAYERS if name in known)
     setup_lib.check_layers('layers', layer_names, known)
     measurer = evaluation.Measurer(
       method,
       evaluation.make_splits(
-        devices, source, splits, config.eval_batch_size, examples, parted=False
+        devices, dataset, splits, config.eval_batch_size, examples, parted=False
       ),
       {name: known[name] for name in layer_names},
     )
     folder = runs.make_folder(out or os.path.join(workdir, 'analysis'))
-    state = setup_lib.init_state(config, source, method, restoring=True)
-    report = _Report(source, layer_names)
+    state = setup_lib.init_state(config, dataset, method, restoring=True)
+    report = _Report(dataset, layer_names)
     for step in sorted({*(steps or checkpoints.steps())}):
       restored, _ = checkpoints.restore(state, step)
       variables = devices.replicate(

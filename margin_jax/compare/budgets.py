@@ -98,23 +98,23 @@ def check(config: ml_collections.ConfigDict) -> Facts:
     ConfigError: the config is bad, or does not fit the data or the devices.
     DatasetError: the dataset is missing or broken.
   """
-  devices, source = setup_lib.load(config, None)
-  setup_lib.make_spec(config, source, devices.total)
+  devices, dataset = setup_lib.load(config, None)
+  setup_lib.make_spec(config, dataset, devices.total)
   grain = setup_lib.steps_per_call(
-    config, devices.platform, chained=setup_lib.chained(source)
+    config, devices.platform, chained=setup_lib.chained(dataset)
   )
-  return Facts(grain, source.counts['train'] // config.batch_size)
+  return Facts(grain, dataset.counts['train'] // config.batch_size)
 
 
 def flops(config: ml_collections.ConfigDict) -> float:
   """What a run will have counted in the end, without running it."""
-  devices, source = setup_lib.load(config, None)
-  method = setup_lib.make_spec(config, source, devices.total)
+  devices, dataset = setup_lib.load(config, None)
+  method = setup_lib.make_spec(config, dataset, devices.total)
   with (
     tempfile.TemporaryDirectory() as folder,
     contextlib.closing(checkpoints.Checkpoints(folder, writing=True)) as none,
   ):
-    run = loop.Trainer(config, source, devices, none, method, None, print)
+    run = loop.Trainer(config, dataset, devices, none, method, None, print)
     with contextlib.closing(run.feed):
       return run.program.cost(0, config.steps).flops
 

@@ -128,7 +128,7 @@ def load(
     undecodable: 'stop' at a JPEG that cannot be decoded, or 'skip' it.
 
   Returns:
-    The source, with splits 'train', 'test' and, if asked for, 'validation'.
+    The dataset, with splits 'train', 'test' and, if asked for, 'validation'.
 
   Raises:
     ValueError: the name is unknown, or an argument does not fit the data.
@@ -277,7 +277,7 @@ def load_sentences(
     draw_size: how many training examples a step draws, at most.
 
   Returns:
-    The source, with splits 'train', 'test' (GLUE's validation split; its own
+    The dataset, with splits 'train', 'test' (GLUE's validation split; its own
     test split has no labels), of MNLI also 'test_mismatched', and, if asked
     for, 'validation'.
 

@@ -27,10 +27,10 @@ class Resident:
   undecodable = 0
 
   def __init__(
-    self, devices: devices_lib.Devices, source: data.Source, spec: StepSpec
+    self, devices: devices_lib.Devices, dataset: data.Source, spec: StepSpec
   ):
     """Copies the split, part by part, to the devices."""
-    self._parts = [devices.replicate(p) for p in source.parted('train')]
+    self._parts = [devices.replicate(p) for p in dataset.parted('train')]
     self._method = spec
 
   def example(self, kind: tuple[int | None, int]) -> PyTree:
@@ -59,7 +59,7 @@ class Streamed:
   def __init__(
     self,
     devices: devices_lib.Devices,
-    source: data.Streamed,
+    dataset: data.Streamed,
     spec: StepSpec,
     start: int,
     steps: int,
@@ -69,19 +69,21 @@ class Streamed:
 
     Args:
       devices: that the draws are sent to.
-      source: of the draws.
+      dataset: of the draws.
       spec: how many examples each step draws.
       start: the first step that will be asked for; they come in order.
       steps: of the whole run.
       seed: of the run.
     """
     self._devices = devices
-    self._source = source
+    self._source = dataset
     self._method = spec
     self.seconds_waited = 0.0
     self.undecodable = 0
     sizes = [spec.examples_drawn(spec.branch_of(s)) for s in range(steps)]
-    self._batches: Iterator = source.training(sizes, start, seed, devices.share)
+    self._batches: Iterator = dataset.training(
+      sizes, start, seed, devices.share
+    )
 
   def example(self, kind: tuple[int, int]) -> PyTree:
     """Zeros of the shape of what a step of this branch draws."""

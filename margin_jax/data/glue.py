@@ -94,12 +94,12 @@ def _decode(name: str, builder, split: str, command: str, encode) -> Split:
   """All examples of a split, in the order of their numbers."""
   remedy = f'Remove it and prepare it again with: {command}'
   where = f'dataset {name!r} in {builder.data_path}, split {split!r}'
-  source = builder.as_data_source(split=split)
+  dataset = builder.as_data_source(split=split)
   fields = (*_FIELDS[name], 'label', 'idx')
   rows = []
-  for start in range(0, len(source), 1000):
-    chunk = range(start, min(start + 1000, len(source)))
-    for record in source.__getitems__(list(chunk)):
+  for start in range(0, len(dataset), 1000):
+    chunk = range(start, min(start + 1000, len(dataset)))
+    for record in dataset.__getitems__(list(chunk)):
       rows.append([record.get(field) for field in fields])
       if None in rows[-1]:  # which is what TFDS makes of one that is missing
         missing = [x for x in fields if record.get(x) is None]

@@ -19,7 +19,7 @@ def load(name: str, data_dir: str | None) -> tuple[dict[str, Any], int]:
     data_dir: the folder that TFDS prepares datasets in, or None for its own.
 
   Returns:
-    For each split a random-access source of `{'image': JPEG bytes, 'label'}`,
+    For each split a random-access dataset of `{'image': JPEG bytes, 'label'}`,
     and the number of classes.
 
   Raises:
@@ -35,8 +35,8 @@ def load(name: str, data_dir: str | None) -> tuple[dict[str, Any], int]:
       )
       for ours, theirs in SPLITS.items()
     }
-    for source in records.values():
-      source[0]
+    for dataset in records.values():
+      dataset[0]
   except Exception as error:  # array_record raises many kinds
     raise DatasetError(
       f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '

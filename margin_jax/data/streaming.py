@@ -266,7 +266,7 @@ class Streamed:
   Attributes:
     name: of the dataset.
     num_classes: C.
-    records: for each split, a random-access source of
+    records: for each split, a random-access dataset of
       `{'image': JPEG bytes, 'label': int}`.
     rows: for each split, which of the records it has.
     shift: for each split and row, what is added to its label, modulo C: 0 but

@@ -25,30 +25,30 @@ Split = dict[str, np.ndarray]
 
 def make_splits(
   devices: devices_lib.Devices,
-  source: data.Source | data.Streamed,
+  dataset: data.Source | data.Streamed,
   names: tuple[str, ...],
   batch_size: int,
   examples: int | None = None,
   parted: bool = True,
 ) -> 'Splits':
-  """What goes through whole splits of a source.
+  """What goes through whole splits of a dataset.
 
   Args:
     devices: to evaluate on.
-    source: of the splits.
+    dataset: of the splits.
     names: of the splits.
     batch_size: examples a call over all devices, at most.
     examples: only so many of each split, its first; None is all.
     parted: whether sentences go through in parts of like length.
   """
-  if not source.resident:
-    return StreamedSplits(devices, source, names, batch_size, examples)
+  if not dataset.resident:
+    return StreamedSplits(devices, dataset, names, batch_size, examples)
   splits = {}
   for name in names:
     if parted and examples is None:
-      splits[name] = source.parted(name)
+      splits[name] = dataset.parted(name)
       continue
-    whole = {k: v[:examples] for k, v in source.splits[name].items()}
+    whole = {k: v[:examples] for k, v in dataset.splits[name].items()}
     rows = np.arange(len(whole['label']), dtype=np.int32)
     splits[name] = [{**whole, 'row': rows}]
   return ResidentSplits(devices, splits, batch_size)
@@ -127,19 +127,19 @@ class StreamedSplits(Splits):
   def __init__(
     self,
     devices: devices_lib.Devices,
-    source: data.Streamed,
+    dataset: data.Streamed,
     names: tuple[str, ...],
     batch_size: int,
     examples: int | None,
   ):
     """Reads nothing yet."""
     self.counts = {
-      name: min(examples or source.counts[name], source.counts[name])
+      name: min(examples or dataset.counts[name], dataset.counts[name])
       for name in names
     }
     longest = max(self.counts.values())
     self.sizes = [_chunk_size(devices, batch_size, longest)]
-    self._source = source
+    self._source = dataset
     self._devices = devices
 
   def compile(

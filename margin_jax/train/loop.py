@@ -45,15 +45,15 @@ def _name(rule: selection.Rule) -> str:
 
 def _feed(
   config: ml_collections.ConfigDict,
-  source: data.Source | data.Streamed,
+  dataset: data.Source | data.Streamed,
   devices: devices_lib.Devices,
   spec: StepSpec,
   start: int,
 ) -> feeding.Resident | feeding.Streamed:
-  if source.resident:
-    return feeding.Resident(devices, source, spec)
+  if dataset.resident:
+    return feeding.Resident(devices, dataset, spec)
   return feeding.Streamed(
-    devices, source, spec, start, config.steps, config.seed
+    devices, dataset, spec, start, config.steps, config.seed
   )
 
 
@@ -63,7 +63,7 @@ class Trainer:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    source: data.Source,
+    dataset: data.Source,
     devices: devices_lib.Devices,
     checkpoints: Checkpoints,
     spec: StepSpec,
@@ -78,7 +78,7 @@ class Trainer:
       CorruptError: there are checkpoints, and none can be read.
     """
     self.config = config
-    self.source = source
+    self.dataset = dataset
     self.spec = spec
     self.saved_config = runs.to_save(config)
     if rule is not None:
@@ -88,17 +88,17 @@ class Trainer:
     self.counters = Counters()
     self.best: dict[str, Any] | None = None
     state = setup_lib.init_state(
-      config, source, spec, restoring=bool(checkpoints.steps())
+      config, dataset, spec, restoring=bool(checkpoints.steps())
     )
     state = self._restore(state, log)
     self.start = int(state.step)
     self.state = devices.replicate(state)
-    self.feed = _feed(config, source, devices, spec, self.start)
-    self.splits = tuple(name for name in source.counts if name != 'train')
+    self.feed = _feed(config, dataset, devices, spec, self.start)
+    self.splits = tuple(name for name in dataset.counts if name != 'train')
     self.evaluator = evaluation.Evaluator(
       spec,
       evaluation.make_splits(
-        devices, source, self.splits, config.eval_batch_size
+        devices, dataset, self.splits, config.eval_batch_size
       ),
       setup_lib.make_attack(config),
     )
@@ -106,7 +106,7 @@ class Trainer:
       spec,
       devices,
       setup_lib.steps_per_call(
-        config, devices.platform, self.start, setup_lib.chained(source)
+        config, devices.platform, self.start, setup_lib.chained(dataset)
       ),
       self.state,
       self.feed,
@@ -171,10 +171,10 @@ class Trainer:
       key = jax.random.key(state.seed)
       return pool.drawn(spec, state, batch, key, lane)
 
-    if self.source.resident:
+    if self.dataset.resident:
       batch, sharded = self.feed(step), ()
     else:  # whose workers are some steps further
-      again = _feed(self.config, self.source, self.devices, self.spec, step)
+      again = _feed(self.config, self.dataset, self.devices, self.spec, step)
       with contextlib.closing(again):
         batch, sharded = again(step), (1,)
     program = self.devices.compile(drawn, self.state, batch, sharded=sharded)
@@ -404,16 +404,16 @@ def train(
   """
   workdir = os.path.abspath(os.path.expanduser(workdir))
   with Interrupts() as interrupts:
-    devices, source = setup_lib.load(config, rule, workdir=workdir)
+    devices, dataset = setup_lib.load(config, rule, workdir=workdir)
     # Before the workdir is touched: the model and its layers may not fit.
-    spec = setup_lib.make_spec(config, source, devices.total, rule)
+    spec = setup_lib.make_spec(config, dataset, devices.total, rule)
     with (
       _open(workdir, devices),
       contextlib.closing(
         Checkpoints(workdir, config.keep_every, writing=True)
       ) as checkpoints,
     ):
-      trainer = Trainer(config, source, devices, checkpoints, spec, rule, log)
+      trainer = Trainer(config, dataset, devices, checkpoints, spec, rule, log)
       return _train(trainer, workdir, interrupts, log, hook, view)
 
 
@@ -444,13 +444,13 @@ def _train(
   view: progress.View | None,
 ) -> dict[str, Any]:
   """What is left of a run, with its result on disk."""
-  config, devices, source = trainer.config, trainer.devices, trainer.source
+  config, devices, dataset = trainer.config, trainer.devices, trainer.dataset
   compiled = f'compiled in {trainer.program.compile_seconds:.1f} s; '
   if devices.share.count > 1:
     compiled = ''  # by the first calls
   say = log if devices.is_main_process else (lambda line: None)
   say(
-    f'{source.name}: {source.counts["train"]:,} training '
+    f'{dataset.name}: {dataset.counts["train"]:,} training '
     f'examples on {devices.total} x {devices.kind}; {compiled}'
     f'starting at step {trainer.start:,}'
   )

@@ -74,16 +74,16 @@ def steps_per_call(
   return max(k for k in range(1, top + 1) if common % k == 0)
 
 
-def chained(source: data.Source | data.Streamed) -> bool:
+def chained(dataset: data.Source | data.Streamed) -> bool:
   """Whether one program can run several steps on the data of one call.
 
   Not on data that is fed step by step, nor on parts of several widths.
   """
-  return source.resident and len(source.widths) <= 1
+  return dataset.resident and len(dataset.widths) <= 1
 
 
 def _models(
-  config: ml_collections.ConfigDict, source: data.Source | data.Streamed
+  config: ml_collections.ConfigDict, dataset: data.Source | data.Streamed
 ) -> tuple[nn.Module, nn.Module | None]:
   """The model, and the proxy, whose own options are the defaults."""
 
@@ -91,8 +91,8 @@ def _models(
     synchronized = config.model.batch_norm == 'global'
     return models.build(
       name,
-      source.num_classes,
-      vocabulary=source.vocabulary,
+      dataset.num_classes,
+      vocabulary=dataset.vocabulary,
       variant=config.model.variant if models.has_variants(name) else 'he',
       dtype=config.model.dtype,
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
@@ -105,21 +105,21 @@ def _models(
     stem=config.model.stem,
     width=config.model.width,
   )
-  _check_own('model.name', config.model.name, model, source)
+  _check_own('model.name', config.model.name, model, dataset)
   if config.selection.proxy is None:
     return model, None
   proxy = build(config.selection.proxy)
-  _check_own('selection.proxy', config.selection.proxy, proxy, source)
+  _check_own('selection.proxy', config.selection.proxy, proxy, dataset)
   return model, proxy
 
 
 def _check_own(
-  field: str, name: str, model: nn.Module, source: data.Source | data.Streamed
+  field: str, name: str, model: nn.Module, dataset: data.Source | data.Streamed
 ) -> None:
   """Raises a ConfigError unless a registered model is what a model must be."""
   if name in models.own.MODELS:
     lacks = models.own.lacks(
-      name, model, input_shapes(source), source.num_classes
+      name, model, input_shapes(dataset), dataset.num_classes
     )
     require(not lacks, field, name, f'a model that {lacks}')
 
@@ -196,18 +196,18 @@ def _trimming(
 
 
 def _large_margin(
-  config: ml_collections.ConfigDict, model: nn.Module, source: data.Source
+  config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Source
 ) -> LargeMargin | None:
   """Raises a ConfigError where the model or the data do not fit."""
   if not config.large_margin.weight:
     return None
-  known = layer_shapes(model, source)
+  known = layer_shapes(model, dataset)
   check_layers('large_margin.layers', config.large_margin.layers, known)
-  _check_normalize_by_size(config, known, source)
-  if config.large_margin.top_k >= source.num_classes:
+  _check_normalize_by_size(config, known, dataset)
+  if config.large_margin.top_k >= dataset.num_classes:
     raise ConfigError(
       f'large_margin.top_k={config.large_margin.top_k} is not allowed: it '
-      f'must be at most {source.num_classes - 1}, the number of wrong classes'
+      f'must be at most {dataset.num_classes - 1}, the number of wrong classes'
     )
   return LargeMargin(
     weight=config.large_margin.weight,
@@ -230,10 +230,10 @@ def _large_margin(
 def _check_normalize_by_size(
   config: ml_collections.ConfigDict,
   known: dict[str, tuple[int, ...]],
-  source: data.Source,
+  dataset: data.Source,
 ) -> None:
   """Raises where a layer's size is that of the padding."""
-  if not (config.large_margin.normalize_by_size and source.widths):
+  if not (config.large_margin.normalize_by_size and dataset.widths):
     return
   for name in config.large_margin.layers:
     if len(known[name]) > 2:
@@ -245,25 +245,25 @@ def _check_normalize_by_size(
 
 
 def layer_shapes(
-  model: nn.Module, source: data.Source
+  model: nn.Module, dataset: data.Source
 ) -> dict[str, tuple[int, ...]]:
   """The layers of a model that reads this data, for a batch of one."""
-  variables, inputs = shapes(model, source)
+  variables, inputs = shapes(model, dataset)
   return linearized.layer_shapes(model, variables, inputs)
 
 
-def shapes(model: nn.Module, source: data.Source) -> tuple[Any, Any]:
+def shapes(model: nn.Module, dataset: data.Source) -> tuple[Any, Any]:
   """Those of the model's variables and of a batch of one; nothing computed."""
-  inputs = input_shapes(source)
+  inputs = input_shapes(dataset)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
   return jax.eval_shape(init, key, inputs), inputs
 
 
-def input_shapes(source: data.Source | data.Streamed) -> Any:
+def input_shapes(dataset: data.Source | data.Streamed) -> Any:
   """Those of a batch of one, as the model reads it."""
-  stored = jax.ShapeDtypeStruct((1, *source.input_shape), source.input_dtype)
-  return jax.eval_shape(source.prepare, stored)
+  stored = jax.ShapeDtypeStruct((1, *dataset.input_shape), dataset.input_dtype)
+  return jax.eval_shape(dataset.prepare, stored)
 
 
 def check_layers(
@@ -291,7 +291,7 @@ def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
 
 def make_spec(
   config: ml_collections.ConfigDict,
-  source: data.Source,
+  dataset: data.Source,
   lanes: int,
   rule: selection.Rule | None = None,
 ) -> StepSpec:
@@ -299,12 +299,12 @@ def make_spec(
 
   Args:
     config: validated.
-    source: of the examples.
+    dataset: of the examples.
     lanes: number of devices.
     rule: a rule of the caller's own, in place of `config.selection.rule`.
   """
-  classes = source.num_classes
-  model, proxy = _models(config, source)
+  classes = dataset.num_classes
+  model, proxy = _models(config, dataset)
   learning_rate = optimizers.learning_rate(
     config.optimizer.learning_rates,
     config.optimizer.boundaries,
@@ -324,12 +324,12 @@ def make_spec(
       epsilon=config.optimizer.epsilon,
       clip_norm=config.optimizer.clip_norm,
     ),
-    draw=_draw(source),
-    prepare=source.prepare,
+    draw=_draw(dataset),
+    prepare=dataset.prepare,
     num_classes=classes,
     batch_size=config.batch_size,
     selection=_selection(config, rule, model, proxy, classes, lanes),
-    trimming=_trimming(config, source.counts['train'], lanes),
+    trimming=_trimming(config, dataset.counts['train'], lanes),
     proxy=proxy,
     alpha=(
       optimizers.linear(alpha, alpha_end, config.steps)
@@ -340,57 +340,57 @@ def make_spec(
       'reduction': config.mmr.reduction,
       'stop_feature_gradient': config.mmr.stop_feature_gradient,
     },
-    large_margin=_large_margin(config, model, source),
+    large_margin=_large_margin(config, model, dataset),
     learning_rate=learning_rate,
     lanes=lanes,
     axis=devices_lib.AXIS,
     average_batch_stats=config.model.batch_norm == 'device',
     on_nonfinite=config.on_nonfinite,
-    f1=source.f1,
-    widths=source.widths,
+    f1=dataset.f1,
+    widths=dataset.widths,
   )
-  return _plan(spec, source, config.steps)
+  return _plan(spec, dataset, config.steps)
 
 
 def _plan(
-  spec: StepSpec, source: data.Source | data.Streamed, steps: int
+  spec: StepSpec, dataset: data.Source | data.Streamed, steps: int
 ) -> StepSpec:
   """The spec with the parts' turns, where the data has several."""
-  if len(source.widths) <= 1:
+  if len(dataset.widths) <= 1:
     return spec
   sizes = [spec.examples_drawn(spec.branch_of(step)) for step in range(steps)]
-  counts = [len(rows) for _, rows in source.parts['train']]
+  counts = [len(rows) for _, rows in dataset.parts['train']]
   return dataclasses.replace(
     spec, plan=tuple(data.parts.plan(sizes, counts).tolist())
   )
 
 
-def _draw(source: data.Source | data.Streamed) -> Callable:
-  if source.widths:
+def _draw(dataset: data.Source | data.Streamed) -> Callable:
+  if dataset.widths:
     function = data.parts.draw
   else:
-    function = data.draw if source.resident else feeding.draw
-  return functools.partial(function, augment=source.augment)
+    function = data.draw if dataset.resident else feeding.draw
+  return functools.partial(function, augment=dataset.augment)
 
 
-def _stream(source: data.Source | data.Streamed) -> Any:
+def _stream(dataset: data.Source | data.Streamed) -> Any:
   """The place in the data before the first draw."""
-  if source.widths:
-    counts = [len(rows) for _, rows in source.parts['train']]
+  if dataset.widths:
+    counts = [len(rows) for _, rows in dataset.parts['train']]
     return data.parts.Streams.create(counts)
-  if source.resident:
-    return data.Stream.create(source.counts['train'])
+  if dataset.resident:
+    return data.Stream.create(dataset.counts['train'])
   return data.Epoch.create()
 
 
 def _pretrained(
-  config: ml_collections.ConfigDict, source: data.Source, model: nn.Module
+  config: ml_collections.ConfigDict, dataset: data.Source, model: nn.Module
 ) -> dict[tuple[str, ...], np.ndarray]:
   """What `config.model.pretrained` has for the model, by path."""
   path = config.model.pretrained
   if path is None:
     return {}
-  expected, _ = shapes(model, source)
+  expected, _ = shapes(model, dataset)
   try:
     return pretrained.read(path, config.model.name, expected)
   except pretrained.PretrainedError as error:
@@ -399,7 +399,7 @@ def _pretrained(
 
 def init_state(
   config: ml_collections.ConfigDict,
-  source: data.Source,
+  dataset: data.Source,
   spec: StepSpec,
   *,
   restoring: bool = False,
@@ -408,7 +408,7 @@ def init_state(
 
   Args:
     config: validated.
-    source: of the examples.
+    dataset: of the examples.
     spec: as `make_spec` returns it.
     restoring: a checkpoint will take the place of the values, so that no
       pretrained weights are read; their file may be gone.
@@ -416,13 +416,13 @@ def init_state(
   Raises:
     ConfigError: the pretrained weights cannot be read, or do not fit.
   """
-  weights = {} if restoring else _pretrained(config, source, spec.model)
-  examples = source.counts['train']
+  weights = {} if restoring else _pretrained(config, dataset, spec.model)
+  examples = dataset.counts['train']
   state = step_lib.init_state(
     spec,
-    _stream(source),
+    _stream(dataset),
     config.seed,
-    np.zeros((1, *source.input_shape), source.input_dtype),
+    np.zeros((1, *dataset.input_shape), dataset.input_dtype),
     examples if config.selection.log_counts else None,
   )
   if not weights:
@@ -457,13 +457,13 @@ def load(
     devices = devices_lib.Devices(config.devices)
     if training:
       schema.validate_devices(config, devices.total)
-    source = _source(config, workdir)
+    dataset = _source(config, workdir)
   except pretrained.PretrainedError as error:
     raise config_lib.ConfigError(f'model.pretrained: {error}') from error
   except ValueError as error:  # what only the machine or the data can tell
     raise config_lib.ConfigError(str(error)) from error
-  schema.validate_data(config, source.counts['train'], source.input_shape)
-  return devices, source
+  schema.validate_data(config, dataset.counts['train'], dataset.input_shape)
+  return devices, dataset
 
 
 def _source(

@@ -17,20 +17,20 @@ BAD = (5, 6, 17)
 
 def corrupt(skip, workers=0):
   """Three of 30 training images, and one of 11 test images, are none."""
-  source = test_streamed.source(workers=workers)
-  whole = source.records['train'][6]['image']
+  dataset = test_streamed.dataset(workers=workers)
+  whole = dataset.records['train'][6]['image']
   for row, content in zip(
     BAD, (b'', whole[: len(whole) // 2], b'GIF89a'), strict=True
   ):
-    source.records['train'][row]['image'] = content
-  source.records['test'][3]['image'] = b'no image'
-  return dataclasses.replace(source, skip=skip)
+    dataset.records['train'][row]['image'] = content
+  dataset.records['test'][3]['image'] = b'no image'
+  return dataclasses.replace(dataset, skip=skip)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
   (batch,) = corrupt(True, workers).training([30], 0, 0, test_streamed.ONE)
-  (whole,) = test_streamed.source().training([30], 0, 0, test_streamed.ONE)
+  (whole,) = test_streamed.dataset().training([30], 0, 0, test_streamed.ONE)
   bad = np.isin(whole['index'], BAD)
   assert batch['undecodable'].tolist() == bad.astype(int).tolist()
   for name in ('inputs', 'label', 'index'):
@@ -43,10 +43,11 @@ def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
 
 
 def test_processes_agree_on_what_takes_the_place():
-  source = corrupt(True)
-  (whole,) = source.training([30], 0, 0, test_streamed.ONE)
+  dataset = corrupt(True)
+  (whole,) = dataset.training([30], 0, 0, test_streamed.ONE)
   halves = [
-    next(source.training([30], 0, 0, devices_lib.Share(i, 2))) for i in range(2)
+    next(dataset.training([30], 0, 0, devices_lib.Share(i, 2)))
+    for i in range(2)
   ]
   for name in whole:
     np.testing.assert_array_equal(
@@ -61,21 +62,21 @@ def test_evaluation_does_not_count_them():
 
 
 def test_too_many_in_a_row_end_the_run():
-  source = corrupt(True)
-  for record in source.records['train']:
+  dataset = corrupt(True)
+  for record in dataset.records['train']:
     record['image'] = b''
   with pytest.raises(data.DatasetError, match='11 JPEGs in a row'):
-    next(source.training([30], 0, 0, test_streamed.ONE))
+    next(dataset.training([30], 0, 0, test_streamed.ONE))
 
 
 @pytest.mark.parametrize('label', [4, -1])
 def test_labels_of_no_class_are_named(label):
-  source = test_streamed.source()
-  source.records['train'][5]['label'] = label
+  dataset = test_streamed.dataset()
+  dataset.records['train'][5]['label'] = label
   with pytest.raises(
     data.DatasetError, match=rf'label of record 5 is {label}, outside \[0, 4\)'
   ):
-    next(source.training([30], 0, 0, test_streamed.ONE))
+    next(dataset.training([30], 0, 0, test_streamed.ONE))
 
 
 def test_a_run_counts_them_also_when_it_is_resumed(tmp_path, monkeypatch):

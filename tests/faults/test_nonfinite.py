@@ -45,8 +45,10 @@ def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
   with np.load(path) as pool:
     scored = fields == {} or 'devices' in fields
     assert len(pool['label']) == (32 if scored else 8)
-    source = helpers.digits().splits['train']
-    np.testing.assert_array_equal(pool['label'], source['label'][pool['index']])
+    dataset = helpers.digits().splits['train']
+    np.testing.assert_array_equal(
+      pool['label'], dataset['label'][pool['index']]
+    )
   assert runs.digest(tmp_path, 10)
   state, info = saved_state(tmp_path, **EXPLODES, **fields)
   assert info['step'] == 10

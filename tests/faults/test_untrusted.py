@@ -68,11 +68,11 @@ def test_code_in_a_cache_file_is_not_run(tmp_path):
   with path.open('wb') as file:
     np.savez(
       file,
-      source=np.array('source'),
+      dataset=np.array('dataset'),
       inputs=inputs,
       label=np.zeros(1, np.int32),
     )
-  assert cache.read(path, 'source', 1, np.dtype(np.uint8)) is None
+  assert cache.read(path, 'dataset', 1, np.dtype(np.uint8)) is None
   assert not written.exists()
 
 
