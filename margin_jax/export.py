@@ -53,8 +53,8 @@ def export(
     devices, dataset = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_spec(config, dataset, devices.total)
-    state = setup_lib.init_state(config, dataset, method, restoring=True)
+    spec = setup_lib.make_spec(config, dataset, devices.total)
+    state = setup_lib.init_state(config, dataset, spec, restoring=True)
     state, _ = checkpoints.restore(state, step)
   finally:
     checkpoints.close()
@@ -62,7 +62,7 @@ def export(
   bert_weights.write(
     folder,
     {'params': state.params},
-    bert_weights.sizes_of(method.model),
+    bert_weights.sizes_of(spec.model),
     setup_lib.vocabulary(config, workdir),
   )
   return folder

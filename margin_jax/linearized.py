@@ -281,7 +281,8 @@ def at_layers(
   """A Flax model as a function of what is added to its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first
-  arguments: the gradient by an perturbation, at zero, is that by the activations.
+  arguments: the gradient by a perturbation, at zero, is that by the
+  activations.
 
   Args:
     model: `(inputs, train=) -> (logits, features)`, its last layer `head`.
@@ -291,7 +292,8 @@ def at_layers(
     layers: names as `layer_shapes` returns them.
 
   Returns:
-    `logits_fn(perturbations) -> (B, C)`, and zero perturbations, float32, by layer.
+    `logits_fn(perturbations) -> (B, C)`, and zero perturbations, float32, by
+    layer.
 
   Raises:
     ValueError: there is no such layer; lists those there are. Or Flax cannot
@@ -324,7 +326,8 @@ def at_layers(
     return logits
 
   # Flax reuses the trace of a jitted block for its twins, and knows no head of
-  # another name: an perturbation that is not added would give gradients of zero.
+  # another name: a perturbation that is not
+  # added would give gradients of zero.
   jax.eval_shape(logits_fn, zeros)
   for name in layers:
     if fired[name] != 1:

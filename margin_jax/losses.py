@@ -172,8 +172,8 @@ def large_margin_loss(
     worst_case: only the least distance of those counts, not their sum.
     difference: of 'softmax' (the released code) or of 'logits' (the paper).
     epsilon: positive, added to g.
-    normalize_by_size: divide g by the number of activations of the layer, as the
-      released code does for l_inf, where g is a sum over them.
+    normalize_by_size: divide g by the number of activations of the layer, as
+      the released code does for l_inf, where g is a sum over them.
     second_order: let the gradient flow through g.
 
   Returns:

@@ -129,8 +129,8 @@ def test_a_file_of_other_data_is_replaced(tmp_path, decoded):
   ],
 )
 def test_a_file_of_another_format_is_not_read(tmp_path, split):
-  assert cache.write(tmp_path / 'x', 'dataset', split)
-  assert cache.read(tmp_path / 'x', 'dataset', 3) is None
+  assert cache.write(tmp_path / 'x', 'source', split)
+  assert cache.read(tmp_path / 'x', 'source', 3) is None
 
 
 def test_a_folder_that_nobody_may_write_to_stays_as_it_is(

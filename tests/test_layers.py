@@ -127,7 +127,7 @@ def test_layers_are_found_and_named():
 
 
 def test_activations_and_offsets_are_of_the_same_layer():
-  """An perturbation that undoes the activations makes them zero for what follows."""
+  """A perturbation that undoes the activations makes them zero."""
   model, variables, inputs = network()
   # Inside a block a shortcut carries the examples past the layer.
   whole = ('input', 'norm_stem', 'stage2_block1')

@@ -144,21 +144,21 @@ def analyze(
     devices, dataset = setup_lib.load(
       config, None, training=False, workdir=workdir
     )
-    method = setup_lib.make_spec(config, dataset, devices.total)
+    spec = setup_lib.make_spec(config, dataset, devices.total)
     splits = tuple(name for name in dataset.counts if name != 'validation')
-    known = setup_lib.layer_shapes(method.model, dataset)
+    known = setup_lib.layer_shapes(spec.model, dataset)
     if layer_names is None:
       layer_names = tuple(name for name in LAYERS if name in known)
     setup_lib.check_layers('layers', layer_names, known)
     measurer = evaluation.Measurer(
-      method,
+      spec,
       evaluation.make_splits(
         devices, dataset, splits, config.eval_batch_size, examples, parted=False
       ),
       {name: known[name] for name in layer_names},
     )
     folder = runs.make_folder(out or os.path.join(workdir, 'analysis'))
-    state = setup_lib.init_state(config, dataset, method, restoring=True)
+    state = setup_lib.init_state(config, dataset, spec, restoring=True)
     report = _Report(dataset, layer_names)
     for step in sorted({*(steps or checkpoints.steps())}):
       restored, _ = checkpoints.restore(state, step)

@@ -48,7 +48,7 @@ def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
 
 def read(
   path: pathlib.Path,
-  dataset: str,
+  source: str,
   examples: int,
   dtype: np.dtype | type = np.uint8,
 ) -> Split | None:
@@ -59,14 +59,14 @@ def read(
 
   Args:
     path: of the file.
-    dataset: the `fingerprint` of the files that were decoded.
+    source: the `fingerprint` of the files that were decoded.
     examples: how many rows the split has.
     dtype: of its inputs.
   """
   try:
     # Opened here, because NumPy leaves a file open that is no archive.
     with open(path, 'rb') as file, np.load(file) as stored:
-      if str(stored['dataset']) != dataset:
+      if str(stored['source']) != source:
         return None
       split = {name: stored[name] for name in ('inputs', 'label')}
   except Exception as error:  # zipfile, zlib and NumPy raise many kinds
@@ -88,12 +88,12 @@ def _takes_files(folder: pathlib.Path) -> bool:
   return False
 
 
-def write(path: pathlib.Path, dataset: str, split: Split) -> bool:
+def write(path: pathlib.Path, source: str, split: Split) -> bool:
   """Writes a file whole or not at all, and says which."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files_lib.whole(path) as aside, open(aside, 'xb') as file:
-      np.savez(file, dataset=np.array(dataset), **split)
+      np.savez(file, source=np.array(source), **split)
   except OSError as error:  # not writable, or full
     _log.info('%s is not written: %s', path, error)
     return False
@@ -127,14 +127,14 @@ def cached(
   if split is not None:
     return split
   try:
-    dataset = fingerprint(files)
+    source = fingerprint(files)
   except OSError:
     return decode()  # whose error says more
   split = decode()
   paths = _places(name, files, examples)
   if not _takes_files(paths[0].parent):
     paths = paths[1:]
-  any(write(path, dataset, split) for path in paths)
+  any(write(path, source, split) for path in paths)
   return split
 
 
@@ -146,9 +146,9 @@ def stored(
 ) -> Split | None:
   """What `cached` has put there for these files, or None."""
   with contextlib.suppress(OSError):
-    dataset = fingerprint(files)
+    source = fingerprint(files)
     for path in _places(name, files, examples):
-      split = read(path, dataset, examples, dtype)
+      split = read(path, source, examples, dtype)
       if split is not None:
         return split
   return None

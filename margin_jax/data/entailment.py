@@ -106,12 +106,12 @@ class _Writer:
   def pair(self, label: int) -> tuple[str, str]:
     """A premise and a hypothesis."""
     person, verbs = self._one_of(PEOPLE), self._one_of(VERBS)
-    asked = dataset = self._one_of(ALL_NOUNS)
+    asked = source = self._one_of(ALL_NOUNS)
     if label == NOT_ENTAILMENT:
-      dataset = self._one_of(
+      source = self._one_of(
         [x for x in ALL_NOUNS if kind_of(x) != kind_of(asked)]
       )
-    noun = self._one_of([x for x in ALL_NOUNS if follows(x, dataset)])
+    noun = self._one_of([x for x in ALL_NOUNS if follows(x, source)])
     same_kind = [x for x in ALL_NOUNS if kind_of(x) == kind_of(noun)]
     others = self._shuffled([x for x in PEOPLE if x != person])
     clauses = [self._clause(person, verbs, noun)]

@@ -77,15 +77,15 @@ def explained(name: str, builder, command: str) -> Iterator[None]:
 
 def _decode(builder, split: str) -> Split:
   """All images and labels of a split, in the order of their ids."""
-  dataset = builder.as_data_source(split=split)
+  source = builder.as_data_source(split=split)
   classes = CLASSES[builder.name]
   shape = builder.info.features['image'].shape
-  inputs = np.empty((len(dataset), *shape), np.uint8)
-  label = np.empty(len(dataset), np.int32)
+  inputs = np.empty((len(source), *shape), np.uint8)
+  label = np.empty(len(source), np.int32)
   numbers = []
-  for start in range(0, len(dataset), 1000):
-    rows = range(start, min(start + 1000, len(dataset)))
-    for row, record in zip(rows, dataset.__getitems__(list(rows)), strict=True):
+  for start in range(0, len(source), 1000):
+    rows = range(start, min(start + 1000, len(source)))
+    for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
       inputs[row], label[row] = record['image'], record['label']
       if 'id' in record:
         numbers.append(int(record['id'].decode().rsplit('_', 1)[1]))

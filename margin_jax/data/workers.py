@@ -32,7 +32,7 @@ def iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
 
   if workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers
-  dataset = grain.MapDataset.dataset(units).to_iter_dataset(
+  dataset = grain.MapDataset.source(units).to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   )
   if workers:

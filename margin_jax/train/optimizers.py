@@ -107,7 +107,8 @@ def make(
     momentum: decay of the trace.
     nesterov: SGD's variant.
     weight_decay: coefficient.
-    weight_decay_mask: 'kernels', of those the 'convolutions', or 'all' parameters.
+    weight_decay_mask: 'kernels', of those the 'convolutions', or 'all'
+      parameters.
     epsilon: of Adam and RMSProp; None is optax's default.
     clip_norm: the gradient, weight decay included, is scaled down to this L2
       norm; None does not clip.
@@ -122,7 +123,8 @@ def make(
     raise ValueError(f'no optimizer is called {name!r}; there are {NAMES}')
   if weight_decay_mask not in WEIGHT_DECAY_MASKS:
     raise ValueError(
-      f'weight_decay_mask must be one of {WEIGHT_DECAY_MASKS}, got {weight_decay_mask!r}'
+      f'weight_decay_mask must be one of {WEIGHT_DECAY_MASKS}, got '
+      f'{weight_decay_mask!r}'
     )
   eps = {} if epsilon is None else {'eps': epsilon}
   if name == 'sgd':

@@ -238,8 +238,8 @@ def _check_normalize_by_size(
   for name in config.large_margin.layers:
     if len(known[name]) > 2:
       raise ConfigError(
-        'large_margin.normalize_by_size=True is not allowed with large_margin.layers='
-        f'{config.large_margin.layers}: {name!r} has a row for every token, '
+        'large_margin.normalize_by_size=True is not allowed with '
+        f'large_margin.layers={config.large_margin.layers}: {name!r} has a row for every token, '
         'padding too, so that its size says how far a sentence was padded'
       )
 
