@@ -11,6 +11,7 @@ import jaxlib as _jaxlib
 from margin_jax.linearized import at_layers, layer_margins
 from margin_jax.losses import large_margin_loss, mmr_penalty
 from margin_jax.margins import competitors, mms_scores, signed_margins
+from margin_jax.registry import register_dataset, register_model, register_rule
 from margin_jax.selection import query, select_lowest, take_lowest, trimmed_mean
 from margin_jax.signatures import fit_generalization_gap
 
@@ -25,6 +26,9 @@ __all__ = [
   'mmr_penalty',
   'mms_scores',
   'query',
+  'register_dataset',
+  'register_model',
+  'register_rule',
   'select_lowest',
   'signed_margins',
   'take_lowest',

@@ -270,34 +270,12 @@ RULES: dict[str, Rule] = {
   'selective_backprop': loss,
 }
 # Those of the user's own, by name.
-OWN_RULES: dict[str, Rule] = {}
-
-
-def register(name: str, rule: Rule) -> None:
-  """Makes a function of your own a rule: a `selection.rule`.
-
-  Registered again, a name stands for the new function.
-
-  Args:
-    name: what no rule here is called.
-    rule: pure and traceable, `(logits (n, C), kernel (D, C), labels (n,), keys
-      (n,)) -> (n,) scores`, the lowest of which are selected; it sees one
-      device's share of the pool.
-
-  Raises:
-    TypeError: `rule` cannot be called.
-    ValueError: the name is taken.
-  """
-  if name in RULES or name == 'uniform':
-    raise ValueError(f'rule {name!r} is there already; take another name')
-  if not callable(rule):
-    raise TypeError(f'rule {name!r} must be a function, got {rule!r}')
-  OWN_RULES[name] = rule
+REGISTERED: dict[str, Rule] = {}
 
 
 def find(name: str) -> Rule:
   """The rule called `name`."""
-  return RULES[name] if name in RULES else OWN_RULES[name]
+  return RULES[name] if name in RULES else REGISTERED[name]
 
 
 def trimmed_mean(

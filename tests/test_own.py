@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import analyze, config, data, models, selection
+from margin_jax import analyze, config, data, models, registry, selection
 from margin_jax.models import cnn
 from margin_jax.train import loop
 from tests import helpers
@@ -21,7 +21,7 @@ def _forget():
   with (
     unittest.mock.patch.dict(MODELS),
     unittest.mock.patch.dict(DATASETS),
-    unittest.mock.patch.dict(selection.OWN_RULES),
+    unittest.mock.patch.dict(selection.REGISTERED),
   ):
     yield
 
@@ -103,9 +103,9 @@ def small(**fields):
 
 @pytest.fixture(name='registered')
 def _registered():
-  data.register('rings', train=rings(0), test=rings(1, 100))
-  models.register('mlp', Mlp)
-  models.register('normed', Normed)
+  registry.register_dataset('rings', train=rings(0), test=rings(1, 100))
+  registry.register_model('mlp', Mlp)
+  registry.register_model('normed', Normed)
 
 
 def run(made, workdir):
@@ -115,8 +115,8 @@ def run(made, workdir):
 def test_digits_registered_are_the_digits(tmp_path):
   """Bit for bit, with a crop, a validation split and wrong labels."""
   splits = [(x['inputs'], x['label']) for x in data.digits.load()[:2]]
-  data.register('mine', train=splits[0], test=splits[1])
-  models.register('my_cnn', cnn.CNN)
+  registry.register_dataset('mine', train=splits[0], test=splits[1])
+  registry.register_model('my_cnn', cnn.CNN)
   fields = {'data.label_noise': 0.1, 'steps': 10}
   other = {'data.name': 'mine', 'model.name': 'my_cnn'}
   ours = run(helpers.small_config(**fields, **other), tmp_path / 'a')
@@ -130,7 +130,7 @@ def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
   def nearest(logits, kernel, labels, keys):
     return selection.mms(logits, kernel, labels, keys)
 
-  selection.register('nearest', nearest)
+  registry.register_rule('nearest', nearest)
   made = small(steps=300, log_every=100, eval_every=300)
   made.selection.rule = 'nearest'
   result = run(made, tmp_path)
@@ -140,7 +140,7 @@ def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
     run(small(steps=300), tmp_path)
   # It is analyzed with what it was trained with.
   analyze.analyze(str(tmp_path), log=lambda _: None)
-  data.register('rings', train=rings(5), test=rings(1, 100))
+  registry.register_dataset('rings', train=rings(5), test=rings(1, 100))
   with pytest.raises(config.ConfigError, match=r'data\.digest: '):
     run(made, tmp_path)
   with pytest.raises(config.ConfigError, match='stands for other arrays'):
@@ -157,8 +157,8 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
   file.write_text(
     'from margin_jax import data, models\n'
     'from tests.test_own import Mlp, rings\n'
-    "data.register('rings', train=rings(0), test=rings(1, 100))\n"
-    "models.register('mlp', Mlp)\n"
+    "registry.register_dataset('rings', train=rings(0), test=rings(1, 100))\n"
+    "registry.register_model('mlp', Mlp)\n"
   )
   DATASETS.clear()
   MODELS.clear()
@@ -206,8 +206,8 @@ def assert_one_device_is_two(**fields):
   'fields', [{'selection.batch_stats': 'pool'}, {'selection.proxy': 'tokens'}]
 )
 def test_masks_of_an_own_model_do_not_depend_on_devices(fields):
-  data.register('rings', train=rings(0), test=rings(1, 100))
-  models.register('tokens', Tokens)
+  registry.register_dataset('rings', train=rings(0), test=rings(1, 100))
+  registry.register_model('tokens', Tokens)
   assert_one_device_is_two(**{'model.name': 'tokens', **fields})
 
 
@@ -284,7 +284,7 @@ class Longer(Mlp):
 )
 @pytest.mark.usefixtures('registered')
 def test_a_model_that_is_none_is_refused(module, message, tmp_path):
-  models.register('mlp', module)
+  registry.register_model('mlp', module)
   with pytest.raises(config.ConfigError, match=message):
     run(small(), tmp_path)
 
@@ -297,8 +297,8 @@ def test_a_model_must_return_a_pair(tmp_path):
     def __call__(self, inputs, *, train):
       return nn.Dense(self.num_classes, name='head')(inputs)
 
-  data.register('rings', train=rings(0), test=rings(1))
-  models.register('mlp', One)
+  registry.register_dataset('rings', train=rings(0), test=rings(1))
+  registry.register_model('mlp', One)
   with pytest.raises(config.ConfigError, match='returns a pair'):
     run(small(), tmp_path)
 
@@ -329,29 +329,29 @@ GOOD = {'train': (X, Y), 'test': (X, Y)}
 )
 def test_bad_arrays_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
-    data.register(**{'name': 'mine', **GOOD, **arguments})
+    registry.register_dataset(**{'name': 'mine', **GOOD, **arguments})
   assert 'mine' not in DATASETS
 
 
 def test_arrays_that_change_later_change_nothing():
   images = np.zeros((20, 2, 2, 1), np.uint8)
-  data.register('mine', train=(images, Y), test=(images, Y))
+  registry.register_dataset('mine', train=(images, Y), test=(images, Y))
   images[:] = 1
   assert not DATASETS['mine'].train['inputs'].any()
 
 
 def test_bad_models_and_rules_are_refused():
   with pytest.raises(ValueError, match="'resnet8' is there already"):
-    models.register('resnet8', Mlp)
+    registry.register_model('resnet8', Mlp)
   with pytest.raises(TypeError, match='must be a class'):
-    models.register('mlp', Mlp(2))
+    registry.register_model('mlp', Mlp(2))
   with pytest.raises(TypeError, match='must have a field num_classes'):
-    models.register('mlp', nn.Dense)
+    registry.register_model('mlp', nn.Dense)
   for name in ('mms', 'uniform'):
     with pytest.raises(ValueError, match='is there already'):
-      selection.register(name, selection.mms)
+      registry.register_rule(name, selection.mms)
   with pytest.raises(TypeError, match='must be a function'):
-    selection.register('mine', 'mms')
+    registry.register_rule('mine', 'mms')
 
 
 def test_images_of_any_size_can_be_scored_small():
@@ -365,8 +365,8 @@ def test_images_of_any_size_can_be_scored_small():
       return nn.Dense(self.num_classes, name='head')(features), features
 
   fields = {'model.name': 'pooled', 'selection.score_resolution': 4}
-  models.register('pooled', Pooled)
+  registry.register_model('pooled', Pooled)
   with pytest.raises(config.ConfigError, match='one size only'):
     helpers.small_config(**fields)
-  models.register('pooled', Pooled, any_size=True)
+  registry.register_model('pooled', Pooled, any_size=True)
   assert helpers.Setup(**fields).run(1)[1]['score_min'].shape == (1,)

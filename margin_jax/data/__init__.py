@@ -39,7 +39,6 @@ __all__ = [
   'load_sentences',
   'own',
   'parts',
-  'register',
   'tokens',
 ]
 
@@ -54,34 +53,6 @@ GENERATED = ('digits', *entailment.NAMES)
 # Their images are read while training, and cut to one size.
 STREAMED = imagenet.NAMES
 NORMALIZATIONS = ('dataset', 'imagenet')
-
-
-def register(
-  name: str,
-  *,
-  train: tuple[np.ndarray, np.ndarray],
-  test: tuple[np.ndarray, np.ndarray],
-  num_classes: int | None = None,
-) -> None:
-  """Makes arrays of your own a dataset: a `data.name`.
-
-  uint8 inputs are images: they are normalised, and can be augmented. Floating
-  ones are handed to the model as they are, in float32. All lie in the memory of
-  every device. Registered again, a name stands for the new arrays.
-
-  Args:
-    name: what no dataset here is called.
-    train: inputs (N, H, W, channels) uint8 or (N, ...) floating, and labels
-      (N,) integers in [0, C).
-    test: the same of the test split.
-    num_classes: C; None is the largest label plus one.
-
-  Raises:
-    ValueError: the name is taken, or the arrays are not as described.
-  """
-  own.add(
-    name, train=train, test=test, num_classes=num_classes, taken=name in NAMES
-  )
 
 
 def _check_normalization(name: str) -> None:

@@ -98,7 +98,7 @@ def add(
   num_classes: int | None,
   taken: bool,
 ) -> None:
-  """See `margin_jax.data.register`."""
+  """See `margin_jax.register_dataset`."""
   if taken:
     raise ValueError(f'dataset {name!r} is there already; take another name')
   splits = {}

@@ -58,34 +58,7 @@ __all__ = [
   'VARIANTS',
   'build',
   'own',
-  'register',
 ]
-
-
-def register(
-  name: str, module: type[nn.Module], *, any_size: bool = False
-) -> None:
-  """Makes a Flax module of your own a model: a `model.name`, or a proxy.
-
-  Registered again, a name stands for the new module.
-
-  Args:
-    name: what no model here is called.
-    module: its class. `__call__(inputs, *, train)` returns logits (B, C) and
-      the features (B, D) that its last layer, `nn.Dense(..., name='head')`,
-      reads. It has a field `num_classes`. Of `dtype`, `dropout` and `width` it
-      has those that `model.dtype` (and `selection.score_dtype`),
-      `model.dropout` and `model.width` shall set, and with BatchNorm it has
-      `batch_norm_axis`, to hand on as the `axis_name` of each `nn.BatchNorm`.
-    any_size: whether the same parameters read images of another size, so that
-      `selection.score_resolution` can be used.
-
-  Raises:
-    TypeError: `module` is no such class.
-    ValueError: the name is taken.
-  """
-  taken = name not in own.MODELS and exists(name)
-  own.add(name, module, any_size=any_size, taken=taken)
 
 
 def allowed() -> tuple[str, ...]:

@@ -35,7 +35,7 @@ MODELS: dict[str, Own] = {}
 def add(
   name: str, module: type[nn.Module], *, any_size: bool, taken: bool
 ) -> None:
-  """See `margin_jax.models.register`."""
+  """See `margin_jax.register_model`."""
   if taken:
     raise ValueError(f'model {name!r} is there already; take another name')
   is_module = isinstance(module, type) and issubclass(module, nn.Module)

@@ -375,7 +375,7 @@ def train(
     workdir: a folder, created if need be; "~" is expanded.
     rule: a rule of your own, `(logits, kernel, labels, keys) -> scores`, in
       place of `config.selection.rule`, without a name that configs could use:
-      see `selection.register`. It sees one device's share of the pool.
+      see `register_rule`. It sees one device's share of the pool.
     log: takes the progress lines.
     hook: called as `hook(prefix, step, row)` for every row of train.csv
       (prefix 'train') and of eval.csv ('validation', 'test', ...), with the

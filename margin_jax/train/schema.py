@@ -42,7 +42,7 @@ CHOICES = {
 # And what the user registers while the program runs.
 REGISTERED = {
   'data.name': data.own.DATASETS,
-  'selection.rule': selection.OWN_RULES,
+  'selection.rule': selection.REGISTERED,
 }
 FLAGS = (
   'optimizer.nesterov',

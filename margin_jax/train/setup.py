@@ -239,8 +239,9 @@ def _check_normalize_by_size(
     if len(known[name]) > 2:
       raise ConfigError(
         'large_margin.normalize_by_size=True is not allowed with '
-        f'large_margin.layers={config.large_margin.layers}: {name!r} has a row for every token, '
-        'padding too, so that its size says how far a sentence was padded'
+        f'large_margin.layers={config.large_margin.layers}: {name!r} has a '
+        'row for every token, padding too, so that its size says how far a '
+        'sentence was padded'
       )
 
 

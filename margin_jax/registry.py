@@ -1,0 +1,89 @@
+"""Rules, losses, models and datasets of your own, by name.
+
+A registered name is a value of a config field, like the built-in ones.
+"""
+
+import flax.linen as nn
+import numpy as np
+
+from margin_jax import data, models, selection
+
+
+def register_rule(name: str, rule: selection.Rule) -> None:
+  """Makes a function of your own a rule: a `selection.rule`.
+
+  Registered again, a name stands for the new function.
+
+  Args:
+    name: what no rule here is called.
+    rule: pure and traceable, `(logits (n, C), kernel (D, C), labels (n,), keys
+      (n,)) -> (n,) scores`, the lowest of which are selected; it sees one
+      device's share of the pool.
+
+  Raises:
+    TypeError: `rule` cannot be called.
+    ValueError: the name is taken.
+  """
+  if name in selection.RULES or name == 'uniform':
+    raise ValueError(f'rule {name!r} is there already; take another name')
+  if not callable(rule):
+    raise TypeError(f'rule {name!r} must be a function, got {rule!r}')
+  selection.REGISTERED[name] = rule
+
+
+def register_model(
+  name: str, module: type[nn.Module], *, any_size: bool = False
+) -> None:
+  """Makes a Flax module of your own a model: a `model.name`, or a proxy.
+
+  Registered again, a name stands for the new module.
+
+  Args:
+    name: what no model here is called.
+    module: its class. `__call__(inputs, *, train)` returns logits (B, C) and
+      the features (B, D) that its last layer, `nn.Dense(..., name='head')`,
+      reads. It has a field `num_classes`. Of `dtype`, `dropout` and `width` it
+      has those that `model.dtype` (and `selection.score_dtype`),
+      `model.dropout` and `model.width` shall set, and with BatchNorm it has
+      `batch_norm_axis`, to hand on as the `axis_name` of each `nn.BatchNorm`.
+    any_size: whether the same parameters read images of another size, so that
+      `selection.score_resolution` can be used.
+
+  Raises:
+    TypeError: `module` is no such class.
+    ValueError: the name is taken.
+  """
+  taken = name not in models.own.MODELS and models.exists(name)
+  models.own.add(name, module, any_size=any_size, taken=taken)
+
+
+def register_dataset(
+  name: str,
+  *,
+  train: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  num_classes: int | None = None,
+) -> None:
+  """Makes arrays of your own a dataset: a `data.name`.
+
+  uint8 inputs are images: they are normalised, and can be augmented. Floating
+  ones are handed to the model as they are, in float32. All lie in the memory of
+  every device. Registered again, a name stands for the new arrays.
+
+  Args:
+    name: what no dataset here is called.
+    train: inputs (N, H, W, channels) uint8 or (N, ...) floating, and labels
+      (N,) integers in [0, C).
+    test: the same of the test split.
+    num_classes: C; None is the largest label plus one.
+
+  Raises:
+    ValueError: the name is taken, or the arrays are not as described.
+  """
+  data.own.add(
+    name,
+    train=train,
+    test=test,
+    num_classes=num_classes,
+    taken=name in data.NAMES,
+  )
