@@ -150,7 +150,8 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
     logits, kernel, _ = pool._score(method, state, found['inputs'])
     return stream, found, margins.mms_scores(logits, kernel)
 
-  def update(state, found, chosen, lane):
+  def update(state, found, chosen, unread):
+    del unread  # of the mapped axis
     batch = jax.tree.map(lambda x: x[chosen], found)
 
     def drawn(stream, data, size, **kwargs):
@@ -158,7 +159,7 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
       return stream, batch
 
     one = dataclasses.replace(plain, draw=drawn, widths=())
-    return step_lib.train_step(one, state, {}, lane)
+    return step_lib.train_step(one, state, {})
 
   train = jax.jit(
     jax.vmap(

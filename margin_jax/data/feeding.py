@@ -82,12 +82,14 @@ class Streamed:
     self.undecodable = 0
     sizes = [spec.examples_drawn(spec.branch_of(s)) for s in range(steps)]
     self._batches: Iterator = dataset.training(
-      sizes, start, seed, devices.share
+      sizes, start, seed, devices.process_shard
     )
 
   def example(self, kind: tuple[int, int]) -> PyTree:
     """Zeros of the shape of what a step of this branch draws."""
-    rows = self._method.examples_drawn(kind[0]) // self._devices.share.count
+    rows = (
+      self._method.examples_drawn(kind[0]) // self._devices.process_shard.count
+    )
     if not rows:
       return {}
     batch = {

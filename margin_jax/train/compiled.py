@@ -68,7 +68,6 @@ class Program:
     self.steps_per_call = steps_per_call
     self._method = spec
     streamed = isinstance(feed, feeding.Streamed)
-    sharded = (1,) if streamed else ()
 
     def per_device(spec: StepSpec, kind: tuple[int | None, int], times: int):
       step = functools.partial(step_lib.train_step, spec.at(*kind))
@@ -90,7 +89,6 @@ class Program:
         state,
         feed.example(kind),
         donate_first=True,
-        sharded=sharded,
       )
       for kind in compiled
     }
@@ -99,9 +97,7 @@ class Program:
     # Of a switch it cannot tell which branch runs.
     whole = spec.at_once()
     self._flops = {
-      kind: devices.flops(
-        per_device(whole, kind, 1), state, feed.example(kind), sharded=sharded
-      )
+      kind: devices.flops(per_device(whole, kind, 1), state, feed.example(kind))
       if self._switching or (whole is not spec and kind[0] == FRESH)
       else self._programs[kind].flops
       for kind in kinds

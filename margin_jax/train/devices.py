@@ -1,10 +1,10 @@
-"""The only file that knows devices and hosts: pmap, placement, lanes.
+"""The only file that knows devices and hosts: pmap and placement.
 
 State and data are replicated: plain arrays without a leading device axis,
 passed to `pmap` with `in_axes=None` and returned with `out_axes=None`. So a
-checkpoint does not know how many devices wrote it. The one mapped argument is
-`lane`, the index of the device among all devices of all processes; `pmap`
-needs at least one, and it is what tells the devices apart.
+checkpoint does not know how many devices wrote it. `pmap` needs at least one
+mapped argument: `_map` adds one that nobody reads. What tells the devices apart
+is `lax.axis_index`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ HEARTBEAT_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Shard:
   """A process's part of every pool: the index-th of `count` equal ones."""
 
   index: int
@@ -144,9 +144,9 @@ class Devices:
     self.kind = self._all[0].device_kind
     self.platform = self._all[0].platform
     self._mesh = Mesh(np.array(self._local), (AXIS,))
-    lanes = [self._all.index(device) for device in self._local]
-    self._lanes = jax.device_put(
-      np.array(lanes, np.int32), NamedSharding(self._mesh, PartitionSpec(AXIS))
+    self._unread = jax.device_put(
+      np.zeros(len(self._local), np.int32),
+      NamedSharding(self._mesh, PartitionSpec(AXIS)),
     )
 
   def memory(self) -> dict[str, int]:
@@ -184,9 +184,9 @@ class Devices:
     return int(multihost_utils.process_allgather(np.array(number)).sum())
 
   @property
-  def share(self) -> Share:
+  def process_shard(self) -> Shard:
     """Which part of the examples this process feeds to its devices."""
-    return Share(jax.process_index(), jax.process_count())
+    return Shard(jax.process_index(), jax.process_count())
 
   def shard(self, tree: PyTree) -> PyTree:
     """This process's rows, spread over its devices in order.
@@ -211,47 +211,54 @@ class Devices:
     function: Callable,
     *args: PyTree,
     donate_first: bool = False,
-    sharded: tuple[int, ...] = (),
   ) -> 'Compiled':
-    """Compiles `function(*args, lane)` for all devices, under one pmap.
+    """Compiles `function(*args)` for all devices, under one pmap.
 
     Args:
       function: the per-device function; its collectives use `AXIS`, and what
         it returns is the same on all devices.
-      *args: arguments to compile for; shapes and dtypes count.
+      *args: arguments to compile for; shapes, dtypes and placement count. Of
+        those that `shard` has made each device sees its own rows; it sees all
+        of the others.
       donate_first: whether the first argument's memory is reused.
-      sharded: positions of the arguments that `shard` has made; each device
-        sees its own rows. The others are replicated.
 
     Returns:
       A callable of `*args`.
     """
-    mapped = self._map(function, len(args), donate_first, sharded)
-    return Compiled(mapped, args, self._lanes, self.total)
+    mapped = self._map(function, args, donate_first)
+    return Compiled(mapped, args, self._unread, self.total)
 
-  def flops(
-    self, function: Callable, *args: PyTree, sharded: tuple[int, ...] = ()
-  ) -> float:
-    """What `Compiled.flops` would be, without compiling."""
-    mapped = self._map(function, len(args), False, sharded)
-    return _flops(mapped.lower(*args, self._lanes), self.total)
+  def flops(self, function: Callable, *args: PyTree) -> float:
+    """Returns what `Compiled.flops` would be, without compiling."""
+    mapped = self._map(function, args, False)
+    return _flops(mapped.lower(*args, self._unread), self.total)
 
   def _map(
-    self,
-    function: Callable,
-    arguments: int,
-    donate_first: bool,
-    sharded: tuple[int, ...],
+    self, function: Callable, args: tuple[PyTree, ...], donate_first: bool
   ) -> Callable:
-    axes = [0 if i in sharded else None for i in range(arguments)]
+    axes = [0 if _is_sharded(arg) else None for arg in args]
+
+    def per_device(*args_and_unread: PyTree) -> PyTree:
+      return function(*args_and_unread[:-1])
+
     return jax.pmap(
-      function,
+      per_device,
       axis_name=AXIS,
       in_axes=(*axes, 0),
       out_axes=None,
       donate_argnums=(0,) if donate_first else (),
       devices=self._local if not several_processes() else None,
     )
+
+
+def _is_sharded(tree: PyTree) -> bool:
+  """Returns whether `Devices.shard` made the arrays of the tree."""
+  shardings = [
+    getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(tree)
+  ]
+  return any(
+    isinstance(x, NamedSharding) and x.spec[:1] == (AXIS,) for x in shardings
+  )
 
 
 def _flops(lowered: jax.stages.Lowered, devices: int) -> float:
@@ -276,12 +283,12 @@ class Compiled:
     self,
     mapped: Callable,
     args: tuple[PyTree, ...],
-    lanes: jax.Array,
+    unread: jax.Array,
     devices: int,
   ):
-    self.lowered = mapped.lower(*args, lanes)
+    self.lowered = mapped.lower(*args, unread)
     self.flops = _flops(self.lowered, devices)
-    self._lanes = lanes
+    self._unread = unread
     # With several processes a program takes global arrays, and only `pmap`
     # itself makes them of each process's own; it then compiles when called.
     self._late = several_processes()
@@ -290,7 +297,7 @@ class Compiled:
 
   def __call__(self, *args: PyTree) -> PyTree:
     started = time.perf_counter()
-    results = self._executable(*args, self._lanes)
+    results = self._executable(*args, self._unread)
     if self._late:
       self.first_call_seconds = time.perf_counter() - started
       self._late = False

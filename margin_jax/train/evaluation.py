@@ -78,7 +78,7 @@ class Splits(abc.ABC):
   def compile(
     self, make_step: Callable, variables: PyTree, *rest: PyTree
   ) -> list[devices_lib.Compiled]:
-    """Compiles `make_step(size)(variables, split, chunk, *rest, lane)`."""
+    """Compiles `make_step(size)(variables, split, chunk, *rest)`."""
 
   @abc.abstractmethod
   def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
@@ -147,19 +147,19 @@ class StreamedSplits(Splits):
   ) -> list[devices_lib.Compiled]:
     """As `Splits.compile`; the split is a chunk, and the devices share it."""
     (size,) = self.sizes
-    rows = size // self._devices.share.count
+    rows = size // self._devices.process_shard.count
     chunk = {
       'inputs': np.zeros((rows, *self._source.input_shape), np.uint8),
       'label': np.zeros(rows, np.int32),
       'real': np.zeros(rows, bool),
     }
     args = (variables, self._devices.shard(chunk), np.int32(0), *rest)
-    return [self._devices.compile(make_step(size), *args, sharded=(1,))]
+    return [self._devices.compile(make_step(size), *args)]
 
   def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
     """As `Splits.chunks`."""
     (size,), count = self.sizes, self.counts[name]
-    read = self._source.evaluation(name, size, self._devices.share)
+    read = self._source.evaluation(name, size, self._devices.process_shard)
     with contextlib.closing(read):
       for start in range(0, count, size):
         chunk = next(read)

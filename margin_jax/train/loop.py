@@ -167,17 +167,18 @@ class Trainer:
     kind = self.spec.branch_of(step), self.spec.part_of(step)
     spec = self.spec.at(*kind)
 
-    def drawn(state: PyTree, batch: PyTree, lane: jax.Array) -> PyTree:
+    def drawn(state: PyTree, batch: PyTree) -> PyTree:
       key = jax.random.key(state.seed)
+      lane = jax.lax.axis_index(spec.axis)
       return pool.drawn(spec, state, batch, key, lane)
 
     if self.dataset.resident:
-      batch, sharded = self.feed(step), ()
+      batch = self.feed(step)
     else:  # whose workers are some steps further
       again = _feed(self.config, self.dataset, self.devices, self.spec, step)
       with contextlib.closing(again):
-        batch, sharded = again(step), (1,)
-    program = self.devices.compile(drawn, self.state, batch, sharded=sharded)
+        batch = again(step)
+    program = self.devices.compile(drawn, self.state, batch)
     return jax.device_get(program(self.state, batch))
 
   def call(self, step: int) -> PyTree:
@@ -207,7 +208,7 @@ def _run(
   watch = guard.Watch(
     trainer.state.params,
     devices_lib.MAX_CALLS_AHEAD,
-    trainer.devices.share.count == 1,
+    trainer.devices.process_shard.count == 1,
   )
   # Seconds are of training: evaluations move the start.
   total, started = trainer.counters, _clock(trainer)
@@ -267,7 +268,7 @@ def _clock(trainer: Trainer) -> float:
 
 def _asked_to_stop(trainer: Trainer, interrupts: Interrupts, step: int) -> bool:
   """Whether a signal came, to any process; they ask each other now and then."""
-  alone = trainer.devices.share.count == 1
+  alone = trainer.devices.process_shard.count == 1
   if alone or step % trainer.config.log_every == 0:
     return trainer.devices.sum(interrupts.number is not None) > 0
   return False
@@ -446,7 +447,7 @@ def _train(
   """What is left of a run, with its result on disk."""
   config, devices, dataset = trainer.config, trainer.devices, trainer.dataset
   compiled = f'compiled in {trainer.program.compile_seconds:.1f} s; '
-  if devices.share.count > 1:
+  if devices.process_shard.count > 1:
     compiled = ''  # by the first calls
   say = log if devices.is_main_process else (lambda line: None)
   say(

@@ -1,6 +1,6 @@
 """The per-device train step and eval step: score -> select -> update.
 
-Pure functions of (state, data, lane), meant to be mapped over devices under
+Pure functions of (state, data), meant to be mapped over devices under
 `spec.axis`; nothing here knows how many hosts there are or where arrays live.
 """
 
@@ -182,7 +182,7 @@ def _update(
 
 
 def train_step(
-  spec: StepSpec, state: TrainState, data: PyTree, lane: Array
+  spec: StepSpec, state: TrainState, data: PyTree
 ) -> tuple[TrainState, Metrics]:
   """Forward on the pool, scores, lowest b, gradient step on those.
 
@@ -190,7 +190,6 @@ def train_step(
     spec: what to do; static.
     state: replicated.
     data: the training split, replicated.
-    lane: () int32, this device's index.
 
   Returns:
     The new state and float32 metrics, both equal on all devices. Of every
@@ -214,6 +213,7 @@ def train_step(
     'mean_mms' are over the part of the batch that it runs on.
   """
   before = state
+  lane = jax.lax.axis_index(spec.axis)
   key = jax.random.key(state.seed)
   step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
   choice = pool.next_batch(spec, state, data, key, lane)
@@ -236,13 +236,13 @@ def train_step(
 def repeat(step: Callable, times: int) -> Callable:
   """`times` steps in one call; metrics get a leading axis of that length."""
 
-  def many(state: TrainState, data: PyTree, lane: Array):
+  def many(state: TrainState, data: PyTree):
     return jax.lax.scan(
-      lambda carry, _: step(carry, data, lane), state, None, length=times
+      lambda carry, _: step(carry, data), state, None, length=times
     )
 
-  def one(state: TrainState, data: PyTree, lane: Array):
-    state, metrics = step(state, data, lane)
+  def one(state: TrainState, data: PyTree):
+    state, metrics = step(state, data)
     return state, jax.tree.map(lambda x: x[None], metrics)
 
   return one if times == 1 else many
@@ -255,6 +255,7 @@ def _examples(
   if 'real' in split:  # the chunk itself, already shared out
     return split['inputs'], split['label'], split['real']
   share = size // spec.lanes
+  lane = jax.lax.axis_index(spec.axis)
   index = chunk * size + lane * share + jnp.arange(share)
   real = index < split['count']
   index = jnp.where(real, index, 0)
@@ -269,7 +270,6 @@ def eval_step(
   split: PyTree,
   chunk: Array,
   epsilon: Array,
-  lane: Array,
 ) -> Metrics:
   """Sums over examples [chunk * size, (chunk + 1) * size) of a split.
 
@@ -284,14 +284,13 @@ def eval_step(
       this device's share of the chunk alone: 'inputs', 'label' and 'real'.
     chunk: () int32.
     epsilon: () float32, the radius of the attack; images are in [0, 1].
-    lane: () int32, this device's index.
 
   Returns:
     'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
     over all chunks every real example counts exactly once. With F1 also
     'hits', true positives, and 'positives', those predicted plus those true.
   """
-  inputs, label, real = _examples(spec, size, split, chunk, lane)
+  inputs, label, real = _examples(spec, size, split, chunk)
 
   def logits_fn(inputs: PyTree) -> Array:
     logits, _ = spec.model.apply(variables, spec.prepare(inputs), train=False)
@@ -324,12 +323,11 @@ def measure_step(
   split: PyTree,
   chunk: Array,
   reference: PyTree,
-  lane: Array,
 ) -> PyTree:
   """Margins of examples [chunk * size, (chunk + 1) * size) of a split.
 
   Args:
-    spec, size, variables, split, chunk, lane: as `eval_step` takes them.
+    spec, size, variables, split, chunk: as `eval_step` takes them.
     layers: at which to measure; static.
     reference: for each layer what is subtracted from its activations before
       they are squared and summed, near their mean, or digits are lost.
@@ -339,7 +337,7 @@ def measure_step(
     `evaluation.Measurer`, and 'square/LAYER', the squared norms of the
     activations; and 'sums': the activations summed over the real examples.
   """
-  inputs, label, real = _examples(spec, size, split, chunk, lane)
+  inputs, label, real = _examples(spec, size, split, chunk)
   inputs = spec.prepare(inputs)
   logits, features = spec.model.apply(variables, inputs, train=False)
   logits = logits.astype(jnp.float32)
