@@ -138,10 +138,8 @@ def register_dataset(
   Raises:
     ValueError: the name is taken, or the arrays are not as described.
   """
-  data.own.add(
-    name,
-    train=train,
-    test=test,
-    num_classes=num_classes,
-    taken=name in data.NAMES,
+  if name in data.NAMES:
+    raise ValueError(f'dataset {name!r} is there already; take another name')
+  data.REGISTERED[name] = data.registered.from_arrays(
+    name, train=train, test=test, num_classes=num_classes
   )
