@@ -1,5 +1,6 @@
 """What a run keeps of its config; a run that has trained, opened again."""
 
+import functools
 import json
 import os
 import pathlib
@@ -11,12 +12,29 @@ from margin_jax import data, models, selection
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
 
 
-def to_save(config: config_lib.ml_collections.ConfigDict) -> dict[str, Any]:
-  """What a checkpoint and result.json keep of the config."""
+def to_save(
+  config: config_lib.ml_collections.ConfigDict,
+  rule: selection.RuleFunction | None = None,
+) -> dict[str, Any]:
+  """Returns what a checkpoint and result.json keep of the config.
+
+  Args:
+    config: of the run.
+    rule: of the caller's own, in place of the config's; or None.
+  """
   saved = config_lib.as_json(config)
+  if rule is not None:
+    saved['selection.rule'] = f'custom: {_name(rule)}'
   if config.data.name in data.own.DATASETS:
     saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
   return saved
+
+
+def _name(rule: selection.RuleFunction) -> str:
+  """Names a function, the same in every process: a `repr` has an address."""
+  while isinstance(rule, functools.partial):
+    rule = rule.func
+  return getattr(rule, '__qualname__', type(rule).__qualname__)
 
 
 def saved_config(

@@ -71,7 +71,7 @@ class Selection:
       active = active & (step < self.stop)
     score = active & (since % (self.every * self.reuse) == 0)
     reuse = active & (since % self.reuse != 0)
-    return score * StepKind.SCORE + reuse * StepKind.REUSE
+    return score * StepKind.SCORE.value + reuse * StepKind.REUSE.value
 
   def batch_in_buffer(self, step: Step) -> Step:
     """Returns which of the `reuse` batches of a pool a step trains on."""
@@ -184,6 +184,10 @@ class StepSpec:
       return self
     whole = dataclasses.replace(self.selection, chunk_size=None)
     return dataclasses.replace(self, selection=whole)
+
+  def unweighted(self) -> tuple[str, ...]:
+    """Returns the metrics of losses that are only measured."""
+    return tuple(term.metric for term in self.terms if term.weight is None)
 
   def kind_of(self, step: Step) -> Step:
     """Returns the `StepKind` of a step."""
