@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import time
 
-from margin_jax.data import feeding
+import jax
+
+from margin_jax import data as data_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import FRESH, StepSpec
@@ -58,7 +60,8 @@ class Program:
     devices: devices_lib.Devices,
     steps_per_call: int,
     state: step_lib.TrainState,
-    feed: feeding.Resident | feeding.Streamed,
+    feed: data_lib.Loader,
+    steps: int,
   ):
     """Compiles the branches that `spec` has for arguments like these.
 
@@ -67,19 +70,22 @@ class Program:
     started = time.perf_counter()
     self.steps_per_call = steps_per_call
     self._method = spec
-    streamed = isinstance(feed, feeding.Streamed)
+    self._feed = feed
 
     def per_device(spec: StepSpec, kind: tuple[int | None, int], times: int):
-      step = functools.partial(step_lib.train_step, spec.at(*kind))
+      step = functools.partial(step_lib.train_step, spec.at(kind[0]))
       return step_lib.repeat(step, times)
 
-    kinds = spec.kinds()
-    # A branch of streamed data reads arrays of its own shape, and so does a
-    # part.
+    kinds = sorted({self._kind(step) for step in range(steps)})
+    examples = {
+      kind: feed.example(kind[1], spec.examples_drawn(kind[0]))
+      for kind in kinds
+    }
+    shapes = {str(jax.tree.map(jax.typeof, x)) for x in examples.values()}
+    examples[SWITCH] = examples[kinds[0]]
     self._switching = (
       len(kinds) > 1
-      and not streamed
-      and not spec.plan
+      and len(shapes) == 1
       and (steps_per_call > 1 or devices.platform != 'cpu')
     )
     compiled = [SWITCH] if self._switching else kinds
@@ -87,7 +93,7 @@ class Program:
       kind: devices.compile(
         per_device(spec, kind, steps_per_call),
         state,
-        feed.example(kind),
+        examples[kind],
         donate_first=True,
       )
       for kind in compiled
@@ -97,7 +103,7 @@ class Program:
     # Of a switch it cannot tell which branch runs.
     whole = spec.at_once()
     self._flops = {
-      kind: devices.flops(per_device(whole, kind, 1), state, feed.example(kind))
+      kind: devices.flops(per_device(whole, kind, 1), state, examples[kind])
       if self._switching or (whole is not spec and kind[0] == FRESH)
       else self._programs[kind].flops
       for kind in kinds
@@ -123,7 +129,7 @@ class Program:
     return self._programs[kind](state, data)
 
   def _kind(self, step: int) -> tuple[int, int]:
-    return self._method.branch_of(step), self._method.part_of(step)
+    return self._method.branch_of(step), self._feed.bucket(step)
 
   def cost(self, first: int, last: int) -> Counters:
     """The cost of steps first, ..., last - 1, without the seconds."""

@@ -16,7 +16,6 @@ import numpy as np
 
 from margin_jax import config as config_lib
 from margin_jax import data, files, selection
-from margin_jax.data import feeding
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import evaluation, guard, pool, progress, runs
 from margin_jax.train import setup as setup_lib
@@ -45,16 +44,12 @@ def _name(rule: selection.Rule) -> str:
 
 def _feed(
   config: ml_collections.ConfigDict,
-  dataset: data.Source | data.Streamed,
+  dataset: data.Dataset,
   devices: devices_lib.Devices,
   spec: StepSpec,
   start: int,
-) -> feeding.Resident | feeding.Streamed:
-  if dataset.resident:
-    return feeding.Resident(devices, dataset, spec)
-  return feeding.Streamed(
-    devices, dataset, spec, start, config.steps, config.seed
-  )
+) -> data.Loader:
+  return dataset.loader(devices, spec.sizes(config.steps), start, config.seed)
 
 
 class Trainer:
@@ -63,7 +58,7 @@ class Trainer:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    dataset: data.Source,
+    dataset: data.Dataset,
     devices: devices_lib.Devices,
     checkpoints: Checkpoints,
     spec: StepSpec,
@@ -97,9 +92,7 @@ class Trainer:
     self.splits = tuple(name for name in dataset.counts if name != 'train')
     self.evaluator = evaluation.Evaluator(
       spec,
-      evaluation.make_splits(
-        devices, dataset, self.splits, config.eval_batch_size
-      ),
+      dataset.chunks(devices, self.splits, config.eval_batch_size),
       setup_lib.make_attack(config),
     )
     self.program = Program(
@@ -110,6 +103,7 @@ class Trainer:
       ),
       self.state,
       self.feed,
+      config.steps,
     )
 
   def _restore(self, state: PyTree, log: Callable[[str], None]) -> PyTree:
@@ -164,20 +158,17 @@ class Trainer:
     """The examples that the step which `state` is at reads, on the host."""
     state = jax.device_get(self.state)
     step = int(state.step)
-    kind = self.spec.branch_of(step), self.spec.part_of(step)
-    spec = self.spec.at(*kind)
+    spec = self.spec.at(self.spec.branch_of(step))
 
     def drawn(state: PyTree, batch: PyTree) -> PyTree:
       key = jax.random.key(state.seed)
       lane = jax.lax.axis_index(spec.axis)
       return pool.drawn(spec, state, batch, key, lane)
 
-    if self.dataset.resident:
-      batch = self.feed(step)
-    else:  # whose workers are some steps further
-      again = _feed(self.config, self.dataset, self.devices, self.spec, step)
-      with contextlib.closing(again):
-        batch = again(step)
+    # Another loader, since the workers of this one are some steps further.
+    again = _feed(self.config, self.dataset, self.devices, self.spec, step)
+    with contextlib.closing(again):
+      batch = again(step)
     program = self.devices.compile(drawn, self.state, batch)
     return jax.device_get(program(self.state, batch))
 

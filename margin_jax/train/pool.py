@@ -233,13 +233,6 @@ def _from_reserve(
   )
 
 
-def _fit(sentences: Array, width: int) -> Array:
-  """Pads or cuts (B, L, ...) sentences to (B, width, ...)."""
-  missing = max(width - sentences.shape[1], 0)
-  pads = [(0, 0), (0, missing)] + [(0, 0)] * (sentences.ndim - 2)
-  return jnp.pad(sentences, pads)[:, :width]
-
-
 def _draw(
   spec: StepSpec,
   state: PyTree,
@@ -249,14 +242,14 @@ def _draw(
   lane: Array,
 ) -> tuple[PyTree, PyTree]:
   """The stream after a draw, and this device's share of what was drawn."""
-  return spec.draw(
+  del lane
+  return spec.sample(
     state.stream,
     data,
     size,
     key=jax.random.fold_in(key, 2),
     step=state.step,
-    lane=lane,
-    lanes=spec.lanes,
+    axis_name=spec.axis,
   )
 
 
@@ -306,9 +299,7 @@ def next_batch(
     if spec.selection.reuse > 1:
       reserve = jax.lax.all_gather(taken, spec.axis, tiled=True)
       taken = _from_reserve(spec, reserve, jnp.int32(0), lane)
-      if spec.widths:
-        width = state.reserve['inputs'].shape[1]
-        reserve['inputs'] = _fit(reserve['inputs'], width)
+      reserve = spec.fit(reserve, state.reserve)
     metrics['batch_error'] = jax.lax.pmean(
       jnp.mean(taken.pop('wrong'), dtype=jnp.float32), spec.axis
     )
@@ -318,9 +309,7 @@ def next_batch(
     chosen = spec.selection
     phase = (state.step - chosen.start) % chosen.reuse
     batch = _from_reserve(spec, state.reserve, phase, lane)
-    if spec.widths:  # of the part that they were drawn from
-      width = spec.widths[spec.part]
-      batch['inputs'] = _fit(batch['inputs'], width)
+    batch = spec.fit(batch, data)
     del batch['wrong']
     metrics = no_scores(spec.num_classes)
     return Choice(

@@ -14,8 +14,8 @@ from margin_jax.train.checkpoints import FOLDER, Checkpoints
 def to_save(config: config_lib.ml_collections.ConfigDict) -> dict[str, Any]:
   """What a checkpoint and result.json keep of the config."""
   saved = config_lib.as_json(config)
-  if config.data.name in data.own.DATASETS:
-    saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
+  if config.data.name in data.REGISTERED:
+    saved[config_lib.DIGEST] = data.REGISTERED[config.data.name].digest
   return saved
 
 
@@ -32,7 +32,7 @@ def saved_config(
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine
   _check_registered(saved)
-  if digest and data.own.DATASETS[saved['data.name']].digest != digest:
+  if digest and data.REGISTERED[saved['data.name']].digest != digest:
     raise config_lib.ConfigError(
       f'data.name={saved["data.name"]!r} stands for other arrays than the '
       'run had'
@@ -42,7 +42,7 @@ def saved_config(
 
 def _check_registered(saved: dict[str, Any]) -> None:
   """Raises if the run's dataset or models are known to another program only."""
-  datasets = (*data.NAMES, *data.own.DATASETS)
+  datasets = (*data.NAMES, *data.REGISTERED)
   for field, known in (
     ('data.name', lambda name: name in datasets),
     ('model.name', models.exists),

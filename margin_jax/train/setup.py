@@ -1,6 +1,5 @@
 """Config -> the static description of a train step and its first state."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -18,7 +17,7 @@ import numpy as np
 from margin_jax import config as config_lib
 from margin_jax import cpu, data, files, linearized, models, selection
 from margin_jax.config import UNIFORM, ConfigError, require
-from margin_jax.data import feeding, tokenization
+from margin_jax.data import tokenization
 from margin_jax.models import bert_weights, pretrained
 from margin_jax.train import attacks, optimizers, schema
 from margin_jax.train import devices as devices_lib
@@ -74,16 +73,13 @@ def steps_per_call(
   return max(k for k in range(1, top + 1) if common % k == 0)
 
 
-def chained(dataset: data.Source | data.Streamed) -> bool:
-  """Whether one program can run several steps on the data of one call.
-
-  Not on data that is fed step by step, nor on parts of several widths.
-  """
-  return dataset.resident and len(dataset.widths) <= 1
+def chained(dataset: data.Dataset) -> bool:
+  """Whether one program can run several steps on the data of one call."""
+  return dataset.most_steps_per_call > 1
 
 
 def _models(
-  config: ml_collections.ConfigDict, dataset: data.Source | data.Streamed
+  config: ml_collections.ConfigDict, dataset: data.Dataset
 ) -> tuple[nn.Module, nn.Module | None]:
   """The model, and the proxy, whose own options are the defaults."""
 
@@ -114,7 +110,7 @@ def _models(
 
 
 def _check_own(
-  field: str, name: str, model: nn.Module, dataset: data.Source | data.Streamed
+  field: str, name: str, model: nn.Module, dataset: data.Dataset
 ) -> None:
   """Raises a ConfigError unless a registered model is what a model must be."""
   if name in models.own.MODELS:
@@ -196,7 +192,7 @@ def _trimming(
 
 
 def _large_margin(
-  config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Source
+  config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Dataset
 ) -> LargeMargin | None:
   """Raises a ConfigError where the model or the data do not fit."""
   if not config.large_margin.weight:
@@ -230,10 +226,10 @@ def _large_margin(
 def _check_normalize_by_size(
   config: ml_collections.ConfigDict,
   known: dict[str, tuple[int, ...]],
-  dataset: data.Source,
+  dataset: data.Dataset,
 ) -> None:
   """Raises where a layer's size is that of the padding."""
-  if not (config.large_margin.normalize_by_size and dataset.widths):
+  if not (config.large_margin.normalize_by_size and dataset.vocabulary):
     return
   for name in config.large_margin.layers:
     if len(known[name]) > 2:
@@ -246,14 +242,14 @@ def _check_normalize_by_size(
 
 
 def layer_shapes(
-  model: nn.Module, dataset: data.Source
+  model: nn.Module, dataset: data.Dataset
 ) -> dict[str, tuple[int, ...]]:
   """The layers of a model that reads this data, for a batch of one."""
   variables, inputs = shapes(model, dataset)
   return linearized.layer_shapes(model, variables, inputs)
 
 
-def shapes(model: nn.Module, dataset: data.Source) -> tuple[Any, Any]:
+def shapes(model: nn.Module, dataset: data.Dataset) -> tuple[Any, Any]:
   """Those of the model's variables and of a batch of one; nothing computed."""
   inputs = input_shapes(dataset)
   key = jax.eval_shape(jax.random.key, 0)
@@ -261,7 +257,7 @@ def shapes(model: nn.Module, dataset: data.Source) -> tuple[Any, Any]:
   return jax.eval_shape(init, key, inputs), inputs
 
 
-def input_shapes(dataset: data.Source | data.Streamed) -> Any:
+def input_shapes(dataset: data.Dataset) -> Any:
   """Those of a batch of one, as the model reads it."""
   stored = jax.ShapeDtypeStruct((1, *dataset.input_shape), dataset.input_dtype)
   return jax.eval_shape(dataset.prepare, stored)
@@ -292,7 +288,7 @@ def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
 
 def make_spec(
   config: ml_collections.ConfigDict,
-  dataset: data.Source,
+  dataset: data.Dataset,
   lanes: int,
   rule: selection.Rule | None = None,
 ) -> StepSpec:
@@ -313,7 +309,7 @@ def make_spec(
     end=config.steps if config.optimizer.decay == 'linear' else None,
   )
   alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
-  spec = StepSpec(
+  return StepSpec(
     model=model,
     optimizer=optimizers.make(
       config.optimizer.name,
@@ -325,7 +321,8 @@ def make_spec(
       epsilon=config.optimizer.epsilon,
       clip_norm=config.optimizer.clip_norm,
     ),
-    draw=_draw(dataset),
+    sample=dataset.sample,
+    fit=dataset.fit,
     prepare=dataset.prepare,
     num_classes=classes,
     batch_size=config.batch_size,
@@ -348,44 +345,11 @@ def make_spec(
     average_batch_stats=config.model.batch_norm == 'device',
     on_nonfinite=config.on_nonfinite,
     f1=dataset.f1,
-    widths=dataset.widths,
   )
-  return _plan(spec, dataset, config.steps)
-
-
-def _plan(
-  spec: StepSpec, dataset: data.Source | data.Streamed, steps: int
-) -> StepSpec:
-  """The spec with the parts' turns, where the data has several."""
-  if len(dataset.widths) <= 1:
-    return spec
-  sizes = [spec.examples_drawn(spec.branch_of(step)) for step in range(steps)]
-  counts = [len(rows) for _, rows in dataset.parts['train']]
-  return dataclasses.replace(
-    spec, plan=tuple(data.parts.plan(sizes, counts).tolist())
-  )
-
-
-def _draw(dataset: data.Source | data.Streamed) -> Callable:
-  if dataset.widths:
-    function = data.parts.draw
-  else:
-    function = data.draw if dataset.resident else feeding.draw
-  return functools.partial(function, augment=dataset.augment)
-
-
-def _stream(dataset: data.Source | data.Streamed) -> Any:
-  """The place in the data before the first draw."""
-  if dataset.widths:
-    counts = [len(rows) for _, rows in dataset.parts['train']]
-    return data.parts.Streams.create(counts)
-  if dataset.resident:
-    return data.Stream.create(dataset.counts['train'])
-  return data.Epoch.create()
 
 
 def _pretrained(
-  config: ml_collections.ConfigDict, dataset: data.Source, model: nn.Module
+  config: ml_collections.ConfigDict, dataset: data.Dataset, model: nn.Module
 ) -> dict[tuple[str, ...], np.ndarray]:
   """What `config.model.pretrained` has for the model, by path."""
   path = config.model.pretrained
@@ -400,7 +364,7 @@ def _pretrained(
 
 def init_state(
   config: ml_collections.ConfigDict,
-  dataset: data.Source,
+  dataset: data.Dataset,
   spec: StepSpec,
   *,
   restoring: bool = False,
@@ -421,7 +385,7 @@ def init_state(
   examples = dataset.counts['train']
   state = step_lib.init_state(
     spec,
-    _stream(dataset),
+    dataset.state(),
     config.seed,
     np.zeros((1, *dataset.input_shape), dataset.input_dtype),
     examples if config.selection.log_counts else None,
@@ -439,7 +403,7 @@ def load(
   rule: selection.Rule | None,
   training: bool = True,
   workdir: str | None = None,
-) -> tuple[devices_lib.Devices, data.Source | data.Streamed]:
+) -> tuple[devices_lib.Devices, data.Dataset]:
   """Checks the config against itself, the data and, to train, the devices.
 
   Args:
@@ -469,34 +433,12 @@ def load(
 
 def _source(
   config: ml_collections.ConfigDict, workdir: str | None
-) -> data.Source | data.Streamed:
-  common = {
-    'data_dir': config.data.data_dir,
-    'validation_examples': config.data.validation_examples,
-    'fraction': config.data.fraction,
-    'label_noise': config.data.label_noise,
-    'seed': config.seed,
-  }
-  if config.data.name in data.SENTENCES:
-    scored = config.selection.rule != config_lib.UNIFORM
-    return data.load_sentences(
-      config.data.name,
-      max_length=config.data.max_length,
-      widths=config.data.widths,
-      vocabulary=vocabulary(config, workdir),
-      draw_size=config.pool_size if scored else config.batch_size,
-      **common,
-    )
+) -> data.Dataset:
+  scored = config.selection.rule != config_lib.UNIFORM
   return data.load(
-    config.data.name,
-    augmentations=config.data.augmentations,
-    crop_padding=config.data.crop_padding,
-    cutout_size=config.data.cutout_size,
-    normalization=config.data.normalization,
-    image_size=config.data.image_size,
-    workers=config.data.workers,
-    undecodable=config.data.undecodable,
-    **common,
+    **{**config.data, 'vocabulary': vocabulary(config, workdir)},
+    seed=config.seed,
+    sample_size=config.pool_size if scored else config.batch_size,
   )
 
 

@@ -1,7 +1,6 @@
 """What a train step does: the static description that it is compiled from."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +101,8 @@ class StepSpec:
   Attributes:
     model: returns (logits, features); its head is called `head`.
     optimizer: applied to the mean gradient over devices.
-    draw: (stream, data, size, key=, step=, lane=, lanes=) -> stream, pool.
+    sample: `Dataset.sample`.
+    fit: `Dataset.fit`.
     prepare: inputs as stored -> inputs of the model.
     num_classes: C.
     batch_size: b, over all devices.
@@ -119,15 +119,13 @@ class StepSpec:
       that running averages must be averaged over devices.
     on_nonfinite: what a step does where a number is not finite.
     f1: whether an evaluation counts what F1 needs.
-    widths: of the parts that the data comes in; () where it is in one piece.
-    plan: which part each step of the run draws from; () where there is one.
     branch: which branch to compile alone; None compiles a switch of all.
-    part: which part to compile for.
   """
 
   model: nn.Module
   optimizer: optax.GradientTransformation
-  draw: Callable
+  sample: Callable
+  fit: Callable
   prepare: Callable[[PyTree], PyTree]
   num_classes: int
   batch_size: int
@@ -143,17 +141,11 @@ class StepSpec:
   average_batch_stats: bool
   on_nonfinite: str = guard.STOP
   f1: bool = False
-  widths: tuple[int, ...] = ()
-  plan: tuple[int, ...] = ()
   branch: int | None = None
-  part: int = 0
 
-  def at(self, branch: int | None, part: int) -> 'StepSpec':
-    """The spec of the steps that take this branch and part."""
-    draw = self.draw
-    if self.widths:
-      draw = functools.partial(draw, part=part)
-    return dataclasses.replace(self, branch=branch, part=part, draw=draw)
+  def at(self, branch: int | None) -> 'StepSpec':
+    """The spec of the steps that take this branch."""
+    return dataclasses.replace(self, branch=branch)
 
   def at_once(self) -> 'StepSpec':
     """The spec that scores all rows at a time; with the same results."""
@@ -162,16 +154,9 @@ class StepSpec:
     whole = dataclasses.replace(self.selection, rows=None)
     return dataclasses.replace(self, selection=whole)
 
-  def part_of(self, step: int) -> int:
-    """Which part of the data a step draws from."""
-    return self.plan[step] if self.plan else 0
-
-  def kinds(self) -> list[tuple[int, int]]:
-    """The branch and the part of every step of a run, each pair once."""
-    if not self.plan:
-      return [(branch, 0) for branch in self.branches()]
-    steps = range(len(self.plan))
-    return sorted({(self.branch_of(s), self.plan[s]) for s in steps})
+  def sizes(self, steps: int) -> list[int]:
+    """How many examples each step of a run samples."""
+    return [self.examples_drawn(self.branch_of(s)) for s in range(steps)]
 
   def branches(self) -> tuple[int, ...]:
     """The branches that some step takes."""

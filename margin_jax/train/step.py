@@ -1,4 +1,4 @@
-"""The per-device train step and eval step: score -> select -> update.
+"""The per-device train step: score -> select -> update.
 
 Pure functions of (state, data), meant to be mapped over devices under
 `spec.axis`; nothing here knows how many hosts there are or where arrays live.
@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import linearized as layers_lib
-from margin_jax import margins
 from margin_jax.train import gradients, guard, pool
 from margin_jax.train.spec import PLAIN, StepSpec
 
@@ -246,125 +244,3 @@ def repeat(step: Callable, times: int) -> Callable:
     return state, jax.tree.map(lambda x: x[None], metrics)
 
   return one if times == 1 else many
-
-
-def _examples(
-  spec: StepSpec, size: int, split: PyTree, chunk: Array, lane: Array
-) -> tuple[PyTree, Array, Array]:
-  """This device's inputs and labels of a chunk, and which are not padding."""
-  if 'real' in split:  # the chunk itself, already shared out
-    return split['inputs'], split['label'], split['real']
-  share = size // spec.lanes
-  lane = jax.lax.axis_index(spec.axis)
-  index = chunk * size + lane * share + jnp.arange(share)
-  real = index < split['count']
-  index = jnp.where(real, index, 0)
-  return split['inputs'][index], split['label'][index], real
-
-
-def eval_step(
-  spec: StepSpec,
-  size: int,
-  attack: Callable | None,
-  variables: PyTree,
-  split: PyTree,
-  chunk: Array,
-  epsilon: Array,
-) -> Metrics:
-  """Sums over examples [chunk * size, (chunk + 1) * size) of a split.
-
-  Args:
-    spec: holds the model; static.
-    size: examples a call over all devices; static, divisible by the lanes.
-    attack: (logits_fn, inputs, labels, epsilon, bounds=) -> inputs, applied to
-      the images first, or None; static.
-    variables: 'params' and 'batch_stats'.
-    split: 'inputs', 'label' and 'count', how many of their rows are real:
-      the others are padding, so that splits of any size share one program. Or
-      this device's share of the chunk alone: 'inputs', 'label' and 'real'.
-    chunk: () int32.
-    epsilon: () float32, the radius of the attack; images are in [0, 1].
-
-  Returns:
-    'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
-    over all chunks every real example counts exactly once. With F1 also
-    'hits', true positives, and 'positives', those predicted plus those true.
-  """
-  inputs, label, real = _examples(spec, size, split, chunk)
-
-  def logits_fn(inputs: PyTree) -> Array:
-    logits, _ = spec.model.apply(variables, spec.prepare(inputs), train=False)
-    return logits.astype(jnp.float32)
-
-  if attack is not None:
-    # Pixels are stored as 0, ..., 255.
-    pixels = inputs.astype(jnp.float32)
-    inputs = attack(logits_fn, pixels, label, 255 * epsilon, bounds=(0, 255))
-  logits = logits_fn(inputs)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-  sums = {
-    'loss': jnp.sum(jnp.where(real, losses, 0)),
-    'correct': jnp.sum(real & (jnp.argmax(logits, axis=1) == label)),
-    'count': jnp.sum(real),
-  }
-  if spec.f1:
-    positive = jnp.argmax(logits, axis=1) == 1
-    sums['hits'] = jnp.sum(real & positive & (label == 1))
-    # Both those predicted and those that are: 2 TP + FP + FN.
-    sums['positives'] = jnp.sum(real & positive) + jnp.sum(real & (label == 1))
-  return jax.lax.psum(sums, spec.axis)
-
-
-def measure_step(
-  spec: StepSpec,
-  size: int,
-  layers: tuple[str, ...],
-  variables: PyTree,
-  split: PyTree,
-  chunk: Array,
-  reference: PyTree,
-) -> PyTree:
-  """Margins of examples [chunk * size, (chunk + 1) * size) of a split.
-
-  Args:
-    spec, size, variables, split, chunk: as `eval_step` takes them.
-    layers: at which to measure; static.
-    reference: for each layer what is subtracted from its activations before
-      they are squared and summed, near their mean, or digits are lost.
-
-  Returns:
-    'examples': arrays of `size` rows, padding included, over all devices, see
-    `evaluation.Measurer`, and 'square/LAYER', the squared norms of the
-    activations; and 'sums': the activations summed over the real examples.
-  """
-  inputs, label, real = _examples(spec, size, split, chunk)
-  inputs = spec.prepare(inputs)
-  logits, features = spec.model.apply(variables, inputs, train=False)
-  logits = logits.astype(jnp.float32)
-  kernel = pool.head_kernel(variables['params'])
-  examples = {
-    'real': real,
-    'label': label,
-    'prediction': jnp.argmax(logits, axis=1),
-    'margin': margins.signed_margins(logits, kernel, label),
-    'mms': margins.mms_scores(logits, kernel),
-    'radius': margins.row_norms(features.astype(jnp.float32)),
-  }
-  found = layers_lib.activations_at(spec.model, variables, inputs, layers)
-  logits_fn, perturbations = layers_lib.at_layers(
-    spec.model, variables, inputs, layers
-  )
-  signed = layers_lib.layer_margins(logits_fn, perturbations, label)
-  free = layers_lib.layer_margins(logits_fn, perturbations)
-  sums = {}
-  for name in layers:
-    flat = found[name].astype(jnp.float32).reshape(label.shape[0], -1)
-    flat = flat - reference[name][None, :]
-    sums[name] = jnp.sum(jnp.where(real[:, None], flat, 0), axis=0)
-    examples[f'margin/{name}'] = signed[name]
-    examples[f'mms/{name}'] = free[name]
-    examples[f'square/{name}'] = jnp.sum(jnp.square(flat), axis=1)
-  return {
-    'examples': jax.lax.all_gather(examples, spec.axis, tiled=True),
-    'sums': jax.lax.psum(sums, spec.axis),
-  }
