@@ -343,7 +343,11 @@ class Streaming:
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` are this device's shard already."""
     _, augment_key = jax.random.split(key)
-    keys = augment_lib.example_keys(augment_key, step, size, axis_name)
+    local = size // jax.lax.axis_size(axis_name)
+    first = jax.lax.axis_index(axis_name) * local
+    keys = augment_lib.example_keys(
+      augment_key, step, first + jnp.arange(local)
+    )
     examples = {
       'inputs': jax.vmap(self.augment)(keys, data['inputs']),
       'label': data['label'],
