@@ -239,6 +239,7 @@ def default() -> ml_collections.ConfigDict:
         # only (for models without BatchNorm).
         'backward': 'all',
       },
+      'loss': {'risk': 'cross_entropy', 'names': (), 'weights': ()},
       'mmr': {
         # Weight of MMR in the loss; linear in the step up to alpha_end, if set.
         'alpha': 0.0,

@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from margin_jax import data, losses, models, selection
+from margin_jax.data import registered
 
 
 def register_rule(
@@ -140,6 +141,6 @@ def register_dataset(
   """
   if name in data.NAMES:
     raise ValueError(f'dataset {name!r} is there already; take another name')
-  data.REGISTERED[name] = data.registered.from_arrays(
+  registered.REGISTERED[name] = registered.from_arrays(
     name, train=train, test=test, num_classes=num_classes
   )

@@ -96,7 +96,7 @@ CASES = {
     'data.name': 'entailment', 'model.name': 'bert2_32_2',
     'model.dropout': 0.1, 'optimizer.name': 'adam',
     'optimizer.learning_rates': (1e-3,), 'selection.rule': 'mms',
-    'selection.reuse': 2, 'data.max_length': 24, 'data.widths': (12, 16),
+    'selection.reuse': 2, 'data.max_length': 48, 'data.widths': (16, 24),
     'data.fraction': 0.1, **COUNTED, **MMR,
   },
   'streamed': {

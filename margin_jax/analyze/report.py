@@ -23,7 +23,7 @@ def _quantities(
   found: dict[str, Any], names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
   """What distributions are drawn of, by name."""
-  radius = found['radius'].max()
+  radius = found['feature_norm'].max()
   quantities = {
     'margin': found['margin'],
     'mms': found['mms'],
@@ -64,7 +64,7 @@ def _ranked(
 class _Report:
   """Collects what every checkpoint measured."""
 
-  def __init__(self, dataset: data.Source, names: tuple[str, ...]):
+  def __init__(self, dataset: data.Dataset, names: tuple[str, ...]):
     self.names = names
     self.dataset = dataset
     self.distributions: list[dict[str, Any]] = []
@@ -152,8 +152,8 @@ def analyze(
     setup_lib.check_layers('layers', layer_names, known)
     measurer = evaluation.Measurer(
       spec,
-      evaluation.make_splits(
-        devices, dataset, splits, config.eval_batch_size, examples, parted=False
+      dataset.chunks(
+        devices, splits, config.eval_batch_size, examples, whole=True
       ),
       {name: known[name] for name in layer_names},
     )

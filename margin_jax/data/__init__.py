@@ -12,7 +12,6 @@ from margin_jax.data import (
   entailment,
   glue,
   imagenet,
-  registered,
   splits,
   tfds_images,
   tokenization,

@@ -23,14 +23,15 @@ RATIOS = (3 / 4, 4 / 3)
 TRIES = 10
 
 
-def example_keys(key: Array, step: Array, size: int, axis_name: str) -> Array:
+def example_keys(key: Array, step: Array, index: Array) -> Array:
   """Returns a key for each example of this device's shard of a sample.
 
-  It depends on the example's index among all `size`, and so not on the number
-  of devices.
+  Args:
+    key: the PRNG key of all augmentations.
+    step: () int32.
+    index: (n,) of the examples among all that the step samples, so that the
+      number of devices does not matter.
   """
-  local = size // jax.lax.axis_size(axis_name)
-  index = jax.lax.axis_index(axis_name) * local + jnp.arange(local)
   return jax.vmap(jax.random.fold_in, (None, 0))(
     jax.random.fold_in(key, step), index
   )
@@ -64,7 +65,7 @@ def cutout(
     image: (H, W, C) uint8.
     size: the side of the square.
     fill: (C,) or (), the value that covers. The paper's is zero after
-      normalisation: `normalization.zero_pixel`, the mean pixel to the nearest level.
+      normalisation: `normalization.zero_pixel`, the mean pixel, rounded.
 
   Returns:
     (H, W, C) uint8.

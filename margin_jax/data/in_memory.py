@@ -112,9 +112,11 @@ class InMemory:
       lambda: state.order,
     )
     local = size // jax.lax.axis_size(axis_name)
-    start = cursor + jax.lax.axis_index(axis_name) * local
-    index = jax.lax.dynamic_slice_in_dim(order, start, local)
-    keys = augment_lib.example_keys(augment_key, step, size, axis_name)
+    first = jax.lax.axis_index(axis_name) * local
+    index = jax.lax.dynamic_slice_in_dim(order, cursor + first, local)
+    keys = augment_lib.example_keys(
+      augment_key, step, first + jnp.arange(local)
+    )
     examples = {
       'inputs': jax.vmap(self.augment)(keys, data['inputs'][index]),
       'label': data['label'][index],
@@ -147,7 +149,9 @@ class InMemory:
   ) -> 'Splits':
     """See `Dataset.chunks`; every split is gone through in its order."""
     del whole
-    arrays = {name: [first(self.splits[name], examples)] for name in names}
+    arrays = {
+      name: [first_examples(self.splits[name], examples)] for name in names
+    }
     return Splits(devices, arrays, batch_size)
 
 
@@ -175,6 +179,10 @@ class Loader:
     """Returns the split."""
     del step
     return self._data
+
+  def replay(self, step: int) -> PyTree:
+    """Returns the split."""
+    return self(step)
 
   def close(self) -> None:
     """Does nothing: no process reads."""
@@ -248,7 +256,7 @@ class Splits:
     return data['inputs'][index], data['label'][index], real
 
 
-def first(split: Split, examples: int | None) -> Split:
+def first_examples(split: Split, examples: int | None) -> Split:
   """Returns the first examples of a split, or all, with their 'row'."""
   split = {name: values[:examples] for name, values in split.items()}
   return {**split, 'row': np.arange(len(split['label']), dtype=np.int32)}

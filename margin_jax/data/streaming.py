@@ -343,7 +343,11 @@ class Streaming:
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` are this device's shard already."""
     _, augment_key = jax.random.split(key)
-    keys = augment_lib.example_keys(augment_key, step, size, axis_name)
+    local = size // jax.lax.axis_size(axis_name)
+    first = jax.lax.axis_index(axis_name) * local
+    keys = augment_lib.example_keys(
+      augment_key, step, first + jnp.arange(local)
+    )
     examples = {
       'inputs': jax.vmap(self.augment)(keys, data['inputs']),
       'label': data['label'],
@@ -455,6 +459,7 @@ class Loader:
     seed: int,
   ):
     """Starts nothing yet; the arguments are those of `Dataset.loader`."""
+    self._args = dataset, devices, sizes, seed
     self._devices = devices
     self._input_shape = dataset.input_shape
     self._sizes = sizes
@@ -488,6 +493,14 @@ class Loader:
     self.seconds_waited += time.perf_counter() - started
     self.undecodable += int(batch.pop('undecodable').sum())
     return self._devices.shard(batch)
+
+  def replay(self, step: int) -> PyTree:
+    """Reads the sample of the step once more, with workers of its own."""
+    dataset, devices, sizes, seed = self._args
+    with contextlib.closing(
+      Loader(dataset, devices, sizes, step, seed)
+    ) as again:
+      return again(step)
 
   def close(self) -> None:
     """Stops the workers."""

@@ -517,9 +517,7 @@ def _examples_of_failed_step(run: Run) -> PyTree:
 def _result(run: Run, evaluations: dict[str, Any]) -> dict[str, Any]:
   """Returns what result.json holds."""
   if not evaluations:  # stopped between the last checkpoint and result.json
-    evaluations = {
-      name: run.evaluator(name, run.state) for name in run.splits
-    }
+    evaluations = {name: run.evaluator(name, run.state) for name in run.splits}
     evaluations |= _mean_of_tests(evaluations)
   return {
     **evaluations,

@@ -25,8 +25,8 @@ def to_save(
   saved = config_lib.as_json(config)
   if rule is not None:
     saved['selection.rule'] = f'custom: {_name(rule)}'
-  if config.data.name in data.own.DATASETS:
-    saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
+  if config.data.name in data.REGISTERED:
+    saved[config_lib.DIGEST] = data.REGISTERED[config.data.name].digest
   return saved
 
 
@@ -50,7 +50,7 @@ def saved_config(
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine
   _check_registered(saved)
-  if digest and data.own.DATASETS[saved['data.name']].digest != digest:
+  if digest and data.REGISTERED[saved['data.name']].digest != digest:
     raise config_lib.ConfigError(
       f'data.name={saved["data.name"]!r} stands for other arrays than the '
       'run had'
@@ -60,7 +60,7 @@ def saved_config(
 
 def _check_registered(saved: dict[str, Any]) -> None:
   """Raises if the run's dataset or models are known to another program only."""
-  datasets = (*data.NAMES, *data.own.DATASETS)
+  datasets = (*data.NAMES, *data.REGISTERED)
   for field, known in (
     ('data.name', lambda name: name in datasets),
     ('model.name', models.exists),

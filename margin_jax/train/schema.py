@@ -41,7 +41,7 @@ CHOICES = {
 }
 # And what the user registers while the program runs.
 REGISTERED = {
-  'data.name': data.own.DATASETS,
+  'data.name': data.REGISTERED,
   'selection.rule': selection.REGISTERED,
 }
 FLAGS = (
@@ -445,9 +445,9 @@ def _check_sentences(flat: dict[str, Any]) -> None:
 def _check_arrays(flat: dict[str, Any]) -> None:
   """Refuses, of registered arrays, what is for images."""
   name = flat['data.name']
-  if name not in data.own.DATASETS:
+  if name not in data.REGISTERED:
     return
-  found = data.own.DATASETS[name]
+  found = data.REGISTERED[name]
   if not found.pixels:
     because = f'with data.name={name!r}, whose inputs are not uint8 images'
     _forbid(flat, IMAGES_ONLY, because)

@@ -12,8 +12,15 @@ import ml_collections
 import numpy as np
 import optax
 
-from margin_jax import config as config_lib
-from margin_jax import cpu, data, linearized, losses, models, registry, selection
+from margin_jax import (
+  cpu,
+  data,
+  linearized,
+  losses,
+  models,
+  registry,
+  selection,
+)
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
 from margin_jax.train import attacks, optimizers, schema, vocabulary

@@ -577,9 +577,7 @@ def empty_buffer(spec: StepSpec, inputs: PyTree) -> PyTree:
   }
 
 
-def examples_of_step(
-  spec: StepSpec, state: TrainState, data: PyTree
-) -> PyTree:
+def examples_of_step(spec: StepSpec, state: TrainState, data: PyTree) -> PyTree:
   """Returns the examples that a step reads, of all devices: its pool or batch.
 
   For replay: `spec` is specialized to the step's variant.
