@@ -501,7 +501,7 @@ def _with_examples(
 
 
 def _examples_of_failed_step(run: Run) -> PyTree:
-  """Returns the examples that the step which `state` is at reads, for replay."""
+  """Returns what the step that `state` is at reads, for replay."""
   state = jax.device_get(run.state)
   step = int(state.step)
   spec = run.spec.specialize(run.program.variant(step))

@@ -227,7 +227,7 @@ def _selection(
 def _score_transform(
   config: ml_collections.ConfigDict, num_classes: int, device_count: int
 ) -> selection.ScoreTransform | None:
-  """Returns what the rule does with the scores of the whole pool, if anything."""
+  """Returns what the rule does with the scores of a whole pool, or None."""
   if config.selection.rule == 'selective_backprop':
     return functools.partial(
       selection.loss_percentile_sampler, beta=config.selection.beta

@@ -506,7 +506,7 @@ def switch(
 
 
 def repeat(step: Callable, times: int) -> Callable:
-  """Runs `times` steps in one call; metrics get a leading axis of that length."""
+  """Runs `times` steps in a call; metrics get a leading axis of steps."""
 
   def many(state: TrainState, data: PyTree):
     return jax.lax.scan(
