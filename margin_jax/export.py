@@ -63,7 +63,7 @@ def export(
     folder,
     {'params': state.params},
     bert_weights.sizes_of(spec.model),
-    setup_lib.vocabulary(config, workdir),
+    vocabulary.find(config, workdir),
   )
   return folder
 
