@@ -249,7 +249,7 @@ def repeat(step: Callable, times: int) -> Callable:
 
 
 def _examples(
-  spec: StepSpec, size: int, split: PyTree, chunk: Array, lane: Array
+  spec: StepSpec, size: int, split: PyTree, chunk: Array
 ) -> tuple[PyTree, Array, Array]:
   """This device's inputs and labels of a chunk, and which are not padding."""
   if 'real' in split:  # the chunk itself, already shared out
