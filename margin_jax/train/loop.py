@@ -7,7 +7,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -409,31 +409,13 @@ def train(
     # Before the workdir is touched: the model and its layers may not fit.
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
     with (
-      _open(workdir, devices),
+      runs.lock_workdir(workdir, devices),
       contextlib.closing(
         Checkpoints(workdir, config.keep_every, writing=True)
       ) as checkpoints,
     ):
       trainer = Trainer(config, dataset, devices, checkpoints, spec, rule, log)
       return _train(trainer, workdir, interrupts, log, hook, view)
-
-
-@contextlib.contextmanager
-def _open(workdir: str, devices: devices_lib.Devices) -> Iterator[None]:
-  """Makes the workdir, and keeps others out of it."""
-  with contextlib.ExitStack() as stack:
-    problem = None
-    try:
-      os.makedirs(workdir, exist_ok=True)
-      if devices.is_main_process:
-        stack.enter_context(files.locked(workdir))
-    except OSError as error:
-      problem = error
-    if devices.sum(problem is not None):
-      raise config_lib.ConfigError(
-        f'workdir={workdir!r}: {problem or "see the other processes"}'
-      ) from problem
-    yield
 
 
 def _train(
@@ -455,8 +437,10 @@ def _train(
     f'examples on {devices.total} x {devices.kind}; {compiled}'
     f'starting at step {trainer.start:,}'
   )
-  result = _stored(pathlib.Path(workdir), trainer)
-  if result is not None and not _other_attack(result, trainer):
+  result = None
+  if trainer.start == config.steps:
+    result = runs.trained(workdir, trainer.saved_config)
+  if result is not None and runs.attacked(result, trainer.saved_config):
     say(f'complete: {_headline(result)}')
     return result
   reporter = Silent()
@@ -484,28 +468,6 @@ def _train(
       f'{trainer.counters.seconds:.1f} s of training'
     )
   return result
-
-
-def _stored(workdir: pathlib.Path, trainer: Trainer) -> dict[str, Any] | None:
-  """The result of a run that is complete; None if it is not.
-
-  Its seconds and versions are those of the machine that trained.
-  """
-  path = workdir / 'result.json'
-  if trainer.start != trainer.config.steps or not path.exists():
-    return None
-  result = runs.read_result(path)
-  # A run that was made longer may have been killed before it wrote its own.
-  return result if result['steps'] == trainer.config.steps else None
-
-
-def _other_attack(result: dict[str, Any], trainer: Trainer) -> bool:
-  """Whether the test split was not evaluated under this config's attack."""
-  return any(
-    result['config'].get(name) != value
-    for name, value in trainer.saved_config.items()
-    if name.startswith('attack.')
-  )
 
 
 def _finish(
