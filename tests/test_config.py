@@ -13,6 +13,7 @@ from margin_jax import config as config_lib
 from margin_jax.config import ConfigError
 from margin_jax.train import schema
 from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
+from tests.helpers import make_config
 
 FIELDS = tuple(config_lib.flatten(config_lib.default()))
 # What may differ between a checkpoint and the run that continues it.
@@ -22,20 +23,6 @@ RESUMABLE = {
   'data.workers', 'data.undecodable', 'on_nonfinite',
   'attack.name', 'attack.epsilons', 'attack.steps',
 }  # fmt: skip
-
-
-def make_config(fields):
-  """The default with `fields` by dotted name, of whatever type."""
-  config = config_lib.default()
-  with config.unlocked(), config.ignore_type():
-    for name, value in fields.items():
-      *path, leaf = name.split('.')
-      section = config
-      for part in path:
-        section = section[part]
-      with section.unlocked(), section.ignore_type():
-        section[leaf] = value
-  return config
 
 
 def assert_refused(config, name, value, allowed):
