@@ -8,12 +8,13 @@ from typing import Any
 
 from margin_jax import config as config_lib
 from margin_jax import data, models, selection
+from margin_jax.train import schema
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
 
 
 def to_save(config: config_lib.ml_collections.ConfigDict) -> dict[str, Any]:
-  """What a checkpoint and result.json keep of the config."""
-  saved = config_lib.as_json(config)
+  """What a checkpoint and result.json keep of the config, which is valid."""
+  saved = config_lib.as_json(schema.effective(config))
   if config.data.name in data.own.DATASETS:
     saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
   return saved

@@ -78,9 +78,10 @@ def effective(
 
   So whoever reads a field need not ask whether it counts.
   """
-  changed = copy.deepcopy(config)
-  for name in unused(config):
-    changed.update_from_flattened_dict({name: FIELDS[name].default})
+  changed = ml_collections.ConfigDict(copy.deepcopy(config))  # not frozen
+  with changed.ignore_type():
+    for name in unused(config):
+      changed.update_from_flattened_dict({name: FIELDS[name].default})
   return changed
 
 
