@@ -1,18 +1,24 @@
 """Small runs that several tests share."""
 
+import csv
 import functools
 import pathlib
+import shlex
+import socket
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from margin_jax import config as config_lib
 from margin_jax import data
+from margin_jax.compare import methods as methods_lib
 from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import schema
+from margin_jax.train import loop, schema
 from margin_jax.train import setup as setup_lib
+from margin_jax.train.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -141,3 +147,81 @@ def assert_trees_close(first, second, tolerance):
     first,
     second,
   )
+
+
+class Interrupted(Exception):
+  """Raised from a progress line, where a kill might have come."""
+
+
+def train(workdir, *, interrupt_at=None, **fields):
+  """The result and the log of a run of `small_config`."""
+  lines = []
+
+  def log(line):
+    lines.append(line)
+    if interrupt_at is not None and f'step {interrupt_at}/' in line:
+      raise Interrupted
+
+  config = small_config(**fields)
+  return loop.train(config, str(workdir), log=log), lines
+
+
+def saved_state(workdir, **fields):
+  """The latest checkpoint's state and info."""
+  config = small_config(**fields)
+  dataset = digits()
+  target = setup_lib.init_state(
+    config, dataset, setup_lib.make_spec(config, dataset, 1)
+  )
+  checkpoints = Checkpoints(str(workdir))
+  restored = checkpoints.restore(target)
+  checkpoints.close()
+  return restored
+
+
+def read_csv(path):
+  """The rows, as dictionaries of text."""
+  with path.open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def make_config(fields):
+  """The default with `fields` by dotted name, of whatever type."""
+  config = config_lib.default()
+  with config.unlocked(), config.ignore_type():
+    for name, value in fields.items():
+      *path, leaf = name.split('.')
+      section = config
+      for part in path:
+        section = section[part]
+      with section.unlocked(), section.ignore_type():
+        section[leaf] = value
+  return config
+
+
+def made(config, methods, sweep=()):
+  """The trials of a comparison."""
+  parsed = methods_lib.parse_methods(methods, config)
+  return methods_lib.make(
+    config, parsed, methods_lib.parse_sweep(sweep, config)
+  )
+
+
+def command_of(message):
+  """The words of the command that a message tells the user to run."""
+  return shlex.split(message[message.index('python') :].partition(' -- ')[0])
+
+
+def free_port():
+  """A port that nobody listens on."""
+  with socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    return listener.getsockname()[1]
+
+
+def small_network(weights, inputs, perturbation=0.0):
+  """The network of `references.network_logits`, in JAX."""
+  hidden = inputs @ weights['w1'] + weights['b1'][None]
+  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
+  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
+  return hidden @ weights['w2'] + weights['b2'][None]

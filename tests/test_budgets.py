@@ -6,8 +6,7 @@ import pytest
 from margin_jax.compare import budgets
 from margin_jax.config import ConfigError
 from margin_jax.train import optimizers
-from tests.helpers import small_config
-from tests.test_comparison import made
+from tests.helpers import made, small_config
 
 RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'
 

@@ -11,7 +11,7 @@ import pytest
 from margin_jax import data
 from margin_jax.data import cache, tfds_images
 from tests import helpers
-from tests.test_data import image_of, write_dataset
+from tests.datasets import image_of, write_dataset
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 SHAPE = (32, 32, 3)

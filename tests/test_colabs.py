@@ -16,9 +16,8 @@ import pytest
 
 import margin_jax
 from margin_jax.models import bert, bert_weights
+from tests.datasets import VOCAB, write_task
 from tests.helpers import ROOT
-from tests.test_glue import write_task
-from tests.test_tokenization import VOCAB
 
 NAMES = (
   'glue_mmr', 'mmr_margins', 'quickstart', 'selection_tour', 'tpu_pod',
@@ -43,7 +42,7 @@ def code_cells(notebook):
 
 
 def install_cell(notebook):
-  (cell,) = [c for c in code_cells(notebook) if c.dataset.startswith(INSTALL)]
+  (cell,) = [c for c in code_cells(notebook) if c.source.startswith(INSTALL)]
   return cell
 
 
@@ -116,7 +115,7 @@ def test_runs_from_top_to_bottom(name, tmp_path):
   assert all(x.output_type != 'error' for x in outputs(found))
   assert install_cell(found).outputs == []
   assert len(pictures(found)) == len(pictures(committed))
-  sources = [[cell.dataset for cell in x.cells] for x in (found, committed)]
+  sources = [[cell.source for cell in x.cells] for x in (found, committed)]
   assert sources[0] == sources[1]
   if environment:
     lines = re.findall(
@@ -174,13 +173,13 @@ def test_is_committed_as_a_run_left_it(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_opens_in_colab_and_installs_what_is_pinned(name):
   notebook = read(name)
-  assert f'{BADGE}{name}.ipynb)' in notebook.cells[0].dataset
-  install = install_cell(notebook).dataset
-  assert install == install_cell(read('quickstart')).dataset
+  assert f'{BADGE}{name}.ipynb)' in notebook.cells[0].source
+  install = install_cell(notebook).source
+  assert install == install_cell(read('quickstart')).source
   assert f'{REPOSITORY}@v{margin_jax.__version__}"' in install.replace("'", '"')
   for cell in code_cells(notebook):
-    assert 'absl' not in cell.dataset
-    assert 'configs' not in cell.dataset  # which pip does not install
+    assert 'absl' not in cell.source
+    assert 'configs' not in cell.source  # which pip does not install
 
 
 def requirement(package, python):
@@ -194,7 +193,7 @@ def requirement(package, python):
 
 def installs(monkeypatch, python, **there):
   """What the install cell asks pip for where there are these packages."""
-  dataset = install_cell(read('quickstart')).dataset
+  dataset = install_cell(read('quickstart')).source
   dataset = re.sub(r'%pip (.*)', r"pip(r'''\1''')", dataset)
   asked = []
   scope = {'pip': asked.append}

@@ -14,7 +14,7 @@ from margin_jax.analyze import plots as analyze_plots
 from margin_jax.compare import curves, plots, report, runs, tables
 from margin_jax.compare import methods as methods_lib
 from margin_jax.config import ConfigError
-from tests.helpers import small_config
+from tests.helpers import made, small_config
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,6 @@ def test_a_sweep_is_parsed_like_a_flag():
 def test_bad_sweeps_are_refused(texts, words):
   with pytest.raises(ConfigError, match=re.escape(words)):
     methods_lib.parse_sweep(texts, small_config())
-
-
-def made(config, methods, sweep=()):
-  parsed = methods_lib.parse_methods(methods, config)
-  return methods_lib.make(
-    config, parsed, methods_lib.parse_sweep(sweep, config)
-  )
 
 
 def test_fields_hold_for_the_rules_that_have_them():

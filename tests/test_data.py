@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import os
 import re
-import shlex
 import socket
 import time
 
@@ -13,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 from sklearn import datasets as sklearn_datasets
 from tensorflow_datasets.core.download import download_manager, util
 
 from margin_jax import data
 from margin_jax.data import augment, digits, in_memory, prepare
+from tests.datasets import image_of, write_dataset
+from tests.helpers import command_of
 
 CIFAR = (32, 32, 3)
 
@@ -82,10 +82,6 @@ def test_every_example_has_a_key_of_its_own_at_every_step():
   first = pools(16, 8, 23)['inputs']
   other = pools(16, 8, 23, seed=1)['inputs']
   assert np.unique([first, other]).size == first.size + other.size
-
-
-def image_of(number, shape):
-  return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
 
 
 def crops(image, padding):
@@ -206,44 +202,6 @@ def test_bad_arguments_of_load_are_refused(field, value, words):
     data.load(**{'name': 'digits', field: value})
 
 
-def write_dataset(folder, name, *, ids, labels):
-  """Prepares dataset `name` as TFDS would, and returns the files' folder.
-
-  Training example i is image_of(i, shape) with label labels[i], unchecked, and
-  CIFAR's id, 'train_7', if `ids`; the three test examples have labels 0, 1, 2.
-  """
-  # Before registration is skipped: this registers the stock datasets.
-  stock = tfds.builder(name, data_dir=folder)
-  shape = stock.info.features['image'].shape
-  features = {'image': tfds.features.Image(shape=shape), 'label': np.int64}
-  features |= {'id': tfds.features.Text()} if ids else {}
-  features = tfds.features.FeaturesDict(features)
-
-  with tfds.core.registered.skip_registration():
-
-    class Builder(tfds.core.GeneratorBasedBuilder):
-      VERSION = stock.version
-
-      def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-      def _split_generators(self, dl_manager):
-        splits = {'train': labels, 'test': range(3)}
-        return {s: self._generate_examples(s, x) for s, x in splits.items()}
-
-      def _generate_examples(self, split, values):
-        for i, value in enumerate(values):
-          image = Image.fromarray(image_of(i, shape).squeeze())
-          record = {'image': image, 'label': value}
-          key = f'{split}_{i}'
-          yield key, record | ({'id': key} if ids else {})
-
-  Builder.name = name
-  builder = Builder(data_dir=folder, file_format='array_record')
-  builder.download_and_prepare()
-  return builder.data_path
-
-
 def stored_records(name, folder):
   """The training records, as they lie in the dataset's files."""
   return tfds.data_source(name, data_dir=folder, split='train')
@@ -290,11 +248,6 @@ def test_a_label_out_of_range_is_refused(tmp_path, label, run):
   words = rf"'cifar10', split 'train': .* {run}, outside \[0, 10\)"
   with pytest.raises(data.DatasetError, match=words):
     data.load('cifar10', data_dir=str(tmp_path))
-
-
-def command_of(message):
-  """The words of the command that a message tells the user to run."""
-  return shlex.split(message[message.index('python') :].partition(' -- ')[0])
 
 
 def test_a_missing_dataset_is_an_answer_at_once(tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """GLUE's tasks, real and made here; their cache; what is refused."""
 
 import os
-import pathlib
 import re
 import socket
-import sys
 
 import numpy as np
 import pytest
@@ -12,78 +10,18 @@ import tensorflow_datasets as tfds
 
 from margin_jax import data
 from margin_jax.data import cache, glue, prepare, tokenization
-from tests.test_data import command_of
-from tests.test_tokenization import VOCAB
+from tests import datasets
+from tests.datasets import (
+  SPLITS,
+  TASKS,
+  VOCAB,
+  splits_of,
+  text_of,
+  write_task,
+)
+from tests.helpers import command_of
 
-FIELDS = {
-  'glue/qnli': ('question', 'sentence'),
-  'glue/sst2': ('sentence',),
-  'glue/mrpc': ('sentence1', 'sentence2'),
-  'glue/rte': ('sentence1', 'sentence2'),
-  'glue/qqp': ('question1', 'question2'),
-  'glue/mnli': ('premise', 'hypothesis'),
-}
-SPLITS = {'train': 'train', 'test': 'validation'}
-MNLI = {
-  'train': 'train',
-  'test': 'validation_matched',
-  'test_mismatched': 'validation_mismatched',
-}
 LENGTH = 16
-
-
-def splits_of(name):
-  return MNLI if name == 'glue/mnli' else SPLITS
-
-
-def text_of(split, number, field):
-  """A sentence that no other example has, of 1 to 5 words."""
-  words = np.random.default_rng([len(split), number, len(field)])
-  words = words.choice(['the', 'cafe', 'Running', 'b', 'unaffable'], 4)
-  return ' '.join([str(number % 3), *words[: number % 5]])
-
-
-def write_task(folder, name, *, sizes=(30, 8, 7), labels=None, without=()):
-  """Prepares a GLUE task as TFDS would, and returns the files' folder.
-
-  Example i of a split has label i % classes, or labels[i].
-  """
-  classes = 3 if name == 'glue/mnli' else 2
-  texts = [x for x in FIELDS[name] if x not in without]
-  features = dict.fromkeys(texts, tfds.features.Text())
-  features |= {x: np.int32 for x in ('label', 'idx') if x not in without}
-
-  with tfds.core.registered.skip_registration():
-
-    class Builder(tfds.core.GeneratorBasedBuilder):
-      VERSION = tfds.core.Version('2.0.0')
-      BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=name.split('/')[1]),)
-
-      def _info(self):
-        return tfds.core.DatasetInfo(
-          builder=self, features=tfds.features.FeaturesDict(features)
-        )
-
-      def _split_generators(self, dl_manager):
-        names = splits_of(name).values()
-        return {
-          split: self._generate_examples(split, size)
-          for split, size in zip(names, sizes, strict=False)
-        }
-
-      def _generate_examples(self, split, size):
-        for i in range(size):
-          example = {x: text_of(split, i, x) for x in texts}
-          example['label'] = i % classes if labels is None else labels[i]
-          example['idx'] = 3 * i  # as in MRPC, there are gaps
-          yield i, {k: x for k, x in example.items() if k in features}
-
-  Builder.name = 'glue'
-  builder = Builder(
-    config=name.split('/')[1], data_dir=folder, file_format='array_record'
-  )
-  builder.download_and_prepare()
-  return pathlib.Path(builder.data_path)
 
 
 def load(folder, name='glue/rte', vocab=VOCAB, max_length=LENGTH):
@@ -97,7 +35,7 @@ def assert_right(loaded, name, vocab=VOCAB, max_length=LENGTH):
   sizes = (30, 8, 7)
   for (ours, theirs), size in zip(splits_of(name).items(), sizes, strict=False):
     texts = [
-      tuple(text_of(theirs, i, field) for field in FIELDS[name])
+      tuple(text_of(theirs, i, field) for field in TASKS[name])
       for i in range(size)
     ]
     expected = tokenization.encode(texts, vocab, max_length)
@@ -122,12 +60,12 @@ def decoded(monkeypatch):
 
 
 def test_the_tasks_are_those_of_the_paper():
-  assert tuple(FIELDS) == glue.NAMES
+  assert tuple(TASKS) == glue.NAMES
   assert {*glue.NAMES} < {*prepare.NAMES}
   assert glue.F1_NAMES == ('glue/mrpc', 'glue/qqp')
 
 
-@pytest.mark.parametrize('name', FIELDS)
+@pytest.mark.parametrize('name', TASKS)
 def test_a_task_comes_in_its_original_order(tmp_path, name, decoded):
   folder = write_task(tmp_path, name)
   stored = tfds.builder_from_directory(folder).as_data_source(split='train')
@@ -194,7 +132,7 @@ def test_a_dataset_prepared_again_is_read_again(tmp_path, decoded):
   assert decoded == ['train', 'validation', 'train']
 
 
-@pytest.mark.parametrize('name', FIELDS)
+@pytest.mark.parametrize('name', TASKS)
 def test_a_missing_task_is_an_answer_at_once(tmp_path, monkeypatch, name):
   tries = []
 
@@ -250,7 +188,7 @@ def test_a_missing_field_is_named(tmp_path, without, words):
 
 
 def test_text_that_is_no_utf8_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(sys.modules[__name__], 'text_of', lambda *_: b'caf\xe9')
+  monkeypatch.setattr(datasets, 'text_of', lambda *_: b'caf\xe9')
   write_task(tmp_path, 'glue/rte', sizes=(3, 3, 3))
   refused(tmp_path, ['broken', "'utf-8' codec", 'Remove it and prepare'])
 

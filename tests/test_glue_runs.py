@@ -14,12 +14,11 @@ from margin_jax.data import DatasetError
 from margin_jax.models import bert, bert_weights
 from margin_jax.train import loop
 from tests import helpers
-from tests.test_glue import write_task
-from tests.test_tokenization import VOCAB
+from tests.datasets import VOCAB, write_task
 
 FIELDS = {
   'data.max_length': 16,
-  'data.widths': (),
+  'data.buckets': (),
   'data.augmentations': (),
   'data.crop_padding': 4,
   'model.name': 'bert1_8_2',

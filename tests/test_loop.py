@@ -1,8 +1,6 @@
 """The trainer: resuming, files, refusals. Digits, 20 steps, one device."""
 
-import csv
 import json
-import pathlib
 import subprocess
 import sys
 import types
@@ -13,46 +11,9 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
-from margin_jax.train import setup as setup_lib
-from margin_jax.train.checkpoints import Checkpoints
 from margin_jax.train.loop import Trainer
 from tests import helpers
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-class Interrupted(Exception):
-  """Raised from a progress line, where a kill might have come."""
-
-
-def train(workdir, *, interrupt_at=None, **fields):
-  lines = []
-
-  def log(line):
-    lines.append(line)
-    if interrupt_at is not None and f'step {interrupt_at}/' in line:
-      raise Interrupted
-
-  config = helpers.small_config(**fields)
-  return loop.train(config, str(workdir), log=log), lines
-
-
-def saved_state(workdir, **fields):
-  """The latest checkpoint's state and info."""
-  config = helpers.small_config(**fields)
-  dataset = helpers.digits()
-  target = setup_lib.init_state(
-    config, dataset, setup_lib.make_spec(config, dataset, 1)
-  )
-  checkpoints = Checkpoints(str(workdir))
-  restored = checkpoints.restore(target)
-  checkpoints.close()
-  return restored
-
-
-def read_csv(path):
-  with path.open(newline='') as file:
-    return list(csv.DictReader(file))
+from tests.helpers import ROOT, Interrupted, read_csv, saved_state, train
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from margin_jax.data import prepare
-from tests.test_data import write_dataset
+from tests.datasets import write_dataset
 
 
 def test_preparing_shows_progress(tmp_path, monkeypatch, capsys):

@@ -15,50 +15,9 @@ from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop
 from margin_jax.train import setup as setup_lib
 from tests import helpers
+from tests.datasets import ONE, jpeg, streamed, streamed_config
 
 SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples drawn
-
-
-def jpeg(rng, label):
-  """A photo-like JPEG of a random shape, its brightness near the label's."""
-  height, width = rng.integers(20, 60, 2)
-  pixels = rng.integers(0, 100, (height // 4 + 1, width // 4 + 1, 3))
-  image = Image.fromarray((pixels + 30 * label).astype(np.uint8))
-  file = io.BytesIO()
-  image.resize((int(width), int(height))).save(file, 'JPEG')
-  return file.getvalue()
-
-
-class Records(list):
-  """As TFDS has it."""
-
-  def __getitems__(self, rows):
-    return [self[row] for row in rows]
-
-
-def dataset(workers=0, examples=30):
-  """30 training and 11 test images of four classes, made here."""
-  rng = np.random.default_rng(0)
-
-  def records(count):
-    labels = rng.integers(0, 4, count)
-    return Records({'image': jpeg(rng, y), 'label': int(y)} for y in labels)
-
-  rows = {'train': np.arange(examples), 'test': np.arange(11)}
-  return streaming.Streamed(
-    name='made',
-    num_classes=4,
-    records={'train': records(examples), 'test': records(11)},
-    rows=rows,
-    shift={name: np.zeros(len(x), np.int32) for name, x in rows.items()},
-    image_size=16,
-    workers=workers,
-    augment=lambda key, image: image,
-    prepare=in_memory.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
-  )
-
-
-ONE = devices_lib.Share(0, 1)
 
 
 def assert_batches_equal(first, second):
@@ -68,7 +27,7 @@ def assert_batches_equal(first, second):
 
 @pytest.fixture(scope='module')
 def batches():
-  return [*dataset().training(SIZES, 0, 7, ONE)]
+  return [*streamed().training(SIZES, 0, 7, ONE)]
 
 
 def test_draws_have_the_sizes_asked_for(batches):
@@ -90,7 +49,7 @@ def test_an_epoch_visits_no_example_twice(batches):
 
 
 def test_labels_are_those_of_the_index(batches):
-  records = dataset().records['train']
+  records = streamed().records['train']
   for batch in batches:
     expected = [records[i]['label'] for i in batch['index']]
     np.testing.assert_array_equal(batch['label'], expected)
@@ -99,13 +58,13 @@ def test_labels_are_those_of_the_index(batches):
 @pytest.mark.parametrize('start', [1, 3, 7])
 def test_resuming_needs_the_step_only(batches, start):
   before = sum(size > 0 for size in SIZES[:start])
-  resumed = [*dataset().training(SIZES, start, 7, ONE)]
+  resumed = [*streamed().training(SIZES, start, 7, ONE)]
   assert_batches_equal(resumed, batches[before:])
 
 
 def test_processes_share_every_draw(batches):
   parts = [
-    [*dataset().training(SIZES, 0, 7, devices_lib.Share(i, 2))] for i in (0, 1)
+    [*streamed().training(SIZES, 0, 7, devices_lib.Shard(i, 2))] for i in (0, 1)
   ]
   joined = [
     {k: np.concatenate([x[k], y[k]]) for k in x}
@@ -115,14 +74,14 @@ def test_processes_share_every_draw(batches):
 
 
 def test_another_seed_draws_otherwise(batches):
-  other = [*dataset().training(SIZES, 0, 8, ONE)]
+  other = [*streamed().training(SIZES, 0, 8, ONE)]
   assert not np.array_equal(other[0]['index'], batches[0]['index'])
 
 
 def test_an_image_is_cut_anew_every_time():
   """One image, drawn over and over."""
   lonely = dataclasses.replace(
-    dataset(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
+    streamed(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
   )
   (batch,) = lonely.training([4], 0, 0, ONE)
   assert len({x.tobytes() for x in batch['inputs']}) == 4
@@ -134,8 +93,8 @@ def test_evaluation_sees_every_example_once(size, count):
   size += size % count
   seen = []
   for index in range(count):
-    for chunk in dataset().evaluation(
-      'test', size, devices_lib.Share(index, count)
+    for chunk in streamed().evaluation(
+      'test', size, devices_lib.Shard(index, count)
     ):
       assert len(chunk['label']) == size // count
       seen += chunk['index'][chunk['real']].tolist()
@@ -183,32 +142,14 @@ def test_decoding_is_pillows():
   assert streaming.decode(grey.getvalue(), 16, None).shape == (16, 16, 3)
 
 
-def config(**fields):
-  return helpers.small_config(
-    **{
-      'data.validation_examples': 0,
-      'data.augmentations': ('flip',),
-      'model.name': 'resnet8',
-      'eval_batch_size': 7,
-      'steps': 6,
-      'log_every': 3,
-      'eval_every': 6,
-      'checkpoint_every': 3,
-      'pool_size': 16,
-      'selection.every': 2,
-      **fields,
-    }
-  )
-
-
 def train(workdir, monkeypatch, steps_until=None, **fields):
-  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: dataset())
+  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: streamed())
 
   def log(line):
     if steps_until is not None and f'step {steps_until}/' in line:
       raise KeyboardInterrupt
 
-  return loop.train(config(**fields), str(workdir), log=log)
+  return loop.train(streamed_config(**fields), str(workdir), log=log)
 
 
 def test_training_selects_resumes_and_reports(tmp_path, monkeypatch):
@@ -242,9 +183,11 @@ def test_a_streamed_draw_has_the_pixels_of_its_place():
 
 
 def test_steps_of_streamed_data_are_called_one_by_one():
-  assert setup_lib.steps_per_call(config(), 'gpu', chained=False) == 1
+  assert setup_lib.steps_per_call(streamed_config(), 'gpu', chained=False) == 1
   with pytest.raises(ValueError, match='steps_per_call=3 is not allowed'):
-    setup_lib.steps_per_call(config(steps_per_call=3), 'gpu', chained=False)
+    setup_lib.steps_per_call(
+      streamed_config(steps_per_call=3), 'gpu', chained=False
+    )
 
 
 def sample(folder):
@@ -256,7 +199,7 @@ def sample(folder):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_damaged_jpeg_is_named(workers):
-  this = dataset(workers=workers)
+  this = streamed(workers=workers)
   this.records['train'][5]['image'] = b'no image'
   with pytest.raises(data.DatasetError, match='record 5 cannot be decoded'):
     list(this.training([30], 0, 0, ONE))
@@ -309,8 +252,8 @@ def test_wrong_labels_of_streamed_data(data_dir):
 
 def test_the_feed_gives_what_a_branch_is_compiled_for():
   devices = devices_lib.Devices(2)
-  method = setup_lib.make_spec(config(), dataset(), 2)
-  feed = feeding.Streamed(devices, dataset(), method, 0, 4, 0)
+  method = setup_lib.make_spec(streamed_config(), streamed(), 2)
+  feed = feeding.Streamed(devices, streamed(), method, 0, 4, 0)
   for step in range(4):
     example = feed.example((method.branch_of(step), 0))
     batch = feed(step)

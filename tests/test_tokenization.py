@@ -10,12 +10,8 @@ import pytest
 
 from margin_jax import data
 from margin_jax.data import glue, tokenization, tokens
+from tests.datasets import VOCAB
 
-VOCAB = (
-  '[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'un', '##aff', '##able',
-  'cafe', 'run', '##ning', '##n', 'ru', ',', '.', '!', '[', ']', "'", 's',
-  'sep', '中', '文', 'a', '##a', 'b', 'ß', '##ss', '$', '-', '##2', '1',
-)  # fmt: skip
 TEXTS = [
   'The running cafe, unaffable!',
   "Café's\tUNAFFABLE\r\nruns",

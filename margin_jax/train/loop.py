@@ -18,7 +18,7 @@ from margin_jax import config as config_lib
 from margin_jax import data, files, selection
 from margin_jax.data import feeding
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import evaluation, guard, pool, progress, runs
+from margin_jax.train import evaluation, guard, pool, progress, runs, schema
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import Checkpoints, CorruptError
 from margin_jax.train.compiled import Counters, Program
@@ -404,8 +404,12 @@ def train(
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   workdir = os.path.abspath(os.path.expanduser(workdir))
+  schema.validate(config)
+  warnings, config = schema.warnings(config), schema.effective(config)
   with Interrupts() as interrupts:
     devices, dataset = setup_lib.load(config, rule, workdir=workdir)
+    for line in warnings if devices.is_main_process else ():
+      log(line)
     # Before the workdir is touched: the model and its layers may not fit.
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
     with (

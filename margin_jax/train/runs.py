@@ -14,6 +14,7 @@ import ml_collections
 
 from margin_jax import config as config_lib
 from margin_jax import data, files, models, selection
+from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
 from margin_jax.train.devices import Devices
@@ -56,8 +57,8 @@ def lock_workdir(
 
 
 def to_save(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns what a checkpoint and result.json keep of the config."""
-  saved = config_lib.as_json(config)
+  """Returns what a checkpoint and result.json keep of a valid config."""
+  saved = config_lib.as_json(schema.effective(config))
   if config.data.name in data.own.DATASETS:
     saved[config_lib.DIGEST] = data.own.DATASETS[config.data.name].digest
   return saved

@@ -482,7 +482,7 @@ def _source(
     return data.load_sentences(
       config.data.name,
       max_length=config.data.max_length,
-      widths=config.data.widths,
+      widths=config.data.buckets,
       vocabulary=vocabulary(config, workdir),
       draw_size=config.pool_size if scored else config.batch_size,
       **common,

@@ -13,7 +13,7 @@ from margin_jax import config as config_lib
 from margin_jax.train import loop
 from tests import helpers
 from tests.bad_configs import BAD, BAD_TOGETHER
-from tests.test_config import make_config
+from tests.helpers import make_config
 
 TABLE = pathlib.Path(__file__).parents[2] / 'docs' / 'bad_inputs.md'
 CASES = [({name: value}, name) for name, value, _ in BAD]

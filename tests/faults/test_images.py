@@ -8,16 +8,16 @@ import pytest
 from margin_jax import data
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop
-from tests import test_streamed
+from tests.datasets import ONE, streamed, streamed_config
 from tests.faults import runs
-from tests.test_loop import read_csv
+from tests.helpers import read_csv
 
 BAD = (5, 6, 17)
 
 
 def corrupt(skip, workers=0):
   """Three of 30 training images, and one of 11 test images, are none."""
-  dataset = test_streamed.dataset(workers=workers)
+  dataset = streamed(workers=workers)
   whole = dataset.records['train'][6]['image']
   for row, content in zip(
     BAD, (b'', whole[: len(whole) // 2], b'GIF89a'), strict=True
@@ -29,8 +29,8 @@ def corrupt(skip, workers=0):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
-  (batch,) = corrupt(True, workers).training([30], 0, 0, test_streamed.ONE)
-  (whole,) = test_streamed.dataset().training([30], 0, 0, test_streamed.ONE)
+  (batch,) = corrupt(True, workers).training([30], 0, 0, ONE)
+  (whole,) = streamed().training([30], 0, 0, ONE)
   bad = np.isin(whole['index'], BAD)
   assert batch['undecodable'].tolist() == bad.astype(int).tolist()
   for name in ('inputs', 'label', 'index'):
@@ -44,9 +44,9 @@ def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
 
 def test_processes_agree_on_what_takes_the_place():
   dataset = corrupt(True)
-  (whole,) = dataset.training([30], 0, 0, test_streamed.ONE)
+  (whole,) = dataset.training([30], 0, 0, ONE)
   halves = [
-    next(dataset.training([30], 0, 0, devices_lib.Share(i, 2)))
+    next(dataset.training([30], 0, 0, devices_lib.Shard(i, 2)))
     for i in range(2)
   ]
   for name in whole:
@@ -56,7 +56,7 @@ def test_processes_agree_on_what_takes_the_place():
 
 
 def test_evaluation_does_not_count_them():
-  chunks = [*corrupt(True).evaluation('test', 4, test_streamed.ONE)]
+  chunks = [*corrupt(True).evaluation('test', 4, ONE)]
   real = np.concatenate([chunk['real'] for chunk in chunks])
   assert real[:11].tolist() == [i != 3 for i in range(11)]
 
@@ -66,23 +66,23 @@ def test_too_many_in_a_row_end_the_run():
   for record in dataset.records['train']:
     record['image'] = b''
   with pytest.raises(data.DatasetError, match='11 JPEGs in a row'):
-    next(dataset.training([30], 0, 0, test_streamed.ONE))
+    next(dataset.training([30], 0, 0, ONE))
 
 
 @pytest.mark.parametrize('label', [4, -1])
 def test_labels_of_no_class_are_named(label):
-  dataset = test_streamed.dataset()
+  dataset = streamed()
   dataset.records['train'][5]['label'] = label
   with pytest.raises(
     data.DatasetError, match=rf'label of record 5 is {label}, outside \[0, 4\)'
   ):
-    next(dataset.training([30], 0, 0, test_streamed.ONE))
+    next(dataset.training([30], 0, 0, ONE))
 
 
 def test_a_run_counts_them_also_when_it_is_resumed(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda *args, **kwargs: corrupt(True))
   fields = {'data.undecodable': 'skip', 'data.name': 'imagenet2012'}
-  config = test_streamed.config(**fields)
+  config = streamed_config(**fields)
   whole = loop.train(config, str(tmp_path / 'whole'))
   assert whole['undecodable'] > 0
   assert whole['test']['count'] == 10
@@ -109,4 +109,4 @@ def test_stopping_says_which_and_what_to_do():
   with pytest.raises(
     data.DatasetError, match=r"cannot be decoded .*data\.undecodable='skip'"
   ):
-    next(corrupt(False).training([30], 0, 0, test_streamed.ONE))
+    next(corrupt(False).training([30], 0, 0, ONE))

@@ -8,7 +8,7 @@ import pytest
 from margin_jax.train import guard, loop
 from tests import helpers
 from tests.faults import runs
-from tests.test_loop import read_csv, saved_state
+from tests.helpers import read_csv, saved_state
 
 # The update of step 13 is infinite.
 EXPLODES = {

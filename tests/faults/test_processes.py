@@ -5,8 +5,7 @@ import signal
 import numpy as np
 
 from tests.faults import runs
-from tests.test_loop import read_csv
-from tests.test_processes import free_port
+from tests.helpers import free_port, read_csv
 
 
 def start_both(workdir, *arguments):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.faults import runs
-from tests.test_loop import Interrupted, read_csv, saved_state, train
+from tests.helpers import Interrupted, read_csv, saved_state, train
 
 COUNTED = {'selection.log_counts': True}
 RUNS = {

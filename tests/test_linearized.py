@@ -16,6 +16,7 @@ from margin_jax import (
   signed_margins,
 )
 from tests import references
+from tests.helpers import small_network
 
 NORMS = ('l1', 'l2', 'l_inf')
 
@@ -66,14 +67,6 @@ def test_hidden_layers_agree_with_finite_differences(norm):
   for layer in ('input', 'hidden'):
     expected = references.layer_margins(weights, inputs, labels, layer, norm)
     np.testing.assert_allclose(found[layer], expected, 1e-3)
-
-
-def small_network(weights, inputs, perturbation=0.0):
-  """The network of `references.network_logits`, in JAX."""
-  hidden = inputs @ weights['w1'] + weights['b1'][None]
-  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
-  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
-  return hidden @ weights['w2'] + weights['b2'][None]
 
 
 def test_the_norm_of_a_linear_network_is_the_dual():

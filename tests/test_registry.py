@@ -11,6 +11,7 @@ from margin_jax import analyze, config, data, models, registry, selection
 from margin_jax.models import cnn
 from margin_jax.train import loop
 from tests import helpers
+from tests.custom import Mlp, rings
 
 MODELS, DATASETS = models.own.MODELS, data.own.DATASETS
 
@@ -24,24 +25,6 @@ def _forget():
     unittest.mock.patch.dict(selection.REGISTERED),
   ):
     yield
-
-
-class Mlp(nn.Module):
-  """Reads vectors."""
-
-  num_classes: int
-  norm: bool = False
-  head: str = 'head'
-  more: int = 0
-
-  @nn.compact
-  def __call__(self, inputs, *, train):
-    x = nn.Dense(16)(inputs)
-    if self.norm:
-      x = nn.BatchNorm(use_running_average=not train)(x)
-    features = nn.relu(x)
-    logits = nn.Dense(self.num_classes + self.more, name=self.head)(features)
-    return logits, features
 
 
 class Normed(nn.Module):
@@ -78,15 +61,6 @@ class Tokens(nn.Module):
     drop = nn.Dropout(0.5, deterministic=not train)
     x = drop(inputs=x.reshape(-1, 4)).reshape(x.shape)
     return nn.Dense(self.num_classes, name='head')(x), x
-
-
-def rings(seed, examples=400):
-  """Two rings of different radius, as float64."""
-  rng = np.random.default_rng(seed)
-  labels = rng.integers(0, 2, examples)
-  angle = rng.uniform(0, 2 * np.pi, examples)
-  radius = 1 + labels + rng.normal(0, 0.1, examples)
-  return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), labels
 
 
 def small(**fields):
@@ -155,8 +129,8 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
   run(small(), tmp_path / 'run')
   file = tmp_path / 'mine.py'
   file.write_text(
-    'from margin_jax import data, models\n'
-    'from tests.test_own import Mlp, rings\n'
+    'from margin_jax import registry\n'
+    'from tests.custom import Mlp, rings\n'
     "registry.register_dataset('rings', train=rings(0), test=rings(1, 100))\n"
     "registry.register_model('mlp', Mlp)\n"
   )

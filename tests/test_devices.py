@@ -1,9 +1,7 @@
 """Several processes train as one; the exchange moves selected examples only."""
 
 import os
-import pathlib
 import re
-import socket
 import subprocess
 import sys
 
@@ -15,9 +13,8 @@ from margin_jax import selection
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop
 from tests import helpers
-from tests.test_loop import saved_state
+from tests.helpers import ROOT, free_port, saved_state
 
-ROOT = pathlib.Path(__file__).parent.parent
 COMMAND = (
   sys.executable, '-m', 'margin_jax.train', '--config=configs/digits.py',
   '--config.steps=10', '--config.eval_every=10', '--config.log_every=5',
@@ -36,12 +33,6 @@ def start(workdir, devices, *arguments):
     stderr=subprocess.STDOUT,
     text=True,
   )
-
-
-def free_port():
-  with socket.socket() as listener:
-    listener.bind(('127.0.0.1', 0))
-    return listener.getsockname()[1]
 
 
 def train_together(workdir, *arguments):
