@@ -14,13 +14,16 @@ from typing import Any
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import files
+from margin_jax import data, files
 from margin_jax.compare.methods import Trial, named_errors
-from margin_jax.config import UNIFORM, ConfigError
+from margin_jax.config import ConfigError
 from margin_jax.train import checkpoints as checkpoints_lib
-from margin_jax.train import guard, loop
+from margin_jax.train import guard, loop, schema
+from margin_jax.train import runs as runs_lib
 from margin_jax.train import setup as setup_lib
+from margin_jax.train.devices import Devices
 from margin_jax.train.process import Interrupted, Interrupts
+from margin_jax.train.spec import StepSpec
 
 BUDGETS = ('steps', 'flops', 'seconds')
 # Enough for a mean that a slow step does not move much.
@@ -111,10 +114,8 @@ def steps_within(total: float, per_step: float, multiple: int) -> int:
 
 def _multiple(config: ml_collections.ConfigDict, periods: Periods) -> int:
   """Returns the steps of whole calls that are whole periods between pools."""
-  if config.selection.rule == UNIFORM:
-    return periods.call
-  period = config.selection.every * config.selection.reuse
-  return math.lcm(periods.call, period)
+  selection = schema.effective(config).selection
+  return math.lcm(periods.call, selection.every * selection.reuse)
 
 
 def scaled(
@@ -196,7 +197,7 @@ class Costs:
   def __call__(self, trial: Trial, periods: Periods) -> float:
     """Returns the FLOPs or seconds of the trial's own schedule."""
     key = f'{self._budget} of {trial.name}'
-    config = config_lib.as_json(trial.config)
+    config = runs_lib.to_save(trial.config)
     measured = self._measured.get(key)
     if measured is None or not _cost_the_same(measured['config'], config):
       self._interrupts.check()
@@ -305,7 +306,7 @@ def check(config: ml_collections.ConfigDict) -> Periods:
     ConfigError: the config is bad, or does not fit the data or the devices.
     DatasetError: the dataset is missing or broken.
   """
-  devices, dataset, _ = _set_up(config)
+  config, devices, dataset, _ = _set_up(config)
   call = setup_lib.steps_per_call(
     config, devices.platform, chained=setup_lib.chained(dataset)
   )
@@ -314,7 +315,7 @@ def check(config: ml_collections.ConfigDict) -> Periods:
 
 def flops(config: ml_collections.ConfigDict) -> float:
   """Returns the FLOPs that a run would count in the end; trains nothing."""
-  devices, dataset, spec = _set_up(config)
+  config, devices, dataset, spec = _set_up(config)
   with (
     tempfile.TemporaryDirectory() as folder,
     contextlib.closing(
@@ -328,7 +329,12 @@ def flops(config: ml_collections.ConfigDict) -> float:
       return trainer.program.cost(0, config.steps).flops
 
 
-def _set_up(config: ml_collections.ConfigDict) -> tuple[Any, Any, Any]:
-  """Returns devices, dataset and step spec of a run."""
+def _set_up(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, Devices, data.Source, StepSpec]:
+  """Returns what the trainer makes of a config before it trains."""
+  schema.validate(config)
+  config = schema.effective(config)
   devices, dataset = setup_lib.load(config, None)
-  return devices, dataset, setup_lib.make_spec(config, dataset, devices.total)
+  spec = setup_lib.make_spec(config, dataset, devices.total)
+  return config, devices, dataset, spec

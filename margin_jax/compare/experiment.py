@@ -112,7 +112,7 @@ def _trials(
   log: Callable[[str], None],
 ) -> list[methods_lib.Trial]:
   """Returns the trials of all methods and controls; every config is valid."""
-  methods_lib.make_trials(config, methods, grid)  # is each method valid?
+  methods_lib.make_trials(config, methods, grid)  # raises where one is bad
   complete = methods_lib.with_controls(methods, config)
   for name in complete:
     if name not in methods:

@@ -223,7 +223,7 @@ def make_trials(
           raise ConfigError(f'methods: {method!r} sets {field}, which is swept')
       grid_point = dict(zip(grid, values, strict=True))
       trial = _make_trial(config, method, fields, grid_point)
-      unused = unused_fields(trial.config)
+      unused = config_lib.without_effect(config_lib.flatten(trial.config))
       if any(field in unused for field in grid_point):
         used = {k: v for k, v in grid_point.items() if k not in unused}
         trial = _make_trial(config, method, fields, used)
@@ -280,15 +280,55 @@ def named_errors(name: str) -> Iterator[None]:
     raise ConfigError(f'{name}: {error}') from error
 
 
-def unused_fields(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns the fields without effect, whatever their value, and why."""
-  flat = config_lib.flatten(config)
-  if hasattr(config_lib, 'without_effect'):
-    return config_lib.without_effect(flat)
-  rule = config.selection.rule  # until h_config is merged
-  return dict.fromkeys(
-    (*schema.void(rule), *['pool_size'] * (rule == UNIFORM)), ''
-  ) | schema.idle(flat)
+def with_controls(
+  methods: Mapping[str, Fields], config: ml_collections.ConfigDict
+) -> dict[str, Fields]:
+  """Returns the methods, and with them the controls that are missing.
+
+  The control of a method that scores selects at random and changes the same
+  fields, so that it costs the same: `random+reuse=5` for `mms+reuse=5`.
+
+  Args:
+    methods: each makes a valid config.
+    config: what they change.
+
+  Raises:
+    ConfigError: another method has the name of a control.
+  """
+  unchanged = config_lib.flatten(config)
+
+  def rule(fields: Fields) -> str:
+    return fields.get(RULE, unchanged[RULE])
+
+  def settings(method: str, fields: Fields) -> Fields:
+    """The fields but for the rule, as far as the control uses them."""
+    control = _with_fields(config, method, {**fields, RULE: CONTROL})
+    unused = config_lib.without_effect(config_lib.flatten(control))
+    return {
+      name: fields[name]
+      for name in sorted({*fields} - {RULE, *unused})
+      if fields[name] != unchanged[name]
+    }
+
+  complete = dict(methods)
+  controls = [
+    settings(method, fields)
+    for method, fields in methods.items()
+    if rule(fields) == CONTROL
+  ]
+  for method, fields in methods.items():
+    if rule(fields) == UNIFORM:
+      continue
+    own = settings(method, fields)
+    if own in controls:
+      continue
+    controls.append(own)
+    texts = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
+    name = '+'.join([CONTROL, *texts])
+    if name in complete:
+      raise ConfigError(f'methods: {name!r} is what the control is called')
+    complete[name] = {RULE: CONTROL, **own}
+  return complete
 
 
 def warnings(
@@ -313,54 +353,3 @@ def warnings(
       if field in methods[trial.method] and field not in nowhere
     ]
   return lines
-
-
-def with_controls(
-  methods: Mapping[str, Fields], config: ml_collections.ConfigDict
-) -> dict[str, Fields]:
-  """Returns the methods, and with them the controls that are missing.
-
-  The control of a method that scores selects at random and changes the same
-  fields, so that it costs the same: `random+reuse=5` for `mms+reuse=5`.
-
-  Args:
-    methods: each makes a valid config.
-    config: what they change.
-
-  Raises:
-    ConfigError: another method has the name of a control.
-  """
-  unchanged = config_lib.flatten(config)
-
-  def rule(fields: Fields) -> str:
-    return fields.get(RULE, unchanged[RULE])
-
-  def settings(method: str, fields: Fields) -> Fields:
-    """The fields but for the rule, as far as the control uses them."""
-    control = _with_fields(config, method, {**fields, RULE: CONTROL})
-    skipped = {RULE, *unused_fields(control)}
-    return {
-      name: fields[name]
-      for name in sorted({*fields} - skipped)
-      if fields[name] != unchanged[name]
-    }
-
-  complete = dict(methods)
-  controls = [
-    settings(method, fields)
-    for method, fields in methods.items()
-    if rule(fields) == CONTROL
-  ]
-  for method, fields in methods.items():
-    if rule(fields) == UNIFORM:
-      continue
-    own = settings(method, fields)
-    if own in controls:
-      continue
-    controls.append(own)
-    texts = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
-    name = '+'.join([CONTROL, *texts])
-    if name in complete:
-      raise ConfigError(f'methods: {name!r} is what the control is called')
-    complete[name] = {RULE: CONTROL, **own}
-  return complete

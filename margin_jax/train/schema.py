@@ -6,7 +6,6 @@ that has no effect in a run is no error: the trainer says so in a warning.
 """
 
 import copy
-from typing import Any
 
 import ml_collections
 
@@ -334,23 +333,3 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
 def choices(name: str) -> tuple[str, ...]:
   """The names that a field may be, registered ones included."""
   return FIELDS[name].check.choices()
-
-
-# For comparisons, until they use `unused`.
-
-
-def void(rule: str) -> tuple[str, ...]:
-  """The fields that do nothing with a rule."""
-  flat = flatten(config_lib.default()) | {'selection.rule': rule}
-  return tuple(
-    name
-    for name in config_lib.without_effect(flat)
-    if name.startswith('selection.')
-  )
-
-
-def idle(flat: dict[str, Any]) -> dict[str, str]:
-  """Fields of MMR and BatchNorm that do nothing without them, and why."""
-  reasons = config_lib.without_effect(flat)
-  names = ('mmr.stop_feature_gradient', 'mmr.reduction', 'model.batch_norm')
-  return {name: reasons[name] for name in names if name in reasons}
