@@ -199,10 +199,10 @@ def make_config(fields):
   return config
 
 
-def made(config, methods, sweep=()):
-  """The trials of a comparison."""
+def trials_of(config, methods, sweep=()):
+  """Returns the trials of a comparison."""
   parsed = methods_lib.parse_methods(methods, config)
-  return methods_lib.make(
+  return methods_lib.make_trials(
     config, parsed, methods_lib.parse_sweep(sweep, config)
   )
 
