@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from margin_jax import config as config_lib
-from margin_jax import data
+from margin_jax import data, selection
 from margin_jax.compare import methods as methods_lib
-from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop, schema
@@ -93,9 +92,7 @@ class Setup:
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
     sizes = self.spec.examples_sampled(np.arange(self.config.steps))
-    self.loader = self.dataset.loader(
-      self.devices, sizes, 0, self.config.seed
-    )
+    self.loader = self.dataset.loader(self.devices, sizes, 0, self.config.seed)
 
   @functools.cached_property
   def program(self):
@@ -219,10 +216,10 @@ def make_config(fields):
   return config
 
 
-def made(config, methods, sweep=()):
-  """The trials of a comparison."""
+def trials_of(config, methods, sweep=()):
+  """Returns the trials of a comparison."""
   parsed = methods_lib.parse_methods(methods, config)
-  return methods_lib.make(
+  return methods_lib.make_trials(
     config, parsed, methods_lib.parse_sweep(sweep, config)
   )
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,14 @@ import numpy as np
 from margin_jax import config as config_lib
 from margin_jax import data, files, selection
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import evaluation, guard, progress, runs, vocabulary
+from margin_jax.train import (
+  evaluation,
+  guard,
+  progress,
+  runs,
+  schema,
+  vocabulary,
+)
 from margin_jax.train import setup as setup_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.checkpoints import Checkpoints, CorruptError
@@ -124,13 +131,18 @@ def train(
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   folder = pathlib.Path(os.path.abspath(os.path.expanduser(workdir)))
+  schema.validate(config)
+  warnings, config = schema.warnings(config), schema.effective(config)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(Interrupts())
 
     # Set up. The workdir is untouched until the model is known to fit the data.
     devices, dataset = setup_lib.load(config, rule, workdir=str(folder))
+    say = log if devices.is_main_process else (lambda line: None)
+    for line in warnings:
+      say(line)
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
-    stack.enter_context(_locked(folder, devices))
+    stack.enter_context(runs.lock_workdir(folder, devices))
     checkpoints = stack.enter_context(
       contextlib.closing(
         Checkpoints(str(folder), config.keep_every, writing=True)
@@ -149,13 +161,8 @@ def train(
 
     # Compile.
     state = devices.replicate(state)
-    sizes = spec.examples_sampled(np.arange(config.steps))
-    loader = stack.enter_context(
-      contextlib.closing(dataset.loader(devices, sizes, start, config.seed))
-    )
-    steps_per_call = setup_lib.steps_per_call(
-      config, devices.platform, dataset, start
-    )
+    loader, program = compile_steps(config, devices, dataset, spec, state)
+    stack.callback(loader.close)
     run = Run(
       config=config,
       workdir=folder,
@@ -169,17 +176,16 @@ def train(
       counters=Counters(**info['counters']),
       best=info['best'],
       loader=loader,
-      program=Program(
-        spec, devices, loader, state, config.steps, steps_per_call
-      ),
+      program=program,
       evaluator=_evaluator(config, devices, dataset, spec),
     )
-    say = log if devices.is_main_process else (lambda line: None)
     say(_opening(run))
 
     # Run the steps that are left, and evaluate.
-    result = _complete(run)
-    if result is not None and not _other_attack(result, run):
+    result = None
+    if start == config.steps:
+      result = runs.trained(folder, saved_config)
+    if result is not None and runs.attacked(result, saved_config):
       say(f'complete: {_headline(result)}')
       return result
     with contextlib.closing(_reporter(run, log, hook, view)) as reporter:
@@ -198,24 +204,22 @@ def train(
     return result
 
 
-@contextlib.contextmanager
-def _locked(
-  workdir: pathlib.Path, devices: devices_lib.Devices
-) -> Iterator[None]:
-  """Makes the workdir, and keeps other runs out of it."""
-  with contextlib.ExitStack() as stack:
-    problem = None
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      if devices.is_main_process:
-        stack.enter_context(files.locked(str(workdir)))
-    except OSError as error:
-      problem = error
-    if devices.sum(problem is not None):
-      raise config_lib.ConfigError(
-        f'workdir={str(workdir)!r}: {problem or "see the other processes"}'
-      ) from problem
-    yield
+def compile_steps(
+  config: ml_collections.ConfigDict,
+  devices: devices_lib.Devices,
+  dataset: data.Dataset,
+  spec: StepSpec,
+  state: step_lib.TrainState,
+) -> tuple[data.Loader, Program]:
+  """Returns what feeds the steps from `state` on, and the compiled steps."""
+  start = int(state.step)
+  sizes = spec.examples_sampled(np.arange(config.steps))
+  loader = dataset.loader(devices, sizes, start, config.seed)
+  steps_per_call = setup_lib.steps_per_call(
+    config, devices.platform, dataset, start
+  )
+  program = Program(spec, devices, loader, state, config.steps, steps_per_call)
+  return loader, program
 
 
 def _restore(
@@ -307,28 +311,6 @@ def _opening(run: Run) -> str:
     f'{run.dataset.name}: {run.dataset.counts["train"]:,} training examples on '
     f'{run.devices.total} x {run.devices.kind}; {compiled}starting at step '
     f'{run.start:,}'
-  )
-
-
-def _complete(run: Run) -> dict[str, Any] | None:
-  """Returns the result of a run that is complete; None if it is not.
-
-  Its seconds and versions are those of the machine that trained.
-  """
-  path = run.workdir / 'result.json'
-  if run.start != run.config.steps or not path.exists():
-    return None
-  result = runs.read_result(path)
-  # A run that was made longer may have been killed before it wrote its own.
-  return result if result['steps'] == run.config.steps else None
-
-
-def _other_attack(result: dict[str, Any], run: Run) -> bool:
-  """Returns whether the test split is yet to be evaluated under this attack."""
-  return any(
-    result['config'].get(name) != value
-    for name, value in run.saved_config.items()
-    if name.startswith('attack.')
   )
 
 
