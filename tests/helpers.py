@@ -13,7 +13,6 @@ import numpy as np
 from margin_jax import config as config_lib
 from margin_jax import data
 from margin_jax.compare import methods as methods_lib
-from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop, schema
@@ -69,13 +68,13 @@ def noise():
   inputs = rng.integers(0, 200, (96, 12, 12, 3))
   inputs += 50 * label.reshape(-1, 1, 1, 1)
   split = {'inputs': inputs.astype(np.uint8), 'label': label}
-  return data.Source(
+  return data.InMemory(
     name='noise',
     num_classes=2,
     splits={'train': split, 'test': split},
     rows={'train': np.arange(96), 'test': np.arange(96)},
     augment=lambda key, image: image,
-    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalizer(split['inputs'], 'dataset'),
   )
 
 
@@ -92,8 +91,10 @@ class Setup:
     self._steps_per_call = steps_per_call
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    self.feed = feeding.Resident(self.devices, self.dataset, self.spec)
-    self.data = self.feed(0)
+    self.loader = self.dataset.loader(
+      self.devices, self.spec.sizes(self.config.steps), 0, self.config.seed
+    )
+    self.data = self.loader(0)
 
   @functools.cached_property
   def program(self):
@@ -102,7 +103,8 @@ class Setup:
       self.devices,
       self._steps_per_call,
       self.devices.replicate(self._state),
-      self.feed,
+      self.loader,
+      self.config.steps,
     )
 
   def run(self, calls):
@@ -111,7 +113,7 @@ class Setup:
     metrics = []
     for call in range(calls):
       step = call * self.program.steps_per_call
-      state, values = self.program(step, state, self.feed(step))
+      state, values = self.program(step, state, self.loader(step))
       metrics.append(jax.device_get(values))
     stacked = {
       name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]
@@ -119,18 +121,33 @@ class Setup:
     return jax.device_get(state), stacked
 
 
-def first_pool(setup):
-  """The 32 examples that the first step of seed 0 scores."""
-  _, pool = setup.spec.draw(
-    setup.first.stream,
-    setup.dataset.splits['train'],
-    32,
-    key=jax.random.fold_in(jax.random.key(0), 2),
-    step=0,
-    lane=0,
-    lanes=1,
-  )
-  return pool
+def sampler(dataset, size, devices=1):
+  """Samples as so many devices do: (state, data, key, step) -> state, all."""
+
+  @jax.jit
+  def sample(state, data, key, step):
+    def per_device():
+      return dataset.sample(
+        state, data, size, key=key, step=step, axis_name='device'
+      )
+
+    return jax.vmap(per_device, axis_name='device', axis_size=devices)()
+
+  def run(state, data, key, step):
+    states, shards = sample(state, data, key, jnp.int32(step))
+    for state in jax.tree.leaves(states):
+      np.testing.assert_array_equal(state, state[:1].repeat(devices, 0))
+    first = jax.tree.map(lambda x: x[0], states)
+    return first, jax.tree.map(lambda x: np.concatenate([*x]), shards)
+
+  return run
+
+
+def first_pool(setup, size=32):
+  """The examples that the first step of seed 0 scores, or trains on."""
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  state = setup.dataset.state()
+  return sampler(setup.dataset, size)(state, setup.data, key, 0)[1]
 
 
 def assert_trees_equal(first, second):
