@@ -202,13 +202,13 @@ def test_the_layers_variation_is_exact_far_from_zero():
     'params': {**this.first.params, 'hidden': hidden}, 'batch_stats': {}
   }  # fmt: skip
   measurer = evaluation.Measurer(
-    this.method,
-    evaluation.make_splits(this.devices, this.dataset, ('test',), 100),
+    this.spec,
+    this.dataset.chunks(this.devices, ('test',), 100, whole=True),
     {'hidden': (1, 128), 'features': (1, 128)},
   )
   inputs = this.dataset.prepare(this.dataset.splits['test']['inputs'])
   found = linearized.activations_at(
-    this.method.model, variables, inputs, ('hidden',)
+    this.spec.model, variables, inputs, ('hidden',)
   )
   wide = np.asarray(found['hidden'], np.float64)
   expected = np.trace(np.cov(wide.T, bias=True))

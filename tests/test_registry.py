@@ -13,7 +13,7 @@ from margin_jax.train import loop
 from tests import helpers
 from tests.custom import Mlp, rings
 
-MODELS, DATASETS = models.own.MODELS, data.own.DATASETS
+MODELS, DATASETS = models.own.MODELS, data.REGISTERED
 
 
 @pytest.fixture(autouse=True)
@@ -154,9 +154,9 @@ def test_statistics_of_an_own_model_do_not_depend_on_devices():
     'mmr.alpha': 0.0,
   }
   made = assert_one_device_is_two(**fields)
-  model = made.method.model
+  model = made.spec.model
   assert (model.width, model.dropout) == (2.0, 0.1)
-  assert made.method.selection.scorer.dtype == jnp.bfloat16
+  assert made.spec.selection.scorer.dtype == jnp.bfloat16
 
 
 def assert_one_device_is_two(**fields):
