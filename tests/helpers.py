@@ -91,7 +91,7 @@ class Setup:
     self._steps_per_call = steps_per_call
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    sizes = self.spec.examples_sampled(np.arange(self.config.steps))
+    sizes = self.spec.sizes(self.config.steps)
     self.loader = self.dataset.loader(self.devices, sizes, 0, self.config.seed)
     self.data = self.loader(0)
 

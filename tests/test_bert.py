@@ -12,7 +12,6 @@ from flax import traverse_util
 
 from margin_jax import layer_margins, linearized, signed_margins
 from margin_jax.models import bert
-from margin_jax.train import gradients
 
 TINY = {
   'num_classes': 3, 'vocab_size': 50, 'layers': 2, 'width': 12, 'heads': 3,
@@ -49,12 +48,12 @@ def random_params():
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def apply(inputs, train=False, key=0, lane=0, **fields):
+def apply(inputs, train=False, key=0, device=0, **fields):
   """Logits and features, in training with the masks of the train step."""
   model = bert.Bert(**{**TINY, **fields})
 
   def forward(variables, inputs, key):
-    with nn.intercept_methods(gradients.dropout_by_place(lane)):
+    with nn.intercept_methods(dropout_lib.by_position(device)):
       return model.apply(variables, inputs, train=train, rngs={'dropout': key})
 
   forward = jax.jit(forward) if train else forward
@@ -239,7 +238,7 @@ def test_dropout_masks_are_of_the_index_in_the_batch():
   assert len(np.unique(np.asarray(logits)[:, 0])) == 4
   # Another device's share.
   share = jax.tree.map(lambda x: x[2:], same)
-  others = apply(share, train=True, dropout=0.3, lane=1)
+  others = apply(share, train=True, dropout=0.3, device=1)
   np.testing.assert_allclose(others[0], logits[2:], 1e-5, 1e-5)
   np.testing.assert_allclose(others[1], features[2:], 1e-5, 1e-5)
 

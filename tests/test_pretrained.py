@@ -214,24 +214,24 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
     setup_lib.step_lib,
     'init_state',
     lambda *args: setup_lib.step_lib.TrainState(
-      step=0, seed=0, stream=(), reserve={}, proxy={}, counts=(),
+      step=0, seed=0, sampler=(), buffer={}, proxy={}, counts=(),
       opt_state=(), nonfinite=0, **zeros,
     ),
   )  # fmt: skip
   chosen = vgg_config(path)
-  method = setup_lib.make_spec(chosen, images, 1)
-  state = setup_lib.init_state(chosen, images, method)
+  spec = setup_lib.make_spec(chosen, images, 1)
+  state = setup_lib.init_state(chosen, images, spec)
   expected = pretrained.load(path, 'vgg11', variables())
   helpers.assert_trees_equal(state.params, expected['params'])
   helpers.assert_trees_equal(state.batch_stats, expected['batch_stats'])
-  structure = jax.tree.structure(method.optimizer.init(state.params))
+  structure = jax.tree.structure(spec.optimizer.init(state.params))
   assert jax.tree.structure(state.opt_state) == structure
   # A run that continues does not need the file any more.
   chosen = vgg_config('/nowhere/weights.safetensors')
-  state = setup_lib.init_state(chosen, images, method, restoring=True)
+  state = setup_lib.init_state(chosen, images, spec, restoring=True)
   assert not any(np.any(x) for x in jax.tree.leaves(state.params))
   with pytest.raises(config.ConfigError, match=r'^model.pretrained: .*no file'):
-    setup_lib.init_state(chosen, images, method)
+    setup_lib.init_state(chosen, images, spec)
 
 
 def test_the_trainer_stops_before_anything_is_compiled(

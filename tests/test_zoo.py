@@ -12,7 +12,7 @@ import pytest
 
 from margin_jax import linearized, models
 from margin_jax.models import mobilenet
-from margin_jax.train import gradients, optimizers
+from margin_jax.train import optimizers
 from tests import helpers
 
 SMALL = {'stem': 'small'}
@@ -326,10 +326,10 @@ class Dropping(nn.Module):
     return drop(name='first')(x), drop(name='second')(x)
 
 
-def drop(x, lane=0, deterministic=False, **options):
+def drop(x, device=0, deterministic=False, **options):
   """What two layers return with the masks of the train step."""
   options = {'rate': 0.25, 'deterministic': deterministic, **options}
-  with nn.intercept_methods(gradients.dropout_by_place(lane)):
+  with nn.intercept_methods(dropout_lib.by_position(device)):
     return Dropping(options).apply({}, x, rngs={'dropout': jax.random.key(3)})
 
 
@@ -344,7 +344,7 @@ def test_dropout_masks_are_of_the_example_and_the_layer():
     same = np.mean(first == other)
     assert same == pytest.approx(agree[0], abs=agree[1])
   # The same example in another device's share.
-  np.testing.assert_array_equal(drop(x[48:], lane=3)[0], first[48:])
+  np.testing.assert_array_equal(drop(x[48:], device=3)[0], first[48:])
   assert drop(x.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
@@ -358,5 +358,5 @@ def test_dropout_keeps_the_options_of_the_layer():
   np.testing.assert_array_equal(dropped, dropped[..., :1] * x)
   assert not np.array_equal(dropped[0], dropped[1])
   # One mask for all examples: the same on every device.
-  dropped, _ = drop(x, lane=8, broadcast_dims=(0,))
+  dropped, _ = drop(x, device=8, broadcast_dims=(0,))
   np.testing.assert_array_equal(dropped, dropped[:1] * x)

@@ -444,7 +444,8 @@ def forward(
   """Runs the model in training mode; returns its outputs and batch_stats."""
   variables = {'params': params, 'batch_stats': batch_stats}
   inputs = spec.dataset.prepare(batch['inputs'])
-  with nn.intercept_methods(dropout.by_position(spec.axis_name)):
+  device = jax.lax.axis_index(spec.axis_name)
+  with nn.intercept_methods(dropout.by_position(device)):
     (logits, features), updates = spec.model.apply(
       variables,
       inputs,
