@@ -403,7 +403,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.learning_rates': Field(
     (0.1,),
     several(number(least=0, most=1e38), least=1),
-    'learning_rates[i] counts from step boundaries[i-1] on.',
+    '`learning_rates[i]` holds from step `boundaries[i-1]` on.',
   ),
   'optimizer.boundaries': Field(
     (),
@@ -628,7 +628,7 @@ FIELDS: dict[str, Field] = {
   'large_margin.gamma': Field(
     1e4,
     POSITIVE,
-    'Distances are clipped to [gamma * (1 - alpha), gamma].',
+    'Distances are clipped to `[gamma * (1 - alpha), gamma]`.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.alpha': Field(
