@@ -114,7 +114,7 @@ def _any_batch_norm(config: Flat) -> bool:
 
 
 def _is_images(name: str) -> bool:
-  registered = data.own.DATASETS.get(name)
+  registered = data.REGISTERED.get(name)
   return registered.pixels if registered else name in data.IMAGES
 
 
@@ -162,7 +162,9 @@ AT_LEAST_0 = number(least=0, most=losses.LARGEST)
 # Not 0 in float32 either.
 POSITIVE = number(least=losses.SMALLEST, most=losses.LARGEST)
 FRACTION = number(above=0, most=1)
-DATASET = known(lambda: (*data.NAMES, *data.own.DATASETS))
+# Losses of an example that need nothing but the model's outputs.
+RISKS = ('cross_entropy', 'hinge')
+DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
 RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
 MODEL = Check(
   models.exists, lambda: f'one of {models.allowed()}', str
@@ -561,6 +563,24 @@ FIELDS: dict[str, Field] = {
     'The backward pass runs on all of the batch, or on the examples that count '
     'only (for models without BatchNorm).',
     needs=[TRIMMING],
+  ),
+  # The loss.
+  'loss.risk': Field(
+    'cross_entropy',
+    known(lambda: (*RISKS, *losses.REGISTERED)),
+    "The loss of an example: 'cross_entropy', 'hinge' (multi-class), or a "
+    'registered one.',
+  ),
+  'loss.names': Field(
+    (),
+    several(known(lambda: (*RISKS, *losses.REGISTERED)), order='different'),
+    'Losses that are added to the risk, MMR and the large-margin loss, which '
+    'have fields of their own.',
+  ),
+  'loss.weights': Field(
+    (),
+    several(AT_LEAST_0),
+    'Their weights, one for each.',
   ),
   # Multi-margin regularization.
   'mmr.alpha': Field(0.0, AT_LEAST_0, 'Weight of MMR in the loss.'),

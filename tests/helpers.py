@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from margin_jax import config as config_lib
-from margin_jax import data
+from margin_jax import data, selection
 from margin_jax.compare import methods as methods_lib
-from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop, schema
@@ -92,17 +91,18 @@ class Setup:
     self._steps_per_call = steps_per_call
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    self.feed = feeding.Resident(self.devices, self.dataset, self.spec)
-    self.data = self.feed(0)
+    sizes = self.spec.examples_sampled(np.arange(self.config.steps))
+    self.loader = self.dataset.loader(self.devices, sizes, 0, self.config.seed)
 
   @functools.cached_property
   def program(self):
     return compiled_lib.Program(
       self.spec,
       self.devices,
-      self._steps_per_call,
+      self.loader,
       self.devices.replicate(self._state),
-      self.feed,
+      self.config.steps,
+      self._steps_per_call,
     )
 
   def run(self, calls):
@@ -110,8 +110,7 @@ class Setup:
     state = self.devices.replicate(self.first)
     metrics = []
     for call in range(calls):
-      step = call * self.program.steps_per_call
-      state, values = self.program(step, state, self.feed(step))
+      state, values = self.program(call * self.program.steps_per_call, state)
       metrics.append(jax.device_get(values))
     stacked = {
       name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]
@@ -121,16 +120,34 @@ class Setup:
 
 def first_pool(setup):
   """The 32 examples that the first step of seed 0 scores."""
-  _, pool = setup.spec.draw(
-    setup.first.stream,
+  _, pool = on_one_device(
+    functools.partial(
+      setup.dataset.sample, size=32, step=0, axis_name=devices_lib.AXIS
+    )
+  )(
+    setup.first.sampler,
     setup.dataset.splits['train'],
-    32,
     key=jax.random.fold_in(jax.random.key(0), 2),
-    step=0,
-    lane=0,
-    lanes=1,
   )
   return pool
+
+
+def on_one_device(function):
+  """The per-device function, under a mapped axis of length 1."""
+
+  def mapped(*args, **kwargs):
+    result = jax.vmap(
+      lambda unread: function(*args, **kwargs), axis_name=devices_lib.AXIS
+    )(jnp.zeros(1))
+    return jax.tree.map(lambda x: x[0], result)
+
+  return mapped
+
+
+def scored(logits, kernel, labels, keys, features=None):
+  """What a rule reads."""
+  index = None if labels is None else jnp.arange(len(labels))
+  return selection.Scored(logits, features, kernel, labels, index, keys)
 
 
 def assert_trees_equal(first, second):
@@ -199,10 +216,10 @@ def make_config(fields):
   return config
 
 
-def made(config, methods, sweep=()):
-  """The trials of a comparison."""
+def trials_of(config, methods, sweep=()):
+  """Returns the trials of a comparison."""
   parsed = methods_lib.parse_methods(methods, config)
-  return methods_lib.make(
+  return methods_lib.make_trials(
     config, parsed, methods_lib.parse_sweep(sweep, config)
   )
 

@@ -1,7 +1,7 @@
 """Augmentations: pure functions of one key and one uint8 image.
 
 Vmapped with one key an example, inside the compiled step, so that the pixels
-of an example depend on (seed, step, place in the pool) and on nothing else.
+of an example depend on (seed, step, index in the pool) and on nothing else.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,25 @@ from margin_jax.data.autoaugment import autoaugment
 
 Augmentation = Callable[[Array, Array], Array]
 
-# Of random_resized_crop: the area of the crop as a share of the image's, its
+# Of random_resized_crop: the area of the crop as a fraction of the image's, its
 # width over its height, and how often a crop that does not fit is drawn anew.
 AREAS = (0.08, 1.0)
 RATIOS = (3 / 4, 4 / 3)
 TRIES = 10
+
+
+def example_keys(key: Array, step: Array, index: Array) -> Array:
+  """Returns a key for each example of this device's shard of a sample.
+
+  Args:
+    key: the PRNG key of all augmentations.
+    step: () int32.
+    index: (n,) of the examples among all that the step samples, so that the
+      number of devices does not matter.
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.fold_in(key, step), index
+  )
 
 
 def crop(key: Array, image: Array, padding: int) -> Array:
@@ -51,7 +65,7 @@ def cutout(
     image: (H, W, C) uint8.
     size: the side of the square.
     fill: (C,) or (), the value that covers. The paper's is zero after
-      normalisation: `images.zero_pixel`, the mean pixel to the nearest level.
+      normalisation: `normalization.zero_pixel`, the mean pixel, rounded.
 
   Returns:
     (H, W, C) uint8.

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from margin_jax import files as files_lib
-
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import Split
 
 # To be raised whenever what is stored, or its order, changes.
 FORMAT = 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import Split
 
 TEST_EXAMPLES = 360
 

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from margin_jax.data import tokenization
-
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import Split
 
 NAMES = ('entailment',)
 # As GLUE's RTE counts them.

@@ -5,9 +5,7 @@ import functools
 import numpy as np
 
 from margin_jax.data import cache, tfds_images, tokenization
-from margin_jax.data.tfds_images import DatasetError
-
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import DatasetError, Split
 
 _FIELDS = {
   'glue/qnli': ('question', 'sentence'),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from margin_jax.data import tfds_images
-from margin_jax.data.tfds_images import DatasetError
+from margin_jax.data.dataset import DatasetError
 
 NAMES = ('imagenet2012',)
 

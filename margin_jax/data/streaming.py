@@ -1,25 +1,34 @@
 """Datasets too large for memory: JPEGs, read and decoded by Grain workers.
 
-What a step draws is a pure function of (seed, step), as it is for arrays on
-the device: every process computes the same plan, and decodes its own share of
-each draw. So resuming needs no state of the workers, and neither the number of
-workers nor the number of processes changes an image.
+What a step samples is a pure function of (seed, step), as it is for arrays on
+the device: every process computes the same indices, and decodes its own shard
+of each sample. So resuming needs no state of the workers, and neither the
+number of workers nor the number of processes changes an image.
 """
 
 import contextlib
 import dataclasses
 import io
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from PIL import Image
 
 from margin_jax.data import augment as augment_lib
 from margin_jax.data import workers as workers_lib
-from margin_jax.data.tfds_images import DatasetError
-
-PyTree = Any
+from margin_jax.data.dataset import (
+  DatasetError,
+  Devices,
+  PyTree,
+  Shard,
+  chunk_size,
+)
 
 # In evaluation the shorter side is this many times the image that is read.
 EVALUATION_SCALE = 256 / 224
@@ -77,34 +86,42 @@ def decode(
   return np.asarray(resized)
 
 
-def places(sizes: Sequence[int], examples: int) -> np.ndarray:
-  """Where in the stream of epochs each step draws.
+def epoch_positions(sizes: Sequence[int], examples: int) -> np.ndarray:
+  """Returns where in the endless epochs each step samples.
 
-  Like `images.draw`: an epoch's last examples that do not fill a draw are left
-  for another epoch.
+  Like `InMemory.sample`: an epoch's last examples that do not fill a sample are
+  left for another epoch.
 
   Args:
-    sizes: how many examples each step draws, from step 0; 0 is none.
+    sizes: how many examples each step samples, from step 0; 0 is none.
     examples: in an epoch.
 
   Returns:
     (steps, 2) int64: epoch, and cursor in its order.
   """
-  found = np.zeros((len(sizes), 2), np.int64)
+  positions = np.zeros((len(sizes), 2), np.int64)
   epoch, cursor = -1, examples
   for step, size in enumerate(sizes):
     if size and cursor + size > examples:
       epoch, cursor = epoch + 1, 0
-    found[step] = epoch, cursor
+    positions[step] = epoch, cursor
     cursor += size
-  return found
+  return positions
 
 
-class Share(Protocol):
-  """Which part of every draw a process decodes: the index-th of `count`."""
+class SamplerState(flax.struct.PyTreeNode):
+  """A position in the epochs; the order is known to what reads the records.
 
-  index: int
-  count: int
+  Attributes:
+    epoch: () int32, of the last sample; -1 before the first.
+  """
+
+  epoch: Array
+
+  @classmethod
+  def create(cls) -> 'SamplerState':
+    """Returns the state before the first step."""
+    return cls(epoch=jnp.int32(-1))
 
 
 class _Reader:
@@ -161,17 +178,19 @@ class _Reader:
       substitute: whether the next example takes the place of one that cannot
         be decoded, or a black image, with 'undecodable' as 1.
     """
-    found = self._records.__getitems__([int(r) for r in self._rows[positions]])
-    inputs, labels, index, bad = [], [], [], []
-    for record, rng, position in zip(found, rngs, positions, strict=True):
-      place = int(position)
-      image = first = self._one(record, place, rng)
+    records = self._records.__getitems__(
+      [int(row) for row in self._rows[positions]]
+    )
+    inputs, labels, index, undecodable = [], [], [], []
+    for record, rng, position in zip(records, rngs, positions, strict=True):
+      current = int(position)
+      image = first = self._one(record, current, rng)
       for _ in range(MOST_SUBSTITUTES if substitute else 0):
         if image is not None:
           break
-        place = (place + 1) % len(self._rows)
-        record = self._records.__getitems__([int(self._rows[place])])[0]
-        image = self._one(record, place, rng)
+        current = (current + 1) % len(self._rows)
+        record = self._records.__getitems__([int(self._rows[current])])[0]
+        image = self._one(record, current, rng)
       if image is None:
         if substitute:
           raise DatasetError(
@@ -180,19 +199,20 @@ class _Reader:
           )
         image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
       inputs.append(image)
-      labels.append((record['label'] + self._shift[place]) % self._num_classes)
-      index.append(place)
-      bad.append(first is None)
+      label = record['label'] + self._shift[current]
+      labels.append(label % self._num_classes)
+      index.append(current)
+      undecodable.append(first is None)
     return {
       'inputs': np.stack(inputs),
       'label': np.array(labels, np.int32),
       'index': np.array(index, np.int32),
-      'undecodable': np.array(bad, np.int32),
+      'undecodable': np.array(undecodable, np.int32),
     }
 
 
 class _TrainingUnits:
-  """What Grain reads: unit i of this process's share of all draws."""
+  """What Grain reads: unit i of this process's shard of all samples."""
 
   def __init__(
     self,
@@ -200,18 +220,18 @@ class _TrainingUnits:
     examples: int,
     sizes: Sequence[int],
     start: int,
-    share: Share,
+    shard: Shard,
     unit: int,
     seed: int,
   ):
     self._reader = reader
     self._examples = examples
-    self._share = share
+    self._shard = shard
     self._unit = unit
     self._seed = seed
     self._sizes = np.asarray(sizes)
-    self._places = places(sizes, examples)
-    units = self._sizes // share.count // unit
+    self._positions = epoch_positions(sizes, examples)
+    units = self._sizes // shard.count // unit
     units[:start] = 0
     self._ends = np.cumsum(units)
     self._order: tuple[int, np.ndarray | None] = (-1, None)
@@ -228,40 +248,41 @@ class _TrainingUnits:
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     step = int(np.searchsorted(self._ends, i, 'right'))
     before = self._ends[step - 1] if step else 0
-    local = self._sizes[step] // self._share.count
-    first = self._share.index * local + (i - before) * self._unit
-    # An example's place among all that the step draws decides its pixels.
-    place = first + np.arange(self._unit)
-    epoch, cursor = (int(x) for x in self._places[step])
-    rngs = [np.random.default_rng((self._seed, 3, step, int(p))) for p in place]
-    batch = self._reader.read(self._epoch(epoch)[cursor + place], rngs, True)
+    local = self._sizes[step] // self._shard.count
+    first = self._shard.index * local + (i - before) * self._unit
+    # An example's index among all that the step samples decides its pixels.
+    index = first + np.arange(self._unit)
+    epoch, cursor = (int(x) for x in self._positions[step])
+    rngs = [np.random.default_rng((self._seed, 3, step, int(k))) for k in index]
+    batch = self._reader.read(self._epoch(epoch)[cursor + index], rngs, True)
     return {**batch, 'epoch': np.full(self._unit, epoch, np.int32)}
 
 
 class _EvaluationChunks:
-  """What Grain reads: this process's share of chunk i of a split."""
+  """What Grain reads: this process's shard of chunk i of a split."""
 
-  def __init__(self, reader: _Reader, examples: int, size: int, share: Share):
+  def __init__(self, reader: _Reader, examples: int, size: int, shard: Shard):
     self._reader = reader
     self._examples = examples
     self._size = size
-    self._share = share
+    self._shard = shard
 
   def __len__(self) -> int:
     return -(-self._examples // self._size)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    local = self._size // self._share.count
-    positions = i * self._size + self._share.index * local + np.arange(local)
+    local = self._size // self._shard.count
+    start = i * self._size + self._shard.index * local
+    positions = start + np.arange(local)
     real = positions < self._examples
     rngs = [None] * local
     batch = self._reader.read(np.where(real, positions, 0), rngs, False)
     return {**batch, 'real': real & (batch['undecodable'] == 0)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-  """A dataset whose examples are read while training.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Streaming:
+  """A `Dataset` whose examples are read while training.
 
   Attributes:
     name: of the dataset.
@@ -291,11 +312,10 @@ class Streamed:
   prepare: Callable[[Any], Any]
   skip: bool = False
 
-  resident = False
   input_dtype = np.dtype(np.uint8)
-  widths = ()
   vocabulary = None
   f1 = False
+  most_steps_per_call = 1
 
   @property
   def input_shape(self) -> tuple[int, ...]:
@@ -306,6 +326,59 @@ class Streamed:
   def counts(self) -> dict[str, int]:
     """The number of examples of each split."""
     return {name: len(rows) for name, rows in self.rows.items()}
+
+  def state(self) -> PyTree:
+    """See `Dataset.state`."""
+    return SamplerState.create()
+
+  def sample(
+    self,
+    state: PyTree,
+    data: dict[str, Array],
+    size: int,
+    *,
+    key: Array,
+    step: Array,
+    axis_name: str,
+  ) -> tuple[PyTree, dict[str, Array]]:
+    """See `Dataset.sample`; `data` are this device's shard already."""
+    _, augment_key = jax.random.split(key)
+    local = size // jax.lax.axis_size(axis_name)
+    first = jax.lax.axis_index(axis_name) * local
+    keys = augment_lib.example_keys(
+      augment_key, step, first + jnp.arange(local)
+    )
+    examples = {
+      'inputs': jax.vmap(self.augment)(keys, data['inputs']),
+      'label': data['label'],
+      'index': data['index'],
+    }
+    return state.replace(epoch=data['epoch'][0]), examples
+
+  def fit(
+    self, examples: dict[str, Array], data: dict[str, Array]
+  ) -> dict[str, Array]:
+    """Returns the examples: all inputs have one shape."""
+    del data
+    return examples
+
+  def loader(
+    self, devices: Devices, sizes: Sequence[int], start: int, seed: int
+  ) -> 'Loader':
+    """See `Dataset.loader`; the workers start with the first call."""
+    return Loader(self, devices, sizes, start, seed)
+
+  def chunks(
+    self,
+    devices: Devices,
+    names: Sequence[str],
+    batch_size: int,
+    examples: int | None = None,
+    whole: bool = False,
+  ) -> 'Splits':
+    """See `Dataset.chunks`; every split is gone through in its order."""
+    del whole
+    return Splits(self, devices, names, batch_size, examples)
 
   def _reader(self, split: str) -> _Reader:
     return _Reader(
@@ -318,50 +391,168 @@ class Streamed:
     )
 
   def training(
-    self, sizes: Sequence[int], start: int, seed: int, share: Share
+    self, sizes: Sequence[int], start: int, seed: int, shard: Shard
   ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of what each step from `start` on draws.
+    """Reads this process's shard of what each step from `start` on samples.
 
     Args:
-      sizes: how many examples every step of the run draws, over all
-        processes; steps that draw none are skipped.
+      sizes: how many examples every step of the run samples, over all
+        processes; steps that sample none are skipped.
       start: the first step that is needed.
       seed: of the order of epochs and of the crops.
-      share: which part of each draw.
+      shard: which part of each sample.
 
     Yields:
       {'inputs', 'label', 'index', 'epoch', 'undecodable'}, arrays of as many
       rows.
     """
-    local = [size // share.count for size in sizes]
+    local = [size // shard.count for size in sizes]
     unit = int(np.gcd.reduce([size for size in local if size]))
     units = workers_lib.iterate(
       _TrainingUnits(
-        self._reader('train'), self.counts['train'], sizes, start, share,
+        self._reader('train'), self.counts['train'], sizes, start, shard,
         unit, seed,
       ),
       self.workers,
     )  # fmt: skip
     with contextlib.closing(units):
       for size in local[start:]:
-        parts = [next(units) for _ in range(size // unit)]
-        if parts:
-          names = parts[0]
-          yield {k: np.concatenate([part[k] for part in parts]) for k in names}
+        batches = [next(units) for _ in range(size // unit)]
+        if batches:
+          yield {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
 
   def evaluation(
-    self, split: str, size: int, share: Share
+    self, split: str, size: int, shard: Shard
   ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of each chunk of `size` examples of a split.
+    """Reads this process's shard of each chunk of `size` examples of a split.
 
     Yields:
       {'inputs', 'label', 'index', 'real'}; over all chunks every example of
       the split is 'real' exactly once.
     """
     chunks = _EvaluationChunks(
-      self._reader(split), self.counts[split], size, share
+      self._reader(split), self.counts[split], size, shard
     )
     with contextlib.closing(
       workers_lib.iterate(chunks, self.workers)
     ) as batches:
       yield from batches
+
+
+class Loader:
+  """One sample a step, decoded by worker processes ahead of time.
+
+  A call is dispatched before the last has ended, so that while the devices
+  compute this process already waits for later samples and sends them.
+
+  Attributes:
+    seconds_waited: for the workers, while there may have been work to do.
+    undecodable: images that another took the place of, in this process's shard.
+  """
+
+  def __init__(
+    self,
+    dataset: Streaming,
+    devices: Devices,
+    sizes: Sequence[int],
+    start: int,
+    seed: int,
+  ):
+    """Starts nothing yet; the arguments are those of `Dataset.loader`."""
+    self._args = dataset, devices, sizes, seed
+    self._devices = devices
+    self._input_shape = dataset.input_shape
+    self._sizes = sizes
+    self.seconds_waited = 0.0
+    self.undecodable = 0
+    self._batches = dataset.training(sizes, start, seed, devices.process_shard)
+
+  def bucket(self, step: int) -> int:
+    """Returns 0: there are no buckets."""
+    del step
+    return 0
+
+  def example(self, bucket: int, size: int) -> PyTree:
+    """Returns a sample of zeros, {} of no examples."""
+    del bucket
+    rows = size // self._devices.process_shard.count
+    if not rows:
+      return {}
+    batch = {
+      'inputs': np.zeros((rows, *self._input_shape), np.uint8),
+      **{k: np.zeros(rows, np.int32) for k in ('label', 'index', 'epoch')},
+    }
+    return self._devices.shard(batch)
+
+  def __call__(self, step: int) -> PyTree:
+    """Returns the sample of the step, {} where it has none."""
+    if not self._sizes[step]:
+      return {}
+    started = time.perf_counter()
+    batch = next(self._batches)
+    self.seconds_waited += time.perf_counter() - started
+    self.undecodable += int(batch.pop('undecodable').sum())
+    return self._devices.shard(batch)
+
+  def replay(self, step: int) -> PyTree:
+    """Reads the sample of the step once more, with workers of its own."""
+    dataset, devices, sizes, seed = self._args
+    with contextlib.closing(
+      Loader(dataset, devices, sizes, step, seed)
+    ) as again:
+      return again(step)
+
+  def close(self) -> None:
+    """Stops the workers."""
+    self._batches.close()
+
+
+class Splits:
+  """Splits that are read while they are evaluated: see `dataset.Splits`."""
+
+  def __init__(
+    self,
+    dataset: Streaming,
+    devices: Devices,
+    names: Sequence[str],
+    batch_size: int,
+    examples: int | None,
+  ):
+    """Reads nothing yet; the arguments are those of `Dataset.chunks`."""
+    self.devices = devices
+    self.counts = {
+      name: min(examples or dataset.counts[name], dataset.counts[name])
+      for name in names
+    }
+    longest = max(self.counts.values())
+    self.sizes = [chunk_size(devices, batch_size, longest)]
+    self._dataset = dataset
+
+  def example(self, program: int) -> PyTree:
+    """Returns a chunk of zeros."""
+    rows = self.sizes[program] // self.devices.process_shard.count
+    chunk = {
+      'inputs': np.zeros((rows, *self._dataset.input_shape), np.uint8),
+      'label': np.zeros(rows, np.int32),
+      'real': np.zeros(rows, bool),
+    }
+    return self.devices.shard(chunk)
+
+  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
+    """See `dataset.Splits.chunks`; the data are one chunk."""
+    (size,), count = self.sizes, self.counts[name]
+    batches = self._dataset.evaluation(name, size, self.devices.process_shard)
+    with contextlib.closing(batches):
+      for start in range(0, count, size):
+        batch = next(batches)
+        chunk = {k: batch[k] for k in ('inputs', 'label', 'real')}
+        chunk['real'] &= batch['index'] < count
+        rows = np.arange(start, min(start + size, count))
+        yield 0, self.devices.shard(chunk), 0, rows
+
+  def read(
+    self, data: PyTree, chunk: Array, size: int, axis_name: str
+  ) -> tuple[Array, Array, Array]:
+    """Returns the data: each device has its shard already."""
+    del chunk, size, axis_name
+    return data['inputs'], data['label'], data['real']

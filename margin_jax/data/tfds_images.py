@@ -12,16 +12,11 @@ import numpy as np
 from absl import logging
 
 from margin_jax.data import cache
-
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import DatasetError, Split
 
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'mnist': 10, 'svhn_cropped': 10}
 NAMES = tuple(CLASSES)
 SPLITS = ('train', 'test')
-
-
-class DatasetError(Exception):
-  """A dataset is missing or is not what it should be."""
 
 
 def open_builder(name: str, data_dir: str | None):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from margin_jax.data import tokens
-from margin_jax.data.tfds_images import DatasetError
+from margin_jax.data.dataset import DatasetError
 
 # One sentence, or two that belong together.
 Sentences = Sequence[str | tuple[str, ...]]

@@ -1,243 +1,201 @@
-"""Exact evaluation of whole splits on the device."""
+"""Exact evaluation of whole splits on the devices.
 
-import abc
+`eval_step` and `measure_step` are per-device functions of a chunk of a split,
+mapped over devices; `Evaluator` and `Measurer` run them over all chunks.
+"""
+
 import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import Array
 
-from margin_jax import data
+from margin_jax import data as data_lib
+from margin_jax import linearized, margins
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import step as step_lib
 from margin_jax.train.spec import StepSpec
 
 PyTree = Any
 
 # Relative to the squared norm of activations, of their total variation.
 ROUNDING = 1e-12
-Split = dict[str, np.ndarray]
 
 
-def make_splits(
-  devices: devices_lib.Devices,
-  dataset: data.Source | data.Streamed,
-  names: tuple[str, ...],
-  batch_size: int,
-  examples: int | None = None,
-  parted: bool = True,
-) -> 'Splits':
-  """What goes through whole splits of a dataset.
+def eval_step(
+  spec: StepSpec,
+  read: Callable[[PyTree, Array], tuple[Array, Array, Array]],
+  attack: Callable | None,
+  variables: PyTree,
+  data: PyTree,
+  chunk: Array,
+  epsilon: Array,
+) -> dict[str, Array]:
+  """Sums over the examples of a chunk of a split.
 
   Args:
-    devices: to evaluate on.
-    dataset: of the splits.
-    names: of the splits.
-    batch_size: examples a call over all devices, at most.
-    examples: only so many of each split, its first; None is all.
-    parted: whether sentences go through in parts of like length.
+    spec: holds the model; static.
+    read: (data, chunk) -> this device's inputs, labels and which of them count:
+      the others are padding, or could not be decoded; static.
+    attack: (logits_fn, inputs, labels, epsilon, bounds=) -> inputs, applied to
+      the images first, or None; static.
+    variables: 'params' and 'batch_stats'.
+    data: as `Splits.chunks` yields it.
+    chunk: () int32, as `Splits.chunks` yields it.
+    epsilon: () float32, how far the attack may go; images are in [0, 1].
+
+  Returns:
+    'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
+    over all chunks every example counts exactly once. With F1, of class 1, also
+    'true_positives', 'false_positives' and 'false_negatives'.
   """
-  if not dataset.resident:
-    return StreamedSplits(devices, dataset, names, batch_size, examples)
-  splits = {}
-  for name in names:
-    if parted and examples is None:
-      splits[name] = dataset.parted(name)
-      continue
-    whole = {k: v[:examples] for k, v in dataset.splits[name].items()}
-    rows = np.arange(len(whole['label']), dtype=np.int32)
-    splits[name] = [{**whole, 'row': rows}]
-  return ResidentSplits(devices, splits, batch_size)
+  inputs, label, real = read(data, chunk)
+
+  def logits_fn(inputs: PyTree) -> Array:
+    logits, _ = spec.model.apply(
+      variables, spec.dataset.prepare(inputs), train=False
+    )
+    return logits.astype(jnp.float32)
+
+  if attack is not None:
+    # Pixels are stored as 0, ..., 255.
+    pixels = inputs.astype(jnp.float32)
+    inputs = attack(logits_fn, pixels, label, 255 * epsilon, bounds=(0, 255))
+  logits = logits_fn(inputs)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  prediction = jnp.argmax(logits, axis=1)
+  sums = {
+    'loss': jnp.sum(jnp.where(real, losses, 0)),
+    'correct': jnp.sum(real & (prediction == label)),
+    'count': jnp.sum(real),
+  }
+  if spec.dataset.f1:
+    predicted, positive = prediction == 1, label == 1
+    sums['true_positives'] = jnp.sum(real & predicted & positive)
+    sums['false_positives'] = jnp.sum(real & predicted & ~positive)
+    sums['false_negatives'] = jnp.sum(real & ~predicted & positive)
+  return jax.lax.psum(sums, spec.axis_name)
 
 
-def _chunk_size(
-  devices: devices_lib.Devices, batch_size: int, longest: int
-) -> int:
-  """Examples a call: no more than there are, and the same on all devices."""
-  size = max(min(batch_size, longest), 1)
-  return math.ceil(size / devices.total) * devices.total
+def measure_step(
+  spec: StepSpec,
+  read: Callable[[PyTree, Array], tuple[Array, Array, Array]],
+  layers: tuple[str, ...],
+  variables: PyTree,
+  data: PyTree,
+  chunk: Array,
+  reference: PyTree,
+) -> PyTree:
+  """Measures the margins of the examples of a chunk of a split.
 
+  Args:
+    spec, read, variables, data, chunk: as `eval_step` takes them.
+    layers: at which to measure; static.
+    reference: for each layer what is subtracted from its activations before
+      they are squared and summed, near their mean, or digits are lost.
 
-class Splits(abc.ABC):
-  """Whole splits, gone through in chunks; one program for each width.
-
-  Attributes:
-    sizes: for each program, the examples of a chunk, over all devices.
-    counts: examples of each split.
+  Returns:
+    'examples': arrays of a row an example, padding included, over all devices,
+    see `Measurer`, and 'square/LAYER', the squared norms of the activations;
+    and 'sums': the activations summed over the examples that count.
   """
+  inputs, label, real = read(data, chunk)
+  inputs = spec.dataset.prepare(inputs)
+  logits, features = spec.model.apply(variables, inputs, train=False)
+  logits = logits.astype(jnp.float32)
+  kernel = variables['params']['head']['kernel'].astype(jnp.float32)
+  examples = {
+    'real': real,
+    'label': label,
+    'prediction': jnp.argmax(logits, axis=1),
+    'margin': margins.signed_margins(logits, kernel, label),
+    'mms': margins.mms_scores(logits, kernel),
+    'feature_norm': margins.row_norms(features.astype(jnp.float32)),
+  }
+  activations = linearized.activations_at(spec.model, variables, inputs, layers)
+  logits_fn, perturbations = linearized.at_layers(
+    spec.model, variables, inputs, layers
+  )
+  signed = linearized.layer_margins(logits_fn, perturbations, label)
+  label_free = linearized.layer_margins(logits_fn, perturbations)
+  sums = {}
+  for name in layers:
+    flat = activations[name].astype(jnp.float32).reshape(label.shape[0], -1)
+    flat = flat - reference[name][None, :]
+    sums[name] = jnp.sum(jnp.where(real[:, None], flat, 0), axis=0)
+    examples[f'margin/{name}'] = signed[name]
+    examples[f'mms/{name}'] = label_free[name]
+    examples[f'square/{name}'] = jnp.sum(jnp.square(flat), axis=1)
+  return {
+    'examples': jax.lax.all_gather(examples, spec.axis_name, tiled=True),
+    'sums': jax.lax.psum(sums, spec.axis_name),
+  }
 
-  sizes: list[int]
-  counts: dict[str, int]
-  _devices: devices_lib.Devices
 
-  @abc.abstractmethod
-  def compile(
-    self, make_step: Callable, variables: PyTree, *rest: PyTree
-  ) -> list[devices_lib.Compiled]:
-    """Compiles `make_step(size)(variables, split, chunk, *rest)`."""
+class _Programs:
+  """A step compiled for every shape of chunk, and run over whole splits."""
 
-  @abc.abstractmethod
-  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
-    """The chunks of a split: what to call, and with what.
+  def __init__(
+    self,
+    splits: data_lib.Splits,
+    make_step: Callable,
+    axis_name: str,
+    variables: PyTree,
+    *rest: PyTree,
+  ):
+    """Compiles `make_step(read)(variables, data, chunk, *rest)`.
 
-    Yields:
-      The program's place, its arguments `split` and `chunk`, and which
-      examples of the split its rows are, without the padding at their end.
+    Args:
+      splits: to go through.
+      make_step: of `read`, see `eval_step`.
+      axis_name: of the mapped axis.
+      variables: the first argument to compile for.
+      *rest: the last arguments to compile for.
     """
+    self._splits = splits
+    self._compiled: list[devices_lib.Compiled] = []
+    for program, size in enumerate(splits.sizes):
+      read = functools.partial(splits.read, size=size, axis_name=axis_name)
+      self._compiled.append(
+        splits.devices.compile(
+          make_step(read), variables, splits.example(program), np.int32(0),
+          *rest,
+        )
+      )  # fmt: skip
 
   def run(
     self,
-    programs: list[devices_lib.Compiled],
     name: str,
     variables: PyTree,
     *rest: PyTree,
     most: int | None = None,
   ) -> list[tuple[np.ndarray, PyTree]]:
-    """What the programs return for the chunks of a split, on the host.
+    """Runs the programs over the chunks of a split.
 
     Args:
-      programs: that `compile` made.
       name: of the split.
-      variables: their first argument.
+      variables: the programs' first argument.
       *rest: their last arguments.
       most: only so many chunks, the first; None is all.
 
     Returns:
-      For each chunk, which examples of the split it has, and the result, whose
-      first rows are these.
+      For each chunk, which examples of the split it has, and the result on the
+      host, whose first rows are these.
     """
     rows, results = [], []
-    with contextlib.closing(self.chunks(name)) as chunks:
-      for place, split, chunk, where in itertools.islice(chunks, most):
+    with contextlib.closing(self._splits.chunks(name)) as chunks:
+      for program, data, chunk, where in itertools.islice(chunks, most):
+        run = self._compiled[program]
         rows.append(where)
-        results.append(
-          programs[place](variables, split, np.int32(chunk), *rest)
-        )
+        results.append(run(variables, data, np.int32(chunk), *rest))
         devices_lib.wait_for_old(results)
     return list(zip(rows, jax.device_get(results), strict=True))
-
-
-class StreamedSplits(Splits):
-  """Splits that are read while they are gone through."""
-
-  def __init__(
-    self,
-    devices: devices_lib.Devices,
-    dataset: data.Streamed,
-    names: tuple[str, ...],
-    batch_size: int,
-    examples: int | None,
-  ):
-    """Reads nothing yet."""
-    self.counts = {
-      name: min(examples or dataset.counts[name], dataset.counts[name])
-      for name in names
-    }
-    longest = max(self.counts.values())
-    self.sizes = [_chunk_size(devices, batch_size, longest)]
-    self._source = dataset
-    self._devices = devices
-
-  def compile(
-    self, make_step: Callable, variables: PyTree, *rest: PyTree
-  ) -> list[devices_lib.Compiled]:
-    """As `Splits.compile`; the split is a chunk, and the devices share it."""
-    (size,) = self.sizes
-    rows = size // self._devices.process_shard.count
-    chunk = {
-      'inputs': np.zeros((rows, *self._source.input_shape), np.uint8),
-      'label': np.zeros(rows, np.int32),
-      'real': np.zeros(rows, bool),
-    }
-    args = (variables, self._devices.shard(chunk), np.int32(0), *rest)
-    return [self._devices.compile(make_step(size), *args)]
-
-  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
-    """As `Splits.chunks`."""
-    (size,), count = self.sizes, self.counts[name]
-    read = self._source.evaluation(name, size, self._devices.process_shard)
-    with contextlib.closing(read):
-      for start in range(0, count, size):
-        chunk = next(read)
-        fed = {k: chunk[k] for k in ('inputs', 'label', 'real')}
-        fed['real'] &= chunk['index'] < count
-        where = np.arange(start, min(start + size, count))
-        yield 0, self._devices.shard(fed), 0, where
-
-
-class ResidentSplits(Splits):
-  """Splits that lie on the devices."""
-
-  def __init__(
-    self,
-    devices: devices_lib.Devices,
-    splits: dict[str, list[Split]],
-    batch_size: int,
-  ):
-    """Places the splits on the devices, parts of one width in one length.
-
-    Args:
-      devices: to evaluate on.
-      splits: the parts of each: 'inputs', 'label' and 'row'.
-      batch_size: examples a call over all devices, at most.
-    """
-    self._devices = devices
-    self.counts = {
-      name: sum(len(part['label']) for part in parts)
-      for name, parts in splits.items()
-    }
-    longest: dict[tuple, int] = {}
-    for part in itertools.chain(*splits.values()):
-      shape = part['inputs'].shape[1:]
-      longest[shape] = max(longest.get(shape, 0), len(part['label']))
-    shapes = list(longest)
-    self.sizes = [_chunk_size(devices, batch_size, n) for n in longest.values()]
-    self._parts = {
-      name: [
-        (
-          shapes.index(part['inputs'].shape[1:]),
-          devices.replicate(_pad(part, longest[part['inputs'].shape[1:]])),
-          part['row'],
-        )
-        for part in parts
-      ]
-      for name, parts in splits.items()
-    }
-
-  def compile(
-    self, make_step: Callable, variables: PyTree, *rest: PyTree
-  ) -> list[devices_lib.Compiled]:
-    """As `Splits.compile`."""
-    examples = {
-      place: part for parts in self._parts.values() for place, part, _ in parts
-    }
-    return [
-      self._devices.compile(
-        make_step(size), variables, examples[place], np.int32(0), *rest
-      )
-      for place, size in enumerate(self.sizes)
-    ]
-
-  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
-    """As `Splits.chunks`."""
-    for place, part, rows in self._parts[name]:
-      size = self.sizes[place]
-      for chunk in range(math.ceil(len(rows) / size)):
-        yield place, part, chunk, rows[chunk * size : (chunk + 1) * size]
-
-
-def _pad(split: Split, length: int) -> PyTree:
-  """The split's arrays with rows of zeros at their end, and 'count'."""
-  count = len(split['label'])
-  padded = {
-    name: np.pad(split[name], [(0, length - count)] + [(0, 0)] * (ndim - 1))
-    for name, ndim in (('inputs', split['inputs'].ndim), ('label', 1))
-  }
-  return {**padded, 'count': np.int32(count)}
 
 
 class Evaluator:
@@ -249,7 +207,7 @@ class Evaluator:
   def __init__(
     self,
     spec: StepSpec,
-    splits: Splits,
+    splits: data_lib.Splits,
     attack: Callable | None = None,
   ):
     """Compiles nothing yet.
@@ -260,44 +218,46 @@ class Evaluator:
       attack: as `eval_step` takes it, for calls with an `epsilon`.
     """
     self._splits = splits
-    self._method = spec
+    self._spec = spec
     self._attack = attack
-    self._programs: dict[Callable | None, list[devices_lib.Compiled]] = {}
+    self._programs: dict[Callable | None, _Programs] = {}
 
   def __call__(
-    self, name: str, state: step_lib.TrainState, epsilon: float | None = None
+    self, name: str, state: PyTree, epsilon: float | None = None
   ) -> dict[str, Any]:
-    """'loss', 'accuracy', 'count' and maybe 'f1' of the split called `name`.
+    """Returns 'loss', 'accuracy', 'count' and maybe 'f1' of a split.
 
     F1 is 2 TP / (2 TP + FP + FN) over the whole split, of class 1, and 0 where
-    there is none; it is of the methods that ask for it.
+    there is none; specs ask for it.
 
     Args:
       name: of the split.
-      state: the model's.
-      epsilon: the radius of the attack to evaluate under; None is no attack.
+      state: the `TrainState` of the model.
+      epsilon: how far the attack to evaluate under may go; None is no attack.
     """
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     attack = None if epsilon is None else self._attack
-    radius = np.float32(epsilon or 0)
+    epsilon = np.float32(epsilon or 0)
     if attack not in self._programs:
 
-      def make_step(size: int) -> Callable:
-        return functools.partial(step_lib.eval_step, self._method, size, attack)
+      def make_step(read: Callable) -> Callable:
+        return functools.partial(eval_step, self._spec, read, attack)
 
-      self._programs[attack] = self._splits.compile(
-        make_step, variables, radius
+      self._programs[attack] = _Programs(
+        self._splits, make_step, self._spec.axis_name, variables, epsilon
       )
-    sums = self._splits.run(self._programs[attack], name, variables, radius)
+    sums = self._programs[attack].run(name, variables, epsilon)
     total = {key: sum(float(x[key]) for _, x in sums) for key in sums[0][1]}
-    found = {
+    result = {
       'loss': total['loss'] / total['count'],
       'accuracy': total['correct'] / total['count'],
       'count': int(total['count']),
     }
-    if 'hits' in total:
-      found['f1'] = 2 * total['hits'] / max(total['positives'], 1)
-    return found
+    if self._spec.dataset.f1:
+      twice = 2 * total['true_positives']
+      errors = total['false_positives'] + total['false_negatives']
+      result['f1'] = twice / max(twice + errors, 1)
+    return result
 
 
 class Measurer:
@@ -306,58 +266,60 @@ class Measurer:
   def __init__(
     self,
     spec: StepSpec,
-    splits: Splits,
+    splits: data_lib.Splits,
     layers: dict[str, tuple[int, ...]],
   ):
     """Compiles nothing yet.
 
     Args:
       spec: holds the model.
-      splits: to measure, each in one part.
-      layers: some of what `layers.layer_shapes` returns.
+      splits: to measure, gone through whole.
+      layers: some of what `linearized.layer_shapes` returns.
     """
-    self._sizes = {k: math.prod(shape[1:]) for k, shape in layers.items()}
-    layers = tuple(layers)
+    self._spec = spec
     self._splits = splits
-    self._make_step = lambda size: functools.partial(
-      step_lib.measure_step, spec, size, layers
-    )
-    self._layers = layers
-    self._programs: list[devices_lib.Compiled] | None = None
+    self._sizes = {k: math.prod(shape[1:]) for k, shape in layers.items()}
+    self._programs: _Programs | None = None
 
   def __call__(self, name: str, variables: PyTree) -> dict[str, Any]:
     """Measures the split called `name`.
 
     Returns:
       'row' (which examples of the split these are: not those that cannot be
-      decoded), 'label', 'prediction', 'margin', 'mms' and 'radius' (the norm of
-      the features), each (N,), and at each layer 'margin/LAYER' (signed) and
-      'mms/LAYER' (label-free), (N,), and 'total_variation/LAYER', a float.
+      decoded), 'label', 'prediction', 'margin', 'mms' and 'feature_norm', each
+      (N,), and at each layer 'margin/LAYER' (signed) and 'mms/LAYER'
+      (label-free), (N,), and 'total_variation/LAYER', a float.
     """
     reference = {k: np.zeros(n, np.float32) for k, n in self._sizes.items()}
     if self._programs is None:
-      self._programs = self._splits.compile(
-        self._make_step, variables, reference
+
+      def make_step(read: Callable) -> Callable:
+        return functools.partial(
+          measure_step, self._spec, read, tuple(self._sizes)
+        )
+
+      self._programs = _Programs(
+        self._splits, make_step, self._spec.axis_name, variables, reference
       )
-    run = functools.partial(self._splits.run, self._programs, name, variables)
+    run = functools.partial(self._programs.run, name, variables)
     ((rows, first),) = run(reference, most=1)
     reference = {k: x / np.float32(len(rows)) for k, x in first['sums'].items()}
     chunks = run(reference)
-    found = {
+    measured = {
       key: np.concatenate([x['examples'][key][: len(w)] for w, x in chunks])
       for key in chunks[0][1]['examples']
     }
-    found['row'] = np.concatenate([where for where, _ in chunks])
-    real = found.pop('real')  # but for images that could not be decoded
-    found = {key: values[real] for key, values in found.items()}
-    count = len(found['row'])
-    for layer in self._layers:
+    measured['row'] = np.concatenate([where for where, _ in chunks])
+    real = measured.pop('real')  # but for images that could not be decoded
+    measured = {key: values[real] for key, values in measured.items()}
+    count = len(measured['row'])
+    for layer in self._sizes:
       total = sum(x['sums'][layer].astype(np.float64) for _, x in chunks)
-      squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)
+      squares = np.mean(measured.pop(f'square/{layer}'), dtype=np.float64)
       variation = squares - np.sum((total / count) ** 2)
       size = np.sum(reference[layer].astype(np.float64) ** 2)
       # What rounding leaves of activations that do not vary is no variation.
-      found[f'total_variation/{layer}'] = float(
+      measured[f'total_variation/{layer}'] = float(
         variation if variation > ROUNDING * size else 0
       )
-    return found
+    return measured

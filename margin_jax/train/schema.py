@@ -6,7 +6,6 @@ that has no effect in a run is no error: the trainer says so in a warning.
 """
 
 import copy
-from typing import Any
 
 import ml_collections
 
@@ -42,6 +41,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_selection(flat)
   _check_scoring(flat)
   _check_trimming(flat)
+  _check_losses(flat)
   _check_attack(flat)
 
 
@@ -171,7 +171,7 @@ def _check_models(flat: Flat) -> None:
   name, model = flat['data.name'], flat['model.name']
   sentences = name in data.SENTENCES
   kind = 'sentences' if sentences else 'images'
-  registered = data.own.DATASETS.get(name)
+  registered = data.REGISTERED.get(name)
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None:
       holds = models.reads_sentences(flat[field]) == sentences
@@ -245,14 +245,24 @@ def _check_trimming(flat: Flat) -> None:
   because = 'with trimming, which chooses inside the loss'
   _forbid(flat, ('selection.log_counts',), because)
   because = 'with trimming, which is of cross-entropy'
-  _forbid(flat, ('large_margin.weight',), because)
+  _forbid(flat, ('loss.risk', 'large_margin.weight'), because)
   if flat['trimming.backward'] == 'kept':
     model = flat['model.name']
     allowed = f"'all' for {model!r}: its BatchNorm needs the whole batch"
     holds = not models.has_batch_norm(model)
     require(holds, 'trimming.backward', 'kept', allowed)
-    because = "with trimming.backward='kept': MMR is over the whole batch"
-    _forbid(flat, ('mmr.alpha', 'mmr.alpha_end'), because)
+    because = "with trimming.backward='kept': they are over the whole batch"
+    _forbid(flat, ('mmr.alpha', 'mmr.alpha_end', 'loss.names'), because)
+
+
+def _check_losses(flat: Flat) -> None:
+  """Whether every added loss has a weight, and adds something."""
+  names, weights = flat['loss.names'], flat['loss.weights']
+  allowed = f'{len(names)} values, one for each of loss.names={names}'
+  require(len(weights) == len(names), 'loss.weights', weights, allowed)
+  risk = flat['loss.risk']
+  allowed = f'without {risk!r}, which is the risk'
+  require(risk not in names, 'loss.names', names, allowed)
 
 
 def _check_attack(flat: Flat) -> None:
@@ -334,23 +344,3 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
 def choices(name: str) -> tuple[str, ...]:
   """The names that a field may be, registered ones included."""
   return FIELDS[name].check.choices()
-
-
-# For comparisons, until they use `unused`.
-
-
-def void(rule: str) -> tuple[str, ...]:
-  """The fields that do nothing with a rule."""
-  flat = flatten(config_lib.default()) | {'selection.rule': rule}
-  return tuple(
-    name
-    for name in config_lib.without_effect(flat)
-    if name.startswith('selection.')
-  )
-
-
-def idle(flat: dict[str, Any]) -> dict[str, str]:
-  """Fields of MMR and BatchNorm that do nothing without them, and why."""
-  reasons = config_lib.without_effect(flat)
-  names = ('mmr.stop_feature_gradient', 'mmr.reduction', 'model.batch_norm')
-  return {name: reasons[name] for name in names if name in reasons}

@@ -1,4 +1,4 @@
-"""NumPy arrays of your own as a dataset, by name."""
+"""NumPy arrays registered as a dataset."""
 
 import dataclasses
 import functools
@@ -6,12 +6,12 @@ import hashlib
 
 import numpy as np
 
-Split = dict[str, np.ndarray]
+from margin_jax.data.dataset import Split
 
 
 @dataclasses.dataclass(frozen=True)
-class Own:
-  """A registered dataset.
+class Registered:
+  """The arrays of a registered dataset.
 
   Attributes:
     train: the training split: 'inputs' and 'label'.
@@ -25,7 +25,7 @@ class Own:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of one example's inputs."""
+    """The shape of one example's inputs."""
     return self.train['inputs'].shape[1:]
 
   @property
@@ -35,7 +35,7 @@ class Own:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Of everything in it: by a name alone, other arrays would pass for it."""
+    """A digest of all arrays: one name may stand for others tomorrow."""
     digest = hashlib.sha256(str(self.num_classes).encode())
     for split in (self.train, self.test):
       for array in (split['inputs'], split['label']):
@@ -44,11 +44,12 @@ class Own:
     return digest.hexdigest()[:16]
 
 
-DATASETS: dict[str, Own] = {}
+REGISTERED: dict[str, Registered] = {}
 
 
 def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
-  # A copy: what is changed later would still have the digest of now.
+  """Returns checked inputs, uint8 or float32."""
+  # A copy: arrays that change later must not keep the digest of now.
   inputs = np.array(inputs)
   if inputs.dtype == np.uint8:
     if inputs.ndim != 4:
@@ -77,6 +78,7 @@ def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
 
 
 def _labels(what: str, labels: np.ndarray, examples: int) -> np.ndarray:
+  """Returns checked labels."""
   labels = np.asarray(labels)
   if not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(
@@ -90,17 +92,24 @@ def _labels(what: str, labels: np.ndarray, examples: int) -> np.ndarray:
   return labels
 
 
-def add(
+def from_arrays(
   name: str,
   *,
   train: tuple[np.ndarray, np.ndarray],
   test: tuple[np.ndarray, np.ndarray],
   num_classes: int | None,
-  taken: bool,
-) -> None:
-  """See `margin_jax.register_dataset`."""
-  if taken:
-    raise ValueError(f'dataset {name!r} is there already; take another name')
+) -> Registered:
+  """Makes a dataset of inputs and labels: see `registry.register_dataset`.
+
+  Args:
+    name: for messages.
+    train: inputs and labels.
+    test: the same.
+    num_classes: C, or None.
+
+  Raises:
+    ValueError: the arrays are not as they must be.
+  """
   splits = {}
   for split, (inputs, labels) in (('train', train), ('test', test)):
     what = f'dataset {name!r}, {split}'
@@ -115,14 +124,14 @@ def add(
       f'dataset {name!r}: train and test must be alike, got inputs of '
       f'{one.shape[1:]} {one.dtype} and {other.shape[1:]} {other.dtype}'
     )
-  found = [splits[split]['label'] for split in splits]
-  largest = int(max(x.max() for x in found))
+  smallest = int(min(x['label'].min() for x in splits.values()))
+  largest = int(max(x['label'].max() for x in splits.values()))
   classes = largest + 1 if num_classes is None else num_classes
-  if classes < 2 or largest >= classes or min(x.min() for x in found) < 0:
+  if classes < 2 or largest >= classes or smallest < 0:
     raise ValueError(
       f'dataset {name!r}: labels must be in [0, C) with C at least 2, got '
-      f'{int(min(x.min() for x in found))} to {largest} with C = {classes}'
+      f'{smallest} to {largest} with C = {classes}'
     )
   for split in splits.values():
     split['label'] = split['label'].astype(np.int32)
-  DATASETS[name] = Own(splits['train'], splits['test'], classes)
+  return Registered(splits['train'], splits['test'], classes)

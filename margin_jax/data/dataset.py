@@ -1,0 +1,220 @@
+"""What every dataset answers, whatever its kind.
+
+There are three: `InMemory` lies on the devices as a whole, `Bucketed` does so
+in buckets of sentences of like length, and `Streaming` is read while training.
+`load` chooses the class; whoever uses a dataset never asks which it is.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+PyTree = Any
+# 'inputs', (N, ...), and 'label', (N,) int32.
+Split = dict[str, np.ndarray]
+
+
+class DatasetError(Exception):
+  """A dataset is missing, broken, or in a format that is not read here."""
+
+
+class Shard(Protocol):
+  """A process's part of all examples: the index-th of `count` equal ones."""
+
+  index: int
+  count: int
+
+
+class Devices(Protocol):
+  """What a dataset must know of the devices: see `train.devices.Devices`."""
+
+  total: int
+  process_shard: Shard
+  replicate: Callable[[PyTree], PyTree]
+  shard: Callable[[PyTree], PyTree]
+
+
+class Loader(Protocol):
+  """Hands each call of the train step its data.
+
+  Attributes:
+    seconds_waited: for data, while there may have been work to do.
+    undecodable: images that another took the place of, in this process.
+  """
+
+  seconds_waited: float
+  undecodable: int
+
+  def bucket(self, step: int) -> int:
+    """Returns which bucket the step samples from; 0 where there are none."""
+
+  def example(self, bucket: int, size: int) -> PyTree:
+    """Returns data like those of a step, to compile it for.
+
+    Args:
+      bucket: that the step samples from.
+      size: how many examples it samples, over all devices; 0 is none.
+    """
+
+  def __call__(self, step: int) -> PyTree:
+    """Returns the data of the call that starts at `step`."""
+
+  def replay(self, step: int) -> PyTree:
+    """Returns the data of the call at an earlier step again."""
+
+  def close(self) -> None:
+    """Ends the processes that read the data, if there are any."""
+
+
+class Splits(Protocol):
+  """Whole splits in chunks, to evaluate; one program for each shape of chunk.
+
+  Attributes:
+    devices: that hold the chunks.
+    sizes: for each program, the examples of a chunk, over all devices.
+    counts: for each split, its number of examples.
+  """
+
+  devices: Devices
+  sizes: list[int]
+  counts: dict[str, int]
+
+  def example(self, program: int) -> PyTree:
+    """Returns data like those that `chunks` yields for a program."""
+
+  def chunks(self, name: str) -> Iterator[tuple[int, PyTree, int, np.ndarray]]:
+    """Goes once through the split called `name`.
+
+    Yields:
+      The index of the program, its arguments `data` and `chunk`, and which
+      examples of the split the chunk's first rows are; the rest is padding.
+    """
+
+  def read(
+    self, data: PyTree, chunk: Array, size: int, axis_name: str
+  ) -> tuple[Array, Array, Array]:
+    """Returns this device's inputs and labels of a chunk, and which count.
+
+    Args:
+      data: as `chunks` yields it.
+      chunk: () int32, as `chunks` yields it.
+      size: the examples of a chunk over all devices; static.
+      axis_name: of the mapped axis.
+    """
+
+
+class Dataset(Protocol):
+  """Examples, how to sample them, and how to go through them.
+
+  Attributes:
+    name: of the dataset.
+    num_classes: C.
+    counts: for each split, its number of examples.
+    rows: for each split, which rows of the dataset's own training or test
+      split, in the order in which it is loaded, these are.
+    input_shape: of one example's inputs, as stored.
+    input_dtype: of the inputs, as stored.
+    prepare: batch of inputs as stored -> what the model reads.
+    vocabulary: of sentences, how many different tokens there are; else None.
+    f1: whether F1 of class 1 is reported beside accuracy.
+    most_steps_per_call: how many steps one call may run on the same data.
+  """
+
+  name: str
+  num_classes: int
+  counts: dict[str, int]
+  rows: dict[str, np.ndarray]
+  input_shape: tuple[int, ...]
+  input_dtype: np.dtype
+  prepare: Callable[[Any], Any]
+  vocabulary: int | None
+  f1: bool
+  most_steps_per_call: int
+
+  def state(self) -> PyTree:
+    """Returns the sampler state before the first step; it has an `epoch`."""
+
+  def sample(
+    self,
+    state: PyTree,
+    data: dict[str, Array],
+    size: int,
+    *,
+    key: Array,
+    step: Array,
+    axis_name: str,
+  ) -> tuple[PyTree, dict[str, Array]]:
+    """Samples the next `size` training examples; per device.
+
+    The order of an epoch depends on (key, epoch), the pixels of an example on
+    (key, step, its index among the `size`): never on the number of devices. An
+    epoch's last examples that do not fill a sample are left for another epoch.
+
+    Args:
+      state: the sampler state.
+      data: what the loader has for the step.
+      size: how many over all devices; static, and divisible by their number.
+      key: the run's PRNG key for data.
+      step: () int32.
+      axis_name: of the mapped axis.
+
+    Returns:
+      The new sampler state, and this device's shard of the examples:
+      'inputs', 'label', and 'index', their rows in the training split.
+    """
+
+  def fit(
+    self, examples: dict[str, Array], data: dict[str, Array]
+  ) -> dict[str, Array]:
+    """Returns examples of other steps with inputs as wide as those of `data`.
+
+    Args:
+      examples: sampled before: 'inputs', and whatever else.
+      data: what the loader has for a step, or other examples.
+    """
+
+  def loader(
+    self, devices: Devices, sizes: Sequence[int], start: int, seed: int
+  ) -> Loader:
+    """Returns what feeds the train step.
+
+    Args:
+      devices: that train.
+      sizes: how many examples each step of the run samples, over all devices;
+        0 where a step trains on examples of an earlier one.
+      start: the first step that will be asked for; they come in order.
+      seed: of the run.
+    """
+
+  def chunks(
+    self,
+    devices: Devices,
+    names: Sequence[str],
+    batch_size: int,
+    examples: int | None = None,
+    whole: bool = False,
+  ) -> Splits:
+    """Returns what goes through whole splits.
+
+    Args:
+      devices: to evaluate on.
+      names: of the splits.
+      batch_size: examples of a chunk over all devices, at most.
+      examples: only so many of each split, its first; None is all.
+      whole: whether every split is gone through in its order, and inputs keep
+        their full width.
+    """
+
+
+def chunk_size(devices: Devices, batch_size: int, longest: int) -> int:
+  """Returns the examples of a chunk: as many on each device, few as padding.
+
+  Args:
+    devices: to evaluate on.
+    batch_size: the most examples.
+    longest: the number of examples of the longest split.
+  """
+  size = max(min(batch_size, longest), 1)
+  return -(-size // devices.total) * devices.total

@@ -1,0 +1,84 @@
+"""Pixels to numbers that networks read: mean 0 and variance 1 per channel."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+NORMALIZATIONS = ('dataset', 'imagenet')
+
+# Over [0, 1], the statistics that networks trained on ImageNet expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Exact mean and standard deviation per channel of uint8 images, in [0, 1].
+
+  From sums that float32 holds exactly: of 256 images, whose squares stay below
+  2**24. A float copy of all images would be four times their size, and
+  histograms took 30 times as long (1.8 s for CIFAR-10).
+  """
+  rows = images.reshape(len(images), -1)
+  totals, squares = np.zeros((2, rows.shape[1]))
+  for start in range(0, len(rows), 256):
+    values = rows[start : start + 256].astype(np.float32)
+    totals += values.sum(axis=0)
+    squares += np.einsum('ij,ij->j', values, values)
+  channels = images.shape[-1]
+  count = images.size // channels
+  mean, std = [], []
+  for channel in range(channels):
+    total = int(totals[channel::channels].sum())
+    square = int(squares[channel::channels].sum())
+    mean.append(total / (255 * count))
+    # Of integers of any size, so that nothing cancels.
+    std.append(np.sqrt((count * square - total**2) / count**2) / 255)
+  return np.array(mean), np.array(std)
+
+
+def normalizer(
+  images: np.ndarray, normalization: str
+) -> Callable[[Array], Array]:
+  """uint8 -> float32 with mean 0 and variance 1 per channel.
+
+  Args:
+    images: the training images, whose statistics 'dataset' uses.
+    normalization: 'dataset', or 'imagenet' as in the authors' code.
+
+  Raises:
+    ValueError: 'imagenet' for images that are not RGB.
+  """
+  if normalization == 'imagenet':
+    if images.shape[-1] != 3:
+      raise ValueError(
+        "data.normalization='imagenet' needs RGB images, these have "
+        f"{images.shape[-1]} channel(s); use 'dataset'"
+      )
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+  else:
+    mean, std = statistics(images)
+    std = np.where(std == 0, 1, std)  # a constant channel becomes all zeros
+  scale = np.asarray(1 / (255 * np.asarray(std)), np.float32)
+  shift = np.asarray(-np.asarray(mean) / np.asarray(std), np.float32)
+
+  def prepare(inputs: Array) -> Array:
+    shape = (1,) * (inputs.ndim - 1) + (-1,)
+    return inputs.astype(jnp.float32) * scale.reshape(shape) + shift.reshape(
+      shape
+    )
+
+  return prepare
+
+
+def zero_pixel(prepare: Callable[[Array], Array], channels: int) -> np.ndarray:
+  """(channels,) uint8: the pixel that is nearest to zero after `prepare`.
+
+  Of a `normalizer` that is its mean, rounded: the mean pixel of the training
+  split, or ImageNet's.
+  """
+  levels = np.arange(256, dtype=np.uint8)[:, None]
+  levels = np.broadcast_to(levels, (256, channels))
+  distances = np.abs(prepare(jnp.asarray(levels)))
+  return np.argmin(distances, axis=0).astype(np.uint8)
