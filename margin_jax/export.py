@@ -47,7 +47,7 @@ def export(
   try:
     config = runs.saved_config(checkpoints.info(), data_dir)
     config_lib.require(
-      models.reads_sentences(config.model.name), 'model.name',
+      models.find(config.model.name).reads == 'sentences', 'model.name',
       config.model.name, 'a BERT to be exported',
     )  # fmt: skip
     devices, dataset = setup_lib.load(

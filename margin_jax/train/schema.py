@@ -14,7 +14,7 @@ from margin_jax import losses as losses_lib
 from margin_jax.config import UNIFORM, ConfigError, default, flatten, require
 from margin_jax.data import NORMALIZATIONS
 from margin_jax.data.augment import AUGMENTATIONS
-from margin_jax.models import bert, pretrained
+from margin_jax.models import bert
 from margin_jax.train import attacks, guard, optimizers
 
 CHOICES = {
@@ -132,10 +132,11 @@ def _check_fields(flat: dict[str, Any]) -> None:
 
 def _check_models(flat: dict[str, Any]) -> None:
   for name, allowed in (
-    ('model.name', models.allowed()),
-    ('selection.proxy', (None, *models.allowed())),
+    ('model.name', models.names()),
+    ('selection.proxy', (None, *models.names())),
   ):
-    holds = models.exists(flat[name]) or flat[name] in allowed[:-1]
+    no_proxy = name == 'selection.proxy' and flat[name] is None
+    holds = no_proxy or models.find(flat[name]) is not None
     require(holds, name, flat[name], f'one of {allowed}')
 
 
@@ -296,7 +297,8 @@ def validate_data(
   ):
     if model is not None:
       require(
-        min(image_shape[:2]) >= models.least_side(model, stem), name, model,
+        min(image_shape[:2]) >= models.find(model).least_side_with(stem), name,
+        model,
         f'a model for images of {image_shape}',
       )  # fmt: skip
 
@@ -331,7 +333,7 @@ def idle(flat: dict[str, Any]) -> dict[str, str]:
     because = 'with mmr.alpha=0.0: nothing is regularized'
     found['mmr.stop_feature_gradient'] = because
   used = flat['model.name'], flat['selection.proxy']
-  if not any(name and models.has_batch_norm(name) for name in used):
+  if not any(name and models.find(name).batch_norm for name in used):
     because = f'with model.name={used[0]!r}, which has no BatchNorm'
     found['model.batch_norm'] = because
   return found
@@ -424,7 +426,7 @@ def _check_sentences(flat: dict[str, Any]) -> None:
   kind = 'sentences' if sentences else 'images'
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None:
-      holds = models.reads_sentences(flat[field]) == sentences
+      holds = models.find(flat[field]).reads == kind
       allowed = f'a model that reads {kind} with data.name={name!r}'
       require(holds, field, flat[field], allowed)
   _check_arrays(flat)
@@ -454,7 +456,7 @@ def _check_arrays(flat: dict[str, Any]) -> None:
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None and len(found.shape) != 3:
       require(
-        flat[field] in models.own.MODELS, field, flat[field],
+        models.find(flat[field]).any_shape, field, flat[field],
         f'a registered model with data.name={name!r}, whose inputs have shape '
         f'{found.shape}',
       )  # fmt: skip
@@ -463,13 +465,18 @@ def _check_arrays(flat: dict[str, Any]) -> None:
 def _check_model(flat: dict[str, Any]) -> None:
   """Refuses options of other models."""
   name = flat['model.name']
+  model = models.find(name)
   for field, holds, has in (
-    ('model.variant', models.has_variants(name), 'has one variant'),
-    ('model.dropout', models.has_dropout(name), 'has no dropout'),
-    ('model.stem', models.has_stems(name), 'has one stem'),
-    ('model.width', models.has_widths(name), 'has no width multiplier'),
-    ('model.dtype', models.has_dtypes(name), 'has no field dtype'),
-    ('model.pretrained', pretrained.supports(name), 'has no published weights'),
+    ('model.variant', 'variant' in model.options, 'has one variant'),
+    ('model.dropout', 'dropout' in model.options, 'has no dropout'),
+    ('model.stem', 'stem' in model.options, 'has one stem'),
+    ('model.width', 'width' in model.options, 'has no width multiplier'),
+    ('model.dtype', 'dtype' in model.options, 'has no field dtype'),
+    (
+      'model.pretrained',
+      model.published is not None,
+      'has no published weights',
+    ),
   ):
     if not holds:
       _forbid(flat, (field,), f'with model.name={name!r}, which {has}')
@@ -511,19 +518,20 @@ def _check_selection(flat: dict[str, Any]) -> None:
 def _check_scorer(flat: dict[str, Any]) -> None:
   proxy = flat['selection.proxy']
   scorer = flat['model.name'] if proxy is None else proxy
-  if not models.has_dtypes(scorer):
+  model = models.find(scorer)
+  if 'dtype' not in model.options:
     because = f'where {scorer!r} scores, which has no field dtype'
     _forbid(flat, ('selection.score_dtype',), because)
   side = flat['selection.score_resolution']
   if side is not None:
     require(
-      models.takes_any_resolution(scorer),
+      model.any_size,
       'selection.score_resolution',
       side,
       f'None where {scorer!r} scores: it reads images of one size only',
     )
     stem = flat['model.stem'] if proxy is None else 'imagenet'
-    least = models.least_side(scorer, stem)
+    least = model.least_side_with(stem)
     allowed = f'at least {least} where {scorer!r} scores'
     require(side >= least, 'selection.score_resolution', side, allowed)
   if flat['selection.batch_stats'] == 'pool':
@@ -534,7 +542,7 @@ def _check_scorer(flat: dict[str, Any]) -> None:
     names = ('selection.proxy', 'selection.score_resolution')
     _forbid(flat, names, because)
     require(
-      models.has_batch_norm(flat['model.name']),
+      models.find(flat['model.name']).batch_norm,
       'selection.batch_stats',
       'pool',
       f"'selected' for {flat['model.name']!r}, which has no BatchNorm",
@@ -554,7 +562,7 @@ def _check_trimming(flat: dict[str, Any]) -> None:
   _forbid(flat, ('selection.log_counts',), because)
   if backward == 'kept':
     require(
-      not models.has_batch_norm(flat['model.name']),
+      not models.find(flat['model.name']).batch_norm,
       'trimming.backward',
       backward,
       f"'all' for {flat['model.name']!r}: its BatchNorm needs the whole batch",

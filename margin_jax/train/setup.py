@@ -93,7 +93,7 @@ def _models(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
-      variant=config.model.variant if models.has_variants(name) else 'he',
+      variant=config.model.variant,
       dtype=config.model.dtype,
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
       **options,
@@ -105,23 +105,26 @@ def _models(
     stem=config.model.stem,
     width=config.model.width,
   )
-  _check_own('model.name', config.model.name, model, dataset)
+  _check_registered('model.name', config.model.name, model, dataset)
   if config.selection.proxy is None:
     return model, None
   proxy = build(config.selection.proxy)
-  _check_own('selection.proxy', config.selection.proxy, proxy, dataset)
+  _check_registered('selection.proxy', config.selection.proxy, proxy, dataset)
   return model, proxy
 
 
-def _check_own(
+def _check_registered(
   field: str, name: str, model: nn.Module, dataset: data.Source | data.Streamed
 ) -> None:
   """Raises a ConfigError unless a registered model is what a model must be."""
-  if name in models.own.MODELS:
-    lacks = models.own.lacks(
-      name, model, input_shapes(dataset), dataset.num_classes
+  if name in models.REGISTERED:
+    unmet = models.unmet_requirement(
+      models.REGISTERED[name],
+      model,
+      input_shapes(dataset),
+      dataset.num_classes,
     )
-    require(not lacks, field, name, f'a model that {lacks}')
+    require(not unmet, field, name, f'a model that {unmet}')
 
 
 def _arrange(

@@ -2,8 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import numpy as np
