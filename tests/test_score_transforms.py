@@ -343,9 +343,7 @@ LOSSES = {
 
 @pytest.mark.parametrize('beta', [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize('kind', LOSSES)
-def test_loss_percentile_sampler_of_one_has_the_stated_probabilities(
-  kind, beta
-):
+def test_loss_percentile_sampler_of_one_has_the_stated_probabilities(kind, beta):
   losses = LOSSES[kind]
   weights = np.array(references.percentiles(losses)) ** beta
   weights[np.isnan(losses)] = 0

@@ -2,7 +2,8 @@
 
 import dataclasses
 import enum
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
