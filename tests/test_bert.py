@@ -23,9 +23,9 @@ TINY = {
 def make_inputs(lengths=(7, 16, 3), width=16):
   """Pairs of random sentences, padded to `width`."""
   rng = np.random.default_rng(0)
-  rows, places = (len(lengths), width), np.arange(width)
-  mask = places[None] < np.array(lengths)[:, None]
-  second = places[None] >= np.array(lengths)[:, None] // 2
+  rows, positions = (len(lengths), width), np.arange(width)
+  mask = positions[None] < np.array(lengths)[:, None]
+  second = positions[None] >= np.array(lengths)[:, None] // 2
   return {
     'ids': np.where(mask, rng.integers(1, 50, rows), 0).astype(np.int32),
     'segments': np.where(mask, second, 0).astype(np.int32),
@@ -191,7 +191,7 @@ def test_padding_changes_nothing():
   assert np.isfinite(apply(empty)[0]).all()
 
 
-def test_segments_and_places_count():
+def test_segments_and_positions_count():
   inputs = make_inputs()
   logits, _ = apply(inputs)
   other, _ = apply({**inputs, 'segments': 1 - inputs['segments']})
@@ -232,7 +232,7 @@ def test_dropout_is_of_training_only():
   assert np.abs(dropped - other).max() > 0.1
 
 
-def test_dropout_masks_are_of_the_place_in_the_batch():
+def test_dropout_masks_are_of_the_index_in_the_batch():
   inputs = make_inputs((5, 5, 5, 5))
   same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), inputs)
   logits, features = apply(same, train=True, dropout=0.3)

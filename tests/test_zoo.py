@@ -187,7 +187,7 @@ def test_the_stems():
 )
 def test_the_least_side_leaves_something(name, stem, last, left):
   model = models.build(name, 7, stem=stem)
-  least = models.least_side(name, stem)
+  least = models.find(name).least_side_with(stem)
   for side, expected in ((least, left), (least - 1, left - 1)):
     inputs, variables = abstract(model, side)
     shapes = linearized.layer_shapes(model, variables, inputs)
@@ -207,23 +207,45 @@ def test_unknown_options_are_refused(options, words):
     models.build('mobilenet', 10, **options)
 
 
-def test_what_is_known_of_the_names():
-  def which(function):
-    names = ('cnn', 'mnist_cnn', 'resnet50', 'imagenet_resnet50', 'wrn16_1')
-    names += ('vgg16', 'densenet121', 'mobilenet')
-    return {name for name in names if function(name)}
+def test_what_the_models_can_do():
+  names = ('cnn', 'mnist_cnn', 'resnet50', 'imagenet_resnet50', 'wrn16_1')
+  names += ('vgg16', 'densenet121', 'mobilenet', 'bert_base')
+  known = {name: models.find(name) for name in names}
+
+  def which(holds):
+    return {name for name, model in known.items() if holds(model)}
 
   deep = {'vgg16', 'densenet121', 'mobilenet', 'imagenet_resnet50'}
   deep |= {'resnet50', 'wrn16_1'}
-  assert which(models.has_variants) == {'resnet50'}
-  assert which(models.has_dropout) == {'wrn16_1'}
-  assert which(models.has_stems) == {'imagenet_resnet50', 'densenet121'}
-  assert which(models.has_widths) == {'mobilenet'}
-  assert which(models.takes_any_resolution) == deep
-  assert which(models.has_batch_norm) == {'mnist_cnn', *deep}
-  for name in ('wrn10_0', 'wrn010_1', 'wrn4_1', 'wrn12_1', 'wrn28_10x', 3, ()):
-    assert not models.exists(name)
-  assert models.exists('wrn1000_3')
+  stems = {'imagenet_resnet50', 'densenet121'}
+  assert which(lambda x: 'variant' in x.options) == {'resnet50'}
+  assert which(lambda x: 'dropout' in x.options) == {'wrn16_1', 'bert_base'}
+  assert which(lambda x: 'stem' in x.options) == stems
+  assert which(lambda x: 'width' in x.options) == {'mobilenet'}
+  assert which(lambda x: 'dtype' in x.options) == {*names}
+  assert which(lambda x: x.any_size) == deep
+  assert which(lambda x: x.batch_norm) == {'mnist_cnn', *deep}
+  assert which(lambda x: x.reads == 'sentences') == {'bert_base'}
+  assert which(lambda x: x.published) == {
+    'vgg16', 'mobilenet', 'bert_base', *stems,
+  }  # fmt: skip
+  assert {x: known[x].least_side_with('small') for x in names[:-1]} == {
+    'cnn': 2, 'mnist_cnn': 4, 'resnet50': 4, 'imagenet_resnet50': 4,
+    'wrn16_1': 4, 'vgg16': 32, 'densenet121': 8, 'mobilenet': 4,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name', ['wrn10_0', 'wrn010_1', 'wrn4_1', 'wrn12_1', 'wrn28_10x', 3, (), []]
+)
+def test_what_is_no_name(name):
+  assert models.find(name) is None
+
+
+def test_names_without_end():
+  assert models.build('wrn1000_3', 2).depth == 1000
+  patterns = [name for name in models.names() if '{' in name]
+  assert [name[:4] for name in patterns] == ['wrn{', 'bert']
 
 
 def masked(name, mask):

@@ -170,11 +170,14 @@ def _models(
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
       **options,
     )
-    if name in models.own.MODELS:
-      lacks = models.own.lacks(
-        name, module, input_shapes(dataset), dataset.num_classes
+    if name in models.REGISTERED:
+      unmet = models.unmet_requirement(
+        models.REGISTERED[name],
+        module,
+        input_shapes(dataset),
+        dataset.num_classes,
       )
-      require(not lacks, field, name, f'a model that {lacks}')
+      require(not unmet, field, name, f'a model that {unmet}')
     return module
 
   model = build(
