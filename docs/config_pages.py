@@ -19,6 +19,7 @@ SECTIONS = {
   'optimizer': 'The optimizer',
   'selection': 'Selection of the batch from a pool',
   'trimming': 'Mini-batch trimming',
+  'loss': 'The loss',
   'mmr': 'Multi-margin regularization',
   'large_margin': 'The large-margin loss',
   'attack': 'Evaluation under an attack',
