@@ -103,10 +103,10 @@ def _augmentation(name: str) -> Need:
   )
 
 
-def _option(name: str) -> Need:
+def _model(words: str, option: str) -> Need:
   return Need(
-    f'a model with {name}',
-    lambda config: name in models.find(config['model.name']).options,
+    words,
+    lambda config: option in models.find(config['model.name']).options,
     'model.name',
   )
 
@@ -114,7 +114,7 @@ def _option(name: str) -> Need:
 def _any_batch_norm(config: Flat) -> bool:
   proxy = config['selection.proxy'] if SCORING.met(config) else None
   names = config['model.name'], proxy
-  return any(models.find(name).batch_norm for name in names if name)
+  return any(name and models.find(name).batch_norm for name in names)
 
 
 def _is_images(name: str) -> bool:
@@ -172,9 +172,9 @@ DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
 RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
 MODEL = Check(
   lambda name: models.find(name) is not None,
-  lambda: f'one of {models.names()}',  # and more: of some there is no end
+  lambda: f'one of {models.names()}',
   str,
-)
+)  # there is no end of them
 DTYPE = one_of(*models.DTYPES)
 
 FIELDS: dict[str, Field] = {
@@ -362,13 +362,13 @@ FIELDS: dict[str, Field] = {
     'he',
     one_of(*models.VARIANTS),
     "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
-    needs=[_option('variant')],
+    needs=[_model('a model with variants', 'variant')],
   ),
   'model.dtype': Field(
     'float32',
     DTYPE,
     'Of the computation; parameters and the head stay float32.',
-    needs=[_option('dtype')],
+    needs=[_model('a model with a field dtype', 'dtype')],
   ),
   'model.batch_norm': Field(
     'global',
@@ -383,20 +383,20 @@ FIELDS: dict[str, Field] = {
     'Fraction of the activations that is dropped: inside a block of wide '
     "ResNets; of BERT's embeddings, sublayers, attention and features "
     '(published: 0.1).',
-    needs=[_option('dropout')],
+    needs=[_model('a model with dropout', 'dropout')],
   ),
   'model.stem': Field(
     'imagenet',
     one_of(*models.STEMS),
     "First layers of ImageNet ResNets and DenseNets; 'small' is for images "
     'of 32x32.',
-    needs=[_option('stem')],
+    needs=[_model('a model with stems', 'stem')],
   ),
   'model.width': Field(
     1.0,
     POSITIVE,
     "Multiplier of MobileNet's numbers of channels.",
-    needs=[_option('width')],
+    needs=[_model('a model with a width multiplier', 'width')],
   ),
   'model.pretrained': Field(
     None,
@@ -411,7 +411,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.learning_rates': Field(
     (0.1,),
     several(number(least=0, most=1e38), least=1),
-    '`learning_rates[i]` holds from step `boundaries[i-1]` on.',
+    'learning_rates[i] counts from step boundaries[i-1] on.',
   ),
   'optimizer.boundaries': Field(
     (),
@@ -654,7 +654,7 @@ FIELDS: dict[str, Field] = {
   'large_margin.gamma': Field(
     1e4,
     POSITIVE,
-    'Distances are clipped to `[gamma * (1 - alpha), gamma]`.',
+    'Distances are clipped to [gamma * (1 - alpha), gamma].',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.alpha': Field(

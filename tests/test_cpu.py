@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from margin_jax import cpu, models
-from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import pool
 from tests import helpers
@@ -117,7 +116,7 @@ def large():
 
 
 def test_scores_do_not_depend_on_the_rows_at_a_time(large):
-  method = large.method
+  method = large.spec
   assert method.selection.rows == 32
   inputs = helpers.digits().splits['train']['inputs'][:96]
   logits = [
@@ -131,7 +130,7 @@ def test_a_share_has_the_scores_that_it_has_in_the_whole():
   """To the bit: each device runs programs of the same shapes."""
   one = helpers.Setup(pool_size=128)
   inputs = helpers.digits().splits['train']['inputs'][:128]
-  score = jax.jit(lambda x: pool._score(one.method, one.first, x)[0])
+  score = jax.jit(lambda x: pool._score(one.spec, one.first, x)[0])
   shares = [score(inputs[:64]), score(inputs[64:])]
   np.testing.assert_array_equal(score(inputs), np.concatenate(shares))
 
@@ -139,11 +138,12 @@ def test_a_share_has_the_scores_that_it_has_in_the_whole():
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
   whole = compiled_lib.Program(
-    large.method.at_once(),
+    large.spec.at_once(),
     large.devices,
     1,
     large.devices.replicate(large.first),
-    feeding.Resident(large.devices, large.dataset, large.method),
+    large.loader,
+    large.config.steps,
   )
   assert large.program.cost(0, 3) == whole.cost(0, 3)
   compiled = large.program.programs[0].flops

@@ -197,11 +197,11 @@ def dataset():
     'inputs': rng.integers(0, 255, (40, 32, 32, 3)).astype(np.uint8),
     'label': rng.integers(0, 10, 40).astype(np.int32),
   }
-  return data.Source(
+  return data.InMemory(
     name='noise', num_classes=10, splits={'train': split, 'test': split},
     rows={'train': np.arange(40), 'test': np.arange(40)},
     augment=lambda key, image: image,
-    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalizer(split['inputs'], 'dataset'),
   )  # fmt: skip
 
 

@@ -249,9 +249,9 @@ def test_what_does_not_fit_is_refused(fields, message):
   [
     ('data.normalization', 'imagenet', 'uint8 images, but data.name is '),
     ('data.data_dir', '/data', 'a folder, but data.name is '),
-    ('model.dtype', 'bfloat16', "a model with dtype, but model.name is 'mlp'"),
+    ('model.dtype', 'bfloat16', "with a field dtype, but model.name is 'mlp'"),
     ('model.dropout', 0.5, "a model with dropout, but model.name is 'mlp'"),
-    ('model.width', 2.0, "a model with width, but model.name is 'mlp'"),
+    ('model.width', 2.0, "a width multiplier, but model.name is 'mlp'"),
   ],
 )
 @pytest.mark.usefixtures('registered')

@@ -62,7 +62,7 @@ def test_one_step_equals_its_parts():
   """Pool, scores, choice, gradient and update, each by other means."""
   this = setup()
   state, metrics = this.run(1)
-  first, method = this.first, this.method
+  first, method = this.first, this.spec
   pool = helpers.first_pool(this)
   apply = functools.partial(method.model.apply, train=False)
   inputs = this.dataset.prepare(pool['inputs'])
@@ -155,9 +155,7 @@ def test_flops_count_the_forward_on_the_pool():
   """B=32, b=8: one forward on 32, and about three forwards' worth on 8."""
   this = setup()
   forward = jax.jit(
-    lambda params, x: this.method.model.apply(
-      {'params': params}, x, train=False
-    )
+    lambda params, x: this.spec.model.apply({'params': params}, x, train=False)
   ).lower(this.first.params, np.zeros((32, 8, 8, 1), np.float32))
   flops = forward.cost_analysis()['flops']
   assert 1.6 * flops < this.program.cost(0, 1).flops < 1.9 * flops
@@ -168,14 +166,12 @@ def test_evaluation_counts_every_example_once(devices):
   this = setup(devices=devices)
   splits = {k: v for k, v in this.dataset.splits.items() if k != 'train'}
   evaluator = evaluation.Evaluator(
-    this.method,
-    evaluation.make_splits(
-      devices_lib.Devices(devices), this.dataset, tuple(splits), 101
-    ),
+    this.spec,
+    this.dataset.chunks(devices_lib.Devices(devices), tuple(splits), 101),
   )
   for name, split in splits.items():
     result = evaluator(name, this.first)
-    logits, _ = this.method.model.apply(
+    logits, _ = this.spec.model.apply(
       {'params': this.first.params},
       this.dataset.prepare(split['inputs']),
       train=False,

@@ -168,25 +168,23 @@ def _check_data(flat: Flat) -> None:
 
 def _check_models(flat: Flat) -> None:
   """Whether the model and the proxy read such data."""
-  name = flat['data.name']
+  name, model = flat['data.name'], flat['model.name']
   kind = 'sentences' if name in data.SENTENCES else 'images'
   registered = data.REGISTERED.get(name)
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None:
-      model = models.find(flat[field])
+      holds = models.find(flat[field]).reads == kind
       allowed = f'a model that reads {kind} with data.name={name!r}'
-      require(model.reads == kind, field, flat[field], allowed)
+      require(holds, field, flat[field], allowed)
       if registered is not None and len(registered.shape) != 3:
-        holds = model.any_shape
+        holds = models.find(flat[field]).any_shape
         allowed = (
           f'a registered model with data.name={name!r}, whose inputs have '
           f'shape {registered.shape}'
         )
         require(holds, field, flat[field], allowed)
-  if models.find(flat['model.name']).published is None:
-    because = (
-      f'with model.name={flat["model.name"]!r}, which has no published weights'
-    )
+  if models.find(model).published is None:
+    because = f'with model.name={model!r}, which has no published weights'
     _forbid(flat, ('model.pretrained',), because)
 
 
@@ -210,30 +208,30 @@ def _check_selection(flat: Flat) -> None:
 
 def _check_scoring(flat: Flat) -> None:
   """What the model that scores can do."""
-  model, proxy = flat['model.name'], flat['selection.proxy']
-  scorer = model if proxy is None else proxy
-  if 'dtype' not in models.find(scorer).options:
+  name, proxy = flat['model.name'], flat['selection.proxy']
+  scorer = name if proxy is None else proxy
+  model = models.find(scorer)
+  if 'dtype' not in model.options:
     because = f'where {scorer!r} scores, which has no field dtype'
     _forbid(flat, ('selection.score_dtype',), because)
-  name = 'selection.score_resolution'
-  side = flat[name]
+  field = 'selection.score_resolution'
+  side = flat[field]
   if side is not None:
-    holds = models.find(scorer).any_size
     allowed = f'None where {scorer!r} scores: it reads images of one size only'
-    require(holds, name, side, allowed)
+    require(model.any_size, field, side, allowed)
     stem = flat['model.stem'] if proxy is None else 'imagenet'
-    least = models.find(scorer).least_side_with(stem)
+    least = model.least_side_with(stem)
     require(
-      side >= least, name, side, f'at least {least} where {scorer!r} scores'
+      side >= least, field, side, f'at least {least} where {scorer!r} scores'
     )
   if flat['selection.batch_stats'] == 'pool':
     because = (
       "with selection.batch_stats='pool': the statistics would not be of what "
       'the model sees'
     )
-    _forbid(flat, ('selection.proxy', name), because)
-    allowed = f"'selected' for {model!r}, which has no BatchNorm"
-    holds = models.find(model).batch_norm
+    _forbid(flat, ('selection.proxy', field), because)
+    allowed = f"'selected' for {name!r}, which has no BatchNorm"
+    holds = models.find(name).batch_norm
     require(holds, 'selection.batch_stats', 'pool', allowed)
 
 

@@ -164,7 +164,7 @@ def _models(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
-      variant=config.model.variant if models.has_variants(name) else 'he',
+      variant=config.model.variant,
       dtype=config.model.dtype,
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
       **options,
