@@ -40,7 +40,7 @@ def dataset():
     validation_examples=100,
     fraction=0.05,
     max_length=48,
-    widths=(24,),
+    buckets=(24,),
     sample_size=32,
   )
 
@@ -270,7 +270,7 @@ def test_a_falling_rate_cannot_be_prolonged():
   [
     ({'model.name': 'cnn'}, r"model.name='cnn'.*reads sentences"),
     ({'selection.proxy': 'cnn'}, r"selection.proxy='cnn'.*reads sentences"),
-    ({'data.augmentations': ('flip',)}, r'data.augmentations.*sentences'),
+    ({'data.augmentations': ('flip',)}, r'data.augmentations.*images'),
     ({'data.buckets': (24, 16)}, r'data.buckets=\(24, 16\).*increasing'),
     (
       {'data.buckets': (48,)},
@@ -278,9 +278,7 @@ def test_a_falling_rate_cannot_be_prolonged():
     ),
     ({'data.max_length': 4}, r'data.max_length=4.*at least 5'),
     ({'data.max_length': 513}, r'data.max_length=513.*at most 512'),
-    ({'model.batch_norm': 'device'}, r"model.batch_norm='device'.*BatchNorm"),
     ({'model.pretrained': ''}, r"model.pretrained=''.*not empty"),
-    ({'data.vocabulary': 'x'}, r"data.vocabulary='x'.*needs none"),
     ({'model.name': 'bert1_16_3'}, r"model.name='bert1_16_3'"),
     ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, r'attack.name'),
     ({'data.name': 'digits'}, r"model.name='bert1_16_2'.*reads images"),
