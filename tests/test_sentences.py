@@ -62,7 +62,7 @@ def setup(**fields):
 
 def whole_pool(this, step, state=None):
   """The pool of a step, sampled by one device, from its state or the first."""
-  sampler_state = dataset().state() if state is None else state.stream
+  sampler_state = dataset().state() if state is None else state.sampler
   key = jax.random.fold_in(jax.random.key(0), 2)
   sample = helpers.sampler(dataset(), 32)
   return sample(sampler_state, this.loader(step), key, step)[1]
@@ -150,7 +150,7 @@ def test_a_reserve_keeps_sentences_whole():
   order = np.argsort(scores)[:16]
   chosen = np.sort(pool['index'][order])
   np.testing.assert_array_equal(np.flatnonzero(state.counts), chosen)
-  kept, width = state.reserve['inputs'], pool['inputs'].shape[1]
+  kept, width = state.buffer['inputs'], pool['inputs'].shape[1]
   assert kept.shape == (16, 48, 2)
   np.testing.assert_array_equal(kept[:, :width], pool['inputs'][order])
   assert not kept[:, width:].any()
