@@ -67,8 +67,8 @@ def guard(
   pool can be sampled again. A NaN score counts.
 
   'skip' passes over the step's examples: the step is done, and so are samples
-  and counts of steps; parameters, statistics and the optimizer's averages stay. A
-  NaN score does not count: it ranks last, and `nan_scores` tells.
+  and counts of steps; parameters, statistics and the optimizer's averages stay.
+  A NaN score does not count: it ranks last, and `nan_scores` tells.
 
   Args:
     action: `STOP` or `SKIP`.
