@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from margin_jax import data
-from margin_jax.data import augment, autoaugment, image_ops
+from margin_jax.data import augment, autoaugment, image_ops, normalization
 from margin_jax.data.autoaugment import IDENTITY, MAGNITUDES, OPERATIONS, POLICY
 from tests import helpers
 
