@@ -86,7 +86,7 @@ def make_config(
   if model.startswith('bert'):
     config.data.name = 'entailment'  # only for the checks of the config
     config.data.augmentations = ()
-    config.data.widths = ()
+    config.data.buckets = ()
     config.data.max_length = LENGTH
     config.model.dropout = 0.1
     config.optimizer.name = 'adam'

@@ -28,7 +28,7 @@ import ml_collections
 
 from margin_jax import config as config_lib
 from margin_jax import cpu, files
-from margin_jax.compare import budgets, curves, plots, report, runs, tables
+from margin_jax.compare import budgets, plots, report, runs
 from margin_jax.compare import methods as methods_lib
 from margin_jax.compare.runs import Run
 from margin_jax.config import UNIFORM
@@ -132,8 +132,8 @@ def plan(args: argparse.Namespace, root: pathlib.Path) -> list[Run]:
   size = SIZES[args.size]
   short = make_config(size, size.short, args.scale, args.data_dir)
   long = make_config(size, size.long, args.scale, args.data_dir)
-  found = methods_lib.make(short, variants(size, long), {})
-  return runs.make(found, args.seeds, root)
+  found = methods_lib.make_trials(short, variants(size, long), {})
+  return runs.plan(found, args.seeds, root)
 
 
 def steps_done(workdir: pathlib.Path) -> int:
@@ -176,7 +176,7 @@ class Clock:
 def advance(run: Run, clock: Clock) -> bool:
   """Runs to the end, or as many intervals as the time allows."""
   parts, seconds, config = 0, 0.0, run.config
-  while runs.finished(config, run.folder) is None:
+  while run.result() is None:
     part = config.copy_and_resolve_references()
     done = steps_done(run.folder)
     if clock.deadline < float('inf'):
@@ -209,7 +209,7 @@ def arrival(runs: list[list[dict]], goal: float) -> str:
   return f'{len(hits)} of {len(runs)}, {seconds:.0f} s'
 
 
-def table(variants: Mapping[str, Sequence[curves.Curves]]) -> list[str]:
+def table(variants: Mapping[str, Sequence[report.Curves]]) -> list[str]:
   """Final errors, costs, and when the baselines' errors were reached."""
   ends = {
     name: [run.test[-1] for run in found] for name, found in variants.items()
@@ -222,11 +222,11 @@ def table(variants: Mapping[str, Sequence[curves.Curves]]) -> list[str]:
   header += [f'at most {goal:.2%} ({name})' for name, goal in goals.items()]
   rows = []
   for name, last in ends.items():
-    error = curves.mean_and_deviation([row['error'] for row in last])
+    error = report.mean_and_deviation([row['error'] for row in last])
     rows.append([
       name,
       f'{last[0]["step"]:,}',
-      tables.percent(*error),
+      report.percent(*error),
       f'{last[0]["flops"] / 1e15:.3g}',
       f'{statistics.mean(row["seconds"] for row in last):.0f}',
       *(arrival([x.test for x in variants[name]], x) for x in goals.values()),
@@ -236,7 +236,7 @@ def table(variants: Mapping[str, Sequence[curves.Curves]]) -> list[str]:
     'with which the two baselines end on average, and after how many seconds, '
     'a mean over those that do, at the first evaluation that shows it.',
     '',
-    *tables.markdown(header, rows),
+    *report.markdown(header, rows),
   ]
 
 
@@ -246,16 +246,20 @@ def write(
   """Writes the table, the curves and the picture."""
   here = pathlib.Path(__file__).parent if args.scale == 1 else root
   base = (args.out or here) / f'time_to_accuracy_{args.size}'
-  read = [curves.read(run.folder) for run in all_runs]
-  results = [runs.finished(run.config, run.folder) for run in all_runs]
+  read = [report.read_curves(run.folder) for run in all_runs]
+  results = [run.result() for run in all_runs]
   rows = [
-    {'variant': run.entry.name, 'seed': run.seed, **row}
+    {'variant': run.trial.name, 'seed': run.seed, **row}
     for run, found in zip(all_runs, read, strict=True)
     for row in found.test
   ]
   files.write_csv(base.with_suffix('.csv'), list(rows[0]), rows)
-  found = report.grouped(all_runs, read)
-  plots.error(base.with_suffix('.png'), found)
+  found = report.by_trial(all_runs, read)
+  plots.error(
+    base.with_suffix('.png'),
+    {name: [x.test for x in seeds] for name, seeds in found.items()},
+    {name: [x.train for x in seeds] for name, seeds in found.items()},
+  )
   text = [
     '# Time to accuracy',
     '',
@@ -301,12 +305,12 @@ def main() -> None:
   root.mkdir(parents=True, exist_ok=True)
   clock = Clock(args.minutes)
   for run in all_runs:
-    name = f'{run.entry.name}, seed {run.seed}'
+    name = f'{run.trial.name}, seed {run.seed}'
     if not advance(run, clock):
       done = steps_done(run.folder)
       print(f'{name}: step {done:,}; run it again to go on')
       return
-    last = curves.read(run.folder).test[-1]
+    last = report.read_curves(run.folder).test[-1]
     print(
       f'{name}: error {last["error"]:.2%} after {last["step"]:,} steps and '
       f'{last["seconds"]:.0f} s',

@@ -9,10 +9,15 @@ import warnings as _warnings
 import jaxlib as _jaxlib
 
 from margin_jax.linearized import at_layers, layer_margins
-from margin_jax.losses import large_margin_loss, mmr_penalty
+from margin_jax.losses import large_margin_loss, mmr_penalty, trimmed_mean
 from margin_jax.margins import competitors, mms_scores, signed_margins
-from margin_jax.registry import register_dataset, register_model, register_rule
-from margin_jax.selection import query, select_lowest, take_lowest, trimmed_mean
+from margin_jax.registry import (
+  register_dataset,
+  register_loss,
+  register_model,
+  register_rule,
+)
+from margin_jax.selection import query, select_lowest, take_lowest
 from margin_jax.signatures import fit_generalization_gap
 
 __version__ = '0.1.0'
@@ -27,6 +32,7 @@ __all__ = [
   'mms_scores',
   'query',
   'register_dataset',
+  'register_loss',
   'register_model',
   'register_rule',
   'select_lowest',

@@ -1,39 +1,37 @@
-"""Configuration: every field, and the arguments of config files.
+"""Every field of the config: default, check, meaning, and what it needs.
 
-Every field stands in `default()` with its meaning, and is read somewhere;
-`validation.py` says what each may be.
+`FIELDS` is the reference. To add a field, add its entry there and read it where
+it acts. `train/schema.py` checks fields against each other, the data and the
+devices.
 """
 
+import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from margin_jax import data, linearized, losses, models, selection
+from margin_jax.checks import (
+  Check,
+  flag,
+  integer,
+  known,
+  number,
+  one_of,
+  optional,
+  several,
+  string,
+)
+from margin_jax.data import augment
+
+# A config by dotted names: {'data.name': 'digits', ...}.
+Flat = dict[str, Any]
+
 # Plain training on batches of b: no pool, nothing scored.
 UNIFORM = 'uniform'
-
-# Fields that may differ between a checkpoint and the run that continues it:
-# they change neither a batch nor an update, but for what rounding does: sums
-# over other devices, or compiled in another loop, end in other bits.
-RESUMABLE = (
-  'steps',
-  'devices',
-  'steps_per_call',
-  'log_every',
-  'eval_every',
-  'checkpoint_every',
-  'keep_every',
-  'eval_batch_size',
-  'data.data_dir',
-  'data.workers',
-  # What to do about what has not happened yet, or the run would have ended.
-  'data.undecodable',
-  'on_nonfinite',
-  'attack.name',
-  'attack.epsilons',
-  'attack.steps',
-)
 
 # Not a field, but saved with them: of which arrays a registered dataset was.
 DIGEST = 'data.digest'
@@ -43,221 +41,709 @@ class ConfigError(ValueError):
   """A field of the config is unknown, missing or has a bad value."""
 
 
-def _data() -> dict[str, Any]:
-  return {
-    'name': 'digits',
-    # Where TFDS has prepared datasets; None is TFDS's own folder.
-    'data_dir': config_dict.placeholder(str),
-    # The last training examples held out: in the original order where records
-    # tell it (CIFAR, GLUE), else as they are stored.
-    'validation_examples': 0,
-    # The share of the other training examples that is used, and the share of
-    # those that gets a wrong label; `seed` decides which.
-    'fraction': 1.0,
-    'label_noise': 0.0,
-    # Of training images, in the order given: 'crop', 'flip', 'cutout',
-    # 'autoaugment', 'random_resized_crop'. A crop is of an image with so many
-    # pixels of padding on every side.
-    'augmentations': (),
-    'crop_padding': 4,
-    # The side of the square that the augmentation cutout covers.
-    'cutout_size': 16,
-    # Statistics of the training split ('dataset') or ImageNet's, which
-    # ImageNet has either way.
-    'normalization': 'dataset',
-    # Of ImageNet, whose JPEGs are decoded while training: the side that images
-    # are cut to, and how many processes decode (0: the training process).
-    'image_size': 224,
-    # A JPEG that cannot be decoded ends the run ('stop'), or is left out and
-    # counted ('skip').
-    'undecodable': 'stop',
-    'workers': 8,
-    # Of sentences: the most tokens an example has, and the shorter widths that
-    # those with fewer are padded to; a part of its own for each.
-    'max_length': 128,
-    'widths': (32, 64),
-    # Of GLUE: a vocab.txt; None is the one of model.pretrained.
-    'vocabulary': config_dict.placeholder(str),
-  }
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """What a field needs to have an effect.
+
+  Attributes:
+    words: what that is, to follow 'it needs'.
+    met: flat config -> whether it is so.
+    field: the one to change where it is not.
+  """
+
+  words: str
+  met: Callable[[Flat], bool]
+  field: str
 
 
-def _model() -> dict[str, Any]:
-  return {
-    'name': 'cnn',
-    # Of the CIFAR ResNets: He's layout, or the one of the MMS authors' code.
-    'variant': 'he',
-    # Of the computation; parameters and the head stay float32.
-    'dtype': 'float32',
-    # Whose examples BatchNorm normalises with: all devices' ('global', which
-    # does not depend on their number) or each device's own.
-    'batch_norm': 'global',
-    # The share of activations dropped: inside a block of wide ResNets; of
-    # BERT's embeddings, sublayers, attention and features (published: 0.1).
-    'dropout': 0.0,
-    # Of ImageNet ResNets and DenseNets: 'imagenet', or 'small' for images of
-    # 32x32.
-    'stem': 'imagenet',
-    # Of MobileNet: multiplier of the numbers of channels.
-    'width': 1.0,
-    # A .safetensors or PyTorch file to start from, of BERT a folder in the
-    # layout of Hugging Face or a name there; None starts at random.
-    'pretrained': config_dict.placeholder(str),
-  }
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A field of the config.
+
+  Attributes:
+    default: its value in `default()`.
+    check: what its value may be, whatever the other fields are.
+    meaning: what it does.
+    needs: without all of these it has no effect: the trainer warns.
+    resumable: whether the run that continues a checkpoint may change it, or
+      flat config -> whether it may. It then changes neither a batch nor an
+      update, but for what rounding does: sums over other devices, or compiled
+      in another loop, end in other bits.
+  """
+
+  default: Any
+  check: Check
+  meaning: str
+  needs: Sequence[Need] = ()
+  resumable: bool | Callable[[Flat], bool] = False
 
 
-def _optimizer() -> dict[str, Any]:
-  optional = config_dict.placeholder
-  return {
-    'name': 'sgd',  # or 'adam', 'rmsprop'; the momentum below is not Adam's
-    # learning_rates[i] from step boundaries[i-1] on.
-    'learning_rates': (0.1,),
-    'boundaries': (),
-    # Steps over which the rate rises from 0; and whether it changes at the
-    # boundaries only ('steps'), or also falls to 0 at the last ('linear').
-    'warmup': 0,
-    'decay': 'steps',
-    'momentum': 0.9,
-    'nesterov': False,
-    # On 'kernels' only, of those on the 'convolutions' only, or on 'all'.
-    'weight_decay': 0.0,
-    'weight_decay_mask': 'kernels',
-    # Of Adam and RMSProp; None is optax's own.
-    'epsilon': optional(float),
-    # Largest L2 norm of the gradient; None does not clip.
-    'clip_norm': optional(float),
-  }
+def _equal(field: str, *values: Any) -> Need:
+  return Need(
+    f'{field}={" or ".join(map(repr, values))}',
+    lambda config: config[field] in values,
+    field,
+  )
 
 
-def _selection() -> dict[str, Any]:
-  optional = config_dict.placeholder
-  return {
-    # How the batch is chosen from a pool; 'uniform' has no pool.
-    'rule': UNIFORM,
-    # Rank over the examples of all devices, or of each 'device'.
-    'scope': 'global',
-    # The model's running BatchNorm statistics follow the 'selected'
-    # batches or the 'pool', which a train-mode forward then scores.
-    'batch_stats': 'selected',
-    # One scored pool feeds so many steps, best ranks first.
-    'reuse': 1,
-    # Score at every n-th step, from step `start` to before `stop`; the
-    # other steps are plain.
-    'every': 1,
-    'start': 0,
-    'stop': optional(int),
-    # Score in this dtype (None: the model's), at this side length (None:
-    # the images' own), by this small model trained along (None: the model).
-    'score_dtype': optional(str),
-    'score_resolution': optional(int),
-    'proxy': optional(str),
-    # Of rule 'loss': how much the hard share grows per epoch of draws, the
-    # rest being random; classes are balanced. 0 is plain hard-negative
-    # mining; the authors' value is 0.1.
-    'ramp': 0.0,
-    # Of rule 'selective_backprop': the power of the loss percentile.
-    'beta': 1.0,
-    # Count how often each training example is in a batch.
-    'log_counts': False,
-  }
+def _above(least: int, field: str) -> Need:
+  return Need(
+    f'{field} above {least}', lambda config: config[field] > least, field
+  )
 
 
-def _large_margin() -> dict[str, Any]:
-  return {
-    # Weight of the large-margin loss in the loss; 0 is none. And the weight of
-    # cross-entropy beside it; 0 trains on the large-margin loss alone.
-    'weight': 0.0,
-    'cross_entropy': 1.0,
-    # Where margins are asked for: 'input', 'features', or paths of submodules.
-    'layers': ('input',),
-    # How distances are measured there.
-    'norm': 'l2',
-    # How many wrong classes count, and whether only the nearest of them does.
-    'top_k': 1,
-    'worst_case': False,
-    # Of softmax or of logits.
-    'difference': 'softmax',
-    # Distances are clipped to [gamma * (1 - alpha), gamma].
-    'gamma': 1e4,
-    'alpha': 4.0,
-    'epsilon': 1e-6,
-    # Divide gradient norms by the number of the layer's activations.
-    'normalize_by_size': False,
-    # The exact gradient, through the norm of the gradient.
-    'second_order': False,
-  }
+def _dataset(words: str, met: Callable[[str], bool]) -> Need:
+  return Need(words, lambda config: met(config['data.name']), 'data.name')
 
 
-def _attack() -> dict[str, Any]:
-  return {
-    # At the end the test split is evaluated under an l_inf attack too, of
-    # each of these radii; images are in [0, 1]. None is no attack.
-    'name': config_dict.placeholder(str),
-    'epsilons': (),
-    # Of PGD.
-    'steps': 10,
-  }
+def _augmentation(name: str) -> Need:
+  field = 'data.augmentations'
+  return Need(
+    f'{name!r} in {field}', lambda config: name in config[field], field
+  )
+
+
+def _model(words: str, option: str) -> Need:
+  return Need(
+    words,
+    lambda config: option in models.find(config['model.name']).options,
+    'model.name',
+  )
+
+
+def _any_batch_norm(config: Flat) -> bool:
+  proxy = config['selection.proxy'] if SCORING.met(config) else None
+  names = config['model.name'], proxy
+  return any(name and models.find(name).batch_norm for name in names)
+
+
+def _is_images(name: str) -> bool:
+  registered = data.REGISTERED.get(name)
+  return registered.pixels if registered else name in data.IMAGES
+
+
+SCORING = Need(
+  f'a selection.rule other than {UNIFORM!r}',
+  lambda config: config['selection.rule'] != UNIFORM,
+  'selection.rule',
+)
+TRIMMING = Need(
+  'trimming.first or trimming.last below 1',
+  lambda config: min(config['trimming.first'], config['trimming.last']) < 1,
+  'trimming.last',
+)
+MMR = Need(
+  'mmr.alpha or mmr.alpha_end above 0',
+  lambda config: bool(config['mmr.alpha'] or config['mmr.alpha_end']),
+  'mmr.alpha',
+)
+LARGE_MARGIN = _above(0, 'large_margin.weight')
+ATTACK = _equal('attack.name', 'fgsm', 'pgd')
+BATCH_NORM = Need('a model with BatchNorm', _any_batch_norm, 'model.name')
+IMAGES = _dataset('uint8 images', _is_images)
+STREAMED = _dataset('a dataset that is streamed', data.STREAMED.__contains__)
+SENTENCES = _dataset('sentences', data.SENTENCES.__contains__)
+
+
+def _steps_may_change(config: Flat) -> bool:
+  """Unless something is linear between the first step and the last."""
+  trims = config['trimming.first'] != config['trimming.last']
+  alpha = config['mmr.alpha_end'] is not None
+  return not (trims or alpha or config['optimizer.decay'] == 'linear')
+
+
+def _devices_may_change(config: Flat) -> bool:
+  """Unless what is trained depends on how the examples are divided."""
+  return not (
+    config['model.batch_norm'] == 'device'
+    or config['selection.scope'] == 'device'
+    or config['trimming.backward'] == 'kept'
+  )
+
+
+# From 0, and so that nothing is infinite in float32.
+AT_LEAST_0 = number(least=0, most=losses.LARGEST)
+# Not 0 in float32 either.
+POSITIVE = number(least=losses.SMALLEST, most=losses.LARGEST)
+FRACTION = number(above=0, most=1)
+# Losses of an example that need nothing but the model's outputs.
+RISKS = ('cross_entropy', 'hinge')
+DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
+RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
+MODEL = Check(
+  lambda name: models.find(name) is not None,
+  lambda: f'one of {models.names()}',
+  str,
+)  # there is no end of them
+DTYPE = one_of(*models.DTYPES)
+
+FIELDS: dict[str, Field] = {
+  'seed': Field(
+    0,
+    integer(0, bits=32),
+    'Decides the first parameters, the examples of every step and all else '
+    'that is random.',
+  ),
+  'steps': Field(
+    1000,
+    integer(1),
+    'Steps of the whole run.',
+    resumable=_steps_may_change,
+  ),
+  'batch_size': Field(
+    64,
+    integer(1),
+    'Examples that a gradient step sees, b, over all devices.',
+  ),
+  'pool_size': Field(
+    640,
+    integer(1),
+    'Examples that are scored to select from, B, over all devices.',
+    needs=[SCORING],
+  ),
+  'devices': Field(
+    None,
+    optional(integer(1)),
+    'How many devices to use; None is all that JAX sees.',
+    resumable=_devices_may_change,
+  ),
+  'steps_per_call': Field(
+    None,
+    optional(integer(1)),
+    'Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow '
+    'on gradients of convolutions in loops, and up to 100 on accelerators.',
+    resumable=True,
+  ),
+  'on_nonfinite': Field(
+    'stop',
+    one_of('stop', 'skip'),
+    'What to do where a loss, a gradient, an update or a statistic of '
+    "BatchNorm is NaN or infinite: 'stop' the run, or 'skip' the step. A NaN "
+    "score stops the run too; with 'skip' it ranks last.",
+    resumable=True,
+  ),
+  'log_every': Field(
+    100,
+    integer(1),
+    'Steps between two rows of train.csv.',
+    resumable=True,
+  ),
+  'eval_every': Field(
+    1000,
+    integer(1),
+    'Steps between two evaluations.',
+    resumable=True,
+  ),
+  'checkpoint_every': Field(
+    1000,
+    integer(1),
+    'Steps between two checkpoints.',
+    resumable=True,
+  ),
+  'keep_every': Field(
+    None,
+    optional(integer(1)),
+    'Checkpoints at multiples of it are never deleted. The last two and the '
+    'best are kept in any case.',
+    needs=[
+      Need(
+        'as many steps',
+        lambda config: (config['keep_every'] or 0) <= config['steps'],
+        'steps',
+      )
+    ],
+    resumable=True,
+  ),
+  'eval_batch_size': Field(
+    1000,
+    integer(1),
+    'Examples that are evaluated at once, over all devices.',
+    resumable=True,
+  ),
+  # The data.
+  'data.name': Field('digits', DATASET, 'The dataset.'),
+  'data.data_dir': Field(
+    None,
+    optional(string()),
+    "Where TFDS has prepared datasets; None is TFDS's own folder.",
+    needs=[
+      _dataset(
+        'a dataset that is read from a folder',
+        lambda name: name in data.NAMES and name not in data.GENERATED,
+      )
+    ],
+    resumable=True,
+  ),
+  'data.validation_examples': Field(
+    0,
+    integer(0),
+    'The last training examples held out for validation: in the original '
+    'order where records tell it (CIFAR, GLUE), else as they are stored.',
+  ),
+  'data.fraction': Field(
+    1.0,
+    FRACTION,
+    'Fraction of the other training examples that is used; `seed` decides '
+    'which.',
+  ),
+  'data.label_noise': Field(
+    0.0,
+    number(least=0, most=1),
+    'Fraction of the examples in use whose labels are replaced by wrong ones; '
+    '`seed` decides which.',
+  ),
+  'data.augmentations': Field(
+    (),
+    several(one_of(*augment.AUGMENTATIONS), order='different'),
+    'Augmentations of training images, in the order given.',
+  ),
+  'data.crop_padding': Field(
+    4,
+    integer(0),
+    'Pixels of padding on every side before a crop.',
+    needs=[_augmentation('crop')],
+  ),
+  'data.cutout_size': Field(
+    16,
+    integer(1),
+    'Side of the square that cutout covers.',
+    needs=[_augmentation('cutout')],
+  ),
+  'data.normalization': Field(
+    'dataset',
+    one_of(*data.NORMALIZATIONS),
+    "Whose mean and deviation images are normalised with: the training split's "
+    "or ImageNet's. ImageNet itself has its own either way.",
+    needs=[IMAGES],
+  ),
+  'data.image_size': Field(
+    224,
+    integer(1),
+    'Side that images of ImageNet are cut to.',
+    needs=[STREAMED],
+  ),
+  'data.undecodable': Field(
+    'stop',
+    one_of('stop', 'skip'),
+    "A JPEG that cannot be decoded ends the run ('stop'), or is left out and "
+    "counted ('skip').",
+    needs=[STREAMED],
+    resumable=True,
+  ),
+  'data.workers': Field(
+    8,
+    integer(0),
+    'Processes that decode JPEGs; 0 is the training process itself.',
+    needs=[STREAMED],
+    resumable=True,
+  ),
+  'data.max_length': Field(
+    128,
+    integer(5),  # [CLS] and, of a pair, a token and [SEP] of each
+    'Most tokens of an example; longer ones of GLUE are cut.',
+    needs=[SENTENCES],
+  ),
+  'data.buckets': Field(
+    (32, 64),
+    several(integer(3), order='increasing'),
+    'Lengths below data.max_length that shorter examples are padded to. Those '
+    'of one length are a bucket; a step samples from one bucket.',
+    needs=[SENTENCES],
+  ),
+  'data.vocabulary': Field(
+    None,
+    optional(string()),
+    'A vocab.txt for GLUE; None is the one of model.pretrained.',
+    needs=[_dataset('GLUE', data.VOCABULARY_NEEDED.__contains__)],
+  ),
+  # The model.
+  'model.name': Field('cnn', MODEL, 'The model.'),
+  'model.variant': Field(
+    'he',
+    one_of(*models.VARIANTS),
+    "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
+    needs=[_model('a model with variants', 'variant')],
+  ),
+  'model.dtype': Field(
+    'float32',
+    DTYPE,
+    'Of the computation; parameters and the head stay float32.',
+    needs=[_model('a model with a field dtype', 'dtype')],
+  ),
+  'model.batch_norm': Field(
+    'global',
+    one_of('global', 'device'),
+    "Whose examples BatchNorm normalises with: all devices' ('global', which "
+    "does not depend on their number) or each device's own.",
+    needs=[BATCH_NORM],
+  ),
+  'model.dropout': Field(
+    0.0,
+    number(least=0, below=1),
+    'Fraction of the activations that is dropped: inside a block of wide '
+    "ResNets; of BERT's embeddings, sublayers, attention and features "
+    '(published: 0.1).',
+    needs=[_model('a model with dropout', 'dropout')],
+  ),
+  'model.stem': Field(
+    'imagenet',
+    one_of(*models.STEMS),
+    "First layers of ImageNet ResNets and DenseNets; 'small' is for images "
+    'of 32x32.',
+    needs=[_model('a model with stems', 'stem')],
+  ),
+  'model.width': Field(
+    1.0,
+    POSITIVE,
+    "Multiplier of MobileNet's numbers of channels.",
+    needs=[_model('a model with a width multiplier', 'width')],
+  ),
+  'model.pretrained': Field(
+    None,
+    optional(string()),
+    'A .safetensors or PyTorch file to start from; for BERT a folder in the '
+    'layout of Hugging Face or a name there. None starts at random.',
+  ),
+  # The optimizer.
+  'optimizer.name': Field(
+    'sgd', one_of('sgd', 'adam', 'rmsprop'), 'The optimizer.'
+  ),
+  'optimizer.learning_rates': Field(
+    (0.1,),
+    several(number(least=0, most=1e38), least=1),
+    'learning_rates[i] counts from step boundaries[i-1] on.',
+  ),
+  'optimizer.boundaries': Field(
+    (),
+    several(integer(1), order='increasing'),
+    'Steps at which the learning rate changes.',
+  ),
+  'optimizer.warmup': Field(
+    0,
+    integer(0),
+    'Steps over which the learning rate rises from 0.',
+  ),
+  'optimizer.decay': Field(
+    'steps',
+    one_of('steps', 'linear'),
+    "Whether the learning rate changes at the boundaries only ('steps'), or "
+    "falls to 0 at the last step ('linear').",
+  ),
+  'optimizer.momentum': Field(
+    0.9,
+    number(least=0, below=1),
+    'Decay of the sum of past gradients.',
+    needs=[_equal('optimizer.name', 'sgd', 'rmsprop')],
+  ),
+  'optimizer.nesterov': Field(
+    False,
+    flag(),
+    "Nesterov's form of momentum.",
+    needs=[_equal('optimizer.name', 'sgd'), _above(0, 'optimizer.momentum')],
+  ),
+  'optimizer.weight_decay': Field(
+    0.0,
+    AT_LEAST_0,
+    'Coefficient of the L2 penalty.',
+  ),
+  'optimizer.weight_decay_mask': Field(
+    'kernels',
+    one_of('kernels', 'convolutions', 'all'),
+    'What is decayed: kernels only, of those the ones of convolutions only, '
+    'or all parameters.',
+    needs=[_above(0, 'optimizer.weight_decay')],
+  ),
+  'optimizer.epsilon': Field(
+    None,
+    optional(POSITIVE),
+    "Added to the denominator; None is optax's own.",
+    needs=[_equal('optimizer.name', 'adam', 'rmsprop')],
+  ),
+  'optimizer.clip_norm': Field(
+    None,
+    optional(POSITIVE),
+    'Largest L2 norm of the gradient; None does not clip.',
+  ),
+  # Selection of the batch from a pool.
+  'selection.rule': Field(
+    UNIFORM,
+    RULE,
+    "How the batch is selected from a pool; 'uniform' has no pool.",
+  ),
+  'selection.scope': Field(
+    'global',
+    one_of('global', 'device'),
+    'Examples are ranked over all devices, or over those of each device.',
+    needs=[SCORING],
+  ),
+  'selection.batch_stats': Field(
+    'selected',
+    one_of('selected', 'pool'),
+    "The model's running BatchNorm statistics follow the selected batches, or "
+    'the pool, which a train-mode forward then scores.',
+    needs=[SCORING],
+  ),
+  'selection.reuse': Field(
+    1,
+    integer(1),
+    'One scored pool feeds so many steps, best ranks first.',
+    needs=[SCORING],
+  ),
+  'selection.every': Field(
+    1,
+    integer(1),
+    'Score at every n-th step; the others are plain.',
+    needs=[SCORING],
+  ),
+  'selection.start': Field(
+    0,
+    integer(0),
+    'First step that scores; those before are plain.',
+    needs=[SCORING],
+  ),
+  'selection.stop': Field(
+    None,
+    optional(integer(1)),
+    'From this step on nothing is scored.',
+    needs=[
+      SCORING,
+      Need(
+        'more steps',
+        lambda config: (config['selection.stop'] or 0) < config['steps'],
+        'steps',
+      ),
+    ],
+  ),
+  'selection.score_dtype': Field(
+    None,
+    optional(DTYPE),
+    "Score in this dtype; None is the model's.",
+    needs=[SCORING],
+  ),
+  'selection.score_resolution': Field(
+    None,
+    optional(integer(4)),
+    "Score images of this side; None is the images' own.",
+    needs=[SCORING],
+  ),
+  'selection.proxy': Field(
+    None,
+    optional(MODEL),
+    'Score with this small model, trained along; None is the model itself.',
+    needs=[SCORING],
+  ),
+  'selection.ramp': Field(
+    0.0,
+    AT_LEAST_0,
+    'How much the hard fraction of the batch grows per epoch of pools, the '
+    'rest being random; classes are balanced. 0 is plain hard-negative '
+    "mining; the authors' value is 0.1.",
+    needs=[_equal('selection.rule', 'loss')],
+  ),
+  'selection.beta': Field(
+    1.0,
+    AT_LEAST_0,
+    'Power of the loss percentile.',
+    needs=[_equal('selection.rule', 'selective_backprop')],
+  ),
+  'selection.log_counts': Field(
+    False,
+    flag(),
+    'Count how often each training example is in a batch.',
+  ),
+  # Mini-batch trimming.
+  'trimming.first': Field(
+    1.0,
+    FRACTION,
+    'Fraction of the batch, the largest losses, that counts in the first '
+    'epoch; linear in the epoch. 1 in the first and the last is no trimming.',
+  ),
+  'trimming.last': Field(
+    1.0,
+    FRACTION,
+    'The same in the last epoch; the paper has 1.0 and 0.2.',
+  ),
+  'trimming.backward': Field(
+    'all',
+    one_of('all', 'kept'),
+    'The backward pass runs on all of the batch, or on the examples that count '
+    'only (for models without BatchNorm).',
+    needs=[TRIMMING],
+  ),
+  # The loss.
+  'loss.risk': Field(
+    'cross_entropy',
+    known(lambda: (*RISKS, *losses.REGISTERED)),
+    "The loss of an example: 'cross_entropy', 'hinge' (multi-class), or a "
+    'registered one.',
+  ),
+  'loss.names': Field(
+    (),
+    several(known(lambda: (*RISKS, *losses.REGISTERED)), order='different'),
+    'Losses that are added to the risk, MMR and the large-margin loss, which '
+    'have fields of their own.',
+  ),
+  'loss.weights': Field(
+    (),
+    several(AT_LEAST_0),
+    'Their weights, one for each.',
+  ),
+  # Multi-margin regularization.
+  'mmr.alpha': Field(0.0, AT_LEAST_0, 'Weight of MMR in the loss.'),
+  'mmr.alpha_end': Field(
+    None,
+    optional(AT_LEAST_0),
+    'Weight at the last step, linear in the step; None stays at mmr.alpha.',
+  ),
+  'mmr.reduction': Field(
+    'mean_of_squares',
+    one_of(*losses.REDUCTIONS),
+    "The paper's mean over the batch, or the square of the mean as in the "
+    "authors' later code.",
+    needs=[MMR],
+  ),
+  'mmr.stop_feature_gradient': Field(
+    False,
+    flag(),
+    'No gradient flows through the norm of the features.',
+    needs=[MMR],
+  ),
+  # The large-margin loss.
+  'large_margin.weight': Field(
+    0.0,
+    AT_LEAST_0,
+    'Weight of the large-margin loss in the loss; 0 is none.',
+  ),
+  'large_margin.cross_entropy': Field(
+    1.0,
+    AT_LEAST_0,
+    'Weight of cross-entropy beside it; 0 trains on the large-margin loss '
+    'alone.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.layers': Field(
+    ('input',),
+    several(string(), order='different', least=1),
+    "Where margins are asked for: 'input', 'features', or paths of submodules.",
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.norm': Field(
+    'l2',
+    one_of(*linearized.NORMS),
+    'How distances are measured there.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.top_k': Field(
+    1,
+    integer(1),
+    'How many wrong classes count.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.worst_case': Field(
+    False,
+    flag(),
+    'Of those only the nearest counts.',
+    needs=[LARGE_MARGIN, _above(1, 'large_margin.top_k')],
+  ),
+  'large_margin.difference': Field(
+    'softmax',
+    one_of(*losses.DIFFERENCES),
+    'Of which differences between classes distances are taken.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.gamma': Field(
+    1e4,
+    POSITIVE,
+    'Distances are clipped to [gamma * (1 - alpha), gamma].',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.alpha': Field(
+    4.0,
+    POSITIVE,
+    'See large_margin.gamma.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.epsilon': Field(
+    1e-6,
+    POSITIVE,
+    'Added to the gradient norm that a distance is divided by.',
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.normalize_by_size': Field(
+    False,
+    flag(),
+    "Divide gradient norms by the number of the layer's activations.",
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.second_order': Field(
+    False,
+    flag(),
+    'The exact gradient, through the norm of the gradient.',
+    needs=[LARGE_MARGIN],
+  ),
+  # Evaluation under an attack.
+  'attack.name': Field(
+    None,
+    optional(one_of('fgsm', 'pgd')),
+    'At the end the test split is evaluated under this l_inf attack too.',
+    resumable=True,
+  ),
+  'attack.epsilons': Field(
+    (),
+    several(number(above=0, most=1), order='different'),
+    'How far the attack may change a pixel; images are in [0, 1].',
+    needs=[ATTACK],
+    resumable=True,
+  ),
+  'attack.steps': Field(
+    10,
+    integer(1),
+    'Steps of PGD.',
+    needs=[_equal('attack.name', 'pgd')],
+    resumable=True,
+  ),
+}
 
 
 def default() -> ml_collections.ConfigDict:
   """Every field with its default; config files change some of them."""
-  optional = config_dict.placeholder
-  return ml_collections.ConfigDict(
-    {
-      'seed': 0,
-      'steps': 1000,
-      # b and B, over all devices. B is unused by the rule 'uniform'.
-      'batch_size': 64,
-      'pool_size': 640,
-      # How many devices to use; None is all that JAX sees.
-      'devices': optional(int),
-      # Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow
-      # on gradients of convolutions in loops, and up to 100 on accelerators.
-      'steps_per_call': optional(int),
-      # What to do where a loss, a gradient, an update or BatchNorm's statistics
-      # are NaN or infinite: 'stop' the run, or 'skip' the step. A NaN score
-      # stops it too; with 'skip' it ranks last.
-      'on_nonfinite': 'stop',
-      # Steps between two lines of train.csv, two evaluations, two checkpoints.
-      'log_every': 100,
-      'eval_every': 1000,
-      'checkpoint_every': 1000,
-      # Checkpoints at multiples of it are never deleted; None: the last two and
-      # the best are kept.
-      'keep_every': optional(int),
-      'eval_batch_size': 1000,  # over all devices
-      'data': _data(),
-      'model': _model(),
-      'optimizer': _optimizer(),
-      'selection': _selection(),
-      'trimming': {
-        # The share of the batch with the largest losses that counts, linear
-        # in the epoch from `first` to `last`; 1 and 1 is no trimming. The
-        # paper has 1.0 and 0.2.
-        'first': 1.0,
-        'last': 1.0,
-        # The backward pass runs on 'all' of the batch, or on the 'kept' part
-        # only (for models without BatchNorm).
-        'backward': 'all',
-      },
-      'mmr': {
-        # Weight of MMR in the loss; linear in the step up to alpha_end, if set.
-        'alpha': 0.0,
-        'alpha_end': optional(float),
-        # The paper's mean over the batch, or 'square_of_mean' as in the later
-        # code; and whether the radius of the features is a constant.
-        'reduction': 'mean_of_squares',
-        'stop_feature_gradient': False,
-      },
-      'large_margin': _large_margin(),
-      'attack': _attack(),
-    }
-  )
+  nested: dict[str, Any] = {}
+  for name, field in FIELDS.items():
+    *sections, leaf = name.split('.')
+    values = nested
+    for section in sections:
+      values = values.setdefault(section, {})
+    values[leaf] = field.default
+    if field.default is None:
+      values[leaf] = config_dict.placeholder(field.check.type)
+  return ml_collections.ConfigDict(nested)
 
 
 def require(holds: bool, name: str, value: Any, allowed: str) -> None:
   """Raises a `ConfigError` about a field unless `holds`."""
   if not holds:
     raise ConfigError(f'{name}={value!r} is not allowed: it must be {allowed}')
+
+
+def without_effect(config: Flat) -> dict[str, str]:
+  """The fields that have no effect whatever their value is, and why.
+
+  Args:
+    config: every field, each with a value that its check allows.
+
+  Returns:
+    Reasons, such as "it needs selection.rule='loss', but selection.rule is
+    'mms'", by the name of the field.
+  """
+  reasons = {}
+  for name, field in FIELDS.items():
+    for need in field.needs:
+      if not need.met(config):
+        reasons[name] = (
+          f'it needs {need.words}, but {need.field} is {config[need.field]!r}'
+        )
+        break
+  return reasons
 
 
 def parse_arguments(
@@ -351,30 +837,24 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
-def binds_devices(config: dict[str, Any]) -> bool:
+def _resumable(name: str, config: Flat) -> bool:
+  """Whether a continued run may change the field; not one that is unknown."""
+  if name not in FIELDS:
+    return False
+  resumable = FIELDS[name].resumable
+  return resumable(config) if callable(resumable) else resumable
+
+
+def binds_devices(config: Flat) -> bool:
   """Whether what is trained depends on the number of devices."""
-  return (
-    # Whose examples are normalised, or ranked.
-    config.get('model.batch_norm') == 'device'
-    or config.get('selection.scope') == 'device'
-    # They divide the part that the gradient sees.
-    or config.get('trimming.backward') == 'kept'
-  )
+  return not _resumable('devices', as_json(default()) | config)
 
 
-def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def differences(saved: Flat, config: Flat) -> list[str]:
   """Lines 'field: saved -> now' for fields that a continued run must keep."""
   saved = as_json(default()) | saved  # fields that came after the checkpoint
-  free = {*RESUMABLE}
-  trims = config.get('trimming.first') != config.get('trimming.last')
-  falls = config.get('optimizer.decay') == 'linear'
-  if config.get('mmr.alpha_end') is not None or trims or falls:
-    # The slope of alpha, of the share that is kept, of the learning rate.
-    free.discard('steps')
-  if binds_devices(config):
-    free.discard('devices')
   return [
     f'{name}: {saved.get(name)!r} -> {config.get(name)!r}'
-    for name in sorted({*saved, *config} - free)
-    if saved.get(name) != config.get(name)
+    for name in sorted({*saved, *config})
+    if saved.get(name) != config.get(name) and not _resumable(name, config)
   ]

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Rows of a pool that are scored at a time: what a layer makes of them stays in
-# the cache.
-SCORED_ROWS = 32
+# How many examples of a pool are scored at a time: what a layer makes of them
+# stays in the cache.
+CHUNK_SIZE = 32
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -57,7 +57,7 @@ def _keep_pages() -> None:
 
 
 def is_default() -> bool:
-  """Whether it is CPUs that programs are compiled for."""
+  """Returns whether programs are compiled for CPUs."""
   return jax.default_backend() == 'cpu'
 
 
@@ -83,17 +83,17 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):
   return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
 
-def scored_rows(share: int) -> int | None:
-  """How many rows of a device's share of a pool to score at a time.
+def chunk_size(shard: int) -> int | None:
+  """Returns how many examples of a device's shard of a pool to score at a time.
 
   Args:
-    share: its rows.
+    shard: its number of examples.
 
   Returns:
-    A divisor of `share`, the same for all numbers of devices that it can be
+    A divisor of `shard`, the same for all numbers of devices that it can be
     the same for; or None for all at once, as on accelerators.
   """
-  rows = math.gcd(share, SCORED_ROWS)
-  if not is_default() or rows == share or 2 * rows < SCORED_ROWS:
+  size = math.gcd(shard, CHUNK_SIZE)
+  if not is_default() or size == shard or 2 * size < CHUNK_SIZE:
     return None
-  return rows
+  return size

@@ -9,14 +9,12 @@ so does `--config.model.pretrained=/tmp/rte_model`.
 """
 
 import argparse
-import os
 import pathlib
 
 from margin_jax import config as config_lib
 from margin_jax import models
 from margin_jax.models import bert_weights
-from margin_jax.train import process, runs
-from margin_jax.train import setup as setup_lib
+from margin_jax.train import process, runs, vocabulary
 
 
 def export(
@@ -42,28 +40,19 @@ def export(
     DatasetError: the dataset is missing or broken.
     CorruptError: the checkpoint cannot be read.
   """
-  workdir = os.path.abspath(os.path.expanduser(workdir))
-  checkpoints = runs.checkpoints(workdir, None if step is None else [step])
-  try:
-    config = runs.saved_config(checkpoints.info(), data_dir)
+  steps = None if step is None else [step]
+  with runs.open_run(workdir, steps, data_dir) as run:
     config_lib.require(
-      models.reads_sentences(config.model.name), 'model.name',
-      config.model.name, 'a BERT to be exported',
+      models.find(run.config.model.name).reads == 'sentences', 'model.name',
+      run.config.model.name, 'a BERT to be exported',
     )  # fmt: skip
-    devices, dataset = setup_lib.load(
-      config, None, training=False, workdir=workdir
-    )
-    spec = setup_lib.make_spec(config, dataset, devices.total)
-    state = setup_lib.init_state(config, dataset, spec, restoring=True)
-    state, _ = checkpoints.restore(state, step)
-  finally:
-    checkpoints.close()
+    state = run.restore(step)
   folder = runs.make_folder(out)
   bert_weights.write(
     folder,
     {'params': state.params},
-    bert_weights.sizes_of(spec.model),
-    setup_lib.vocabulary(config, workdir),
+    bert_weights.sizes_of(run.spec.model),
+    vocabulary.find(run.config, run.workdir),
   )
   return folder
 

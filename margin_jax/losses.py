@@ -1,13 +1,21 @@
-"""What widens margins: multi-margin regularization, the large-margin loss."""
+"""Losses: what widens margins, and what else a network can be trained on.
+
+The public functions take arrays. The trainer's losses are functions of one
+`Outputs`, what the model makes of a batch; `LOSSES` is their table: a new one
+is a function and a line there, or `register_loss`.
+"""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
-from jaxtyping import Float, Float32, Integer, PyTree
+from jaxtyping import Float, Float32, Int32, Integer, PyTree
 
-from margin_jax import linearized, margins
+from margin_jax import linearized, margins, selection
 
 REDUCTIONS = ('mean_of_squares', 'square_of_mean')
 DIFFERENCES = ('softmax', 'logits')
@@ -25,13 +33,13 @@ def mmr_penalty(
   stop_feature_gradient: bool = False,
   axis_name: str | None = None,
 ) -> Float[Array, '']:
-  """Multi-margin regularization (MMR).
+  """Computes the multi-margin regularization (MMR) of a batch.
 
       R_i = || w_y - w_m ||^2 * max_k || phi_k ||^2       mmr = mean_i R_i
 
   m is the competitor of example i. Add `alpha * mmr` to the loss: minimising
-  it widens the margin between label and competitor, relative to the radius of
-  the features. The bias is in neither factor. With
+  it widens the margin between label and competitor, relative to the largest
+  feature norm. The bias is in neither factor. With
   `reduction='square_of_mean'` it is the form of the authors' later code,
 
       mmr = (max_k || phi_k || * mean_i || w_y - w_m ||)^2
@@ -61,7 +69,15 @@ def mmr_penalty(
     TypeError: an array has the wrong kind of dtype.
     ValueError: a shape does not fit, B is 0, or `reduction` is unknown.
 
-  Source: Weinstein et al. 2020, Eq. 8.
+  References:
+    Weinstein et al. 2020, Eq. 8.
+
+  Example:
+    >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1||^2 = 25
+    >>> features = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> labels = jnp.array([0, 1])
+    >>> float(mmr_penalty(features, features @ kernel, kernel, labels))
+    100.0
   """
   features, logits = jnp.asarray(features), jnp.asarray(logits)
   kernel, labels = jnp.asarray(kernel), jnp.asarray(labels)
@@ -72,11 +88,12 @@ def mmr_penalty(
   margins.check_floating('features', features, 2)
   m = margins.competitors(logits, labels)
   margins.check_kernel(kernel, logits.shape[1])
-  if features.shape != (logits.shape[0], kernel.shape[0]):
-    raise ValueError(
-      f'features must have shape ({logits.shape[0]}, {kernel.shape[0]}) to '
-      f'match logits and kernel, got {features.shape}'
-    )
+  margins.check_shape(
+    'features',
+    features,
+    (logits.shape[0], kernel.shape[0]),
+    'to match logits and kernel',
+  )
   if not features.shape[0]:
     raise ValueError('features must hold at least one example, got none')
   dtype, wide = margins.compute_dtype(features, logits, kernel)
@@ -88,14 +105,14 @@ def mmr_penalty(
   difference = jnp.clip(columns[labels] - columns[m], -largest, largest)
   width = jnp.sum(jnp.square(difference), axis=1)
   width = jnp.where(valid, width, jnp.nan)
-  radius = jnp.sum(jnp.square(features), axis=1)
+  feature_norm = jnp.sum(jnp.square(features), axis=1)  # squared
   if stop_feature_gradient:
-    radius = jax.lax.stop_gradient(radius)
+    feature_norm = jax.lax.stop_gradient(feature_norm)
   if axis_name is not None:
     # lax.pmax has no derivative; gathering the norms has.
-    radius = jax.lax.all_gather(radius, axis_name)
-  radius = radius.ravel()
-  radius = radius[jnp.argmax(radius)]
+    feature_norm = jax.lax.all_gather(feature_norm, axis_name)
+  feature_norm = feature_norm.ravel()
+  feature_norm = feature_norm[jnp.argmax(feature_norm)]
 
   square_of_mean = reduction == 'square_of_mean'
   if square_of_mean:
@@ -104,13 +121,13 @@ def mmr_penalty(
   if axis_name is not None:
     mean = jax.lax.pmean(mean, axis_name)
 
-  def product(radius: Array, mean: Array) -> Array:
-    return radius * (mean**2 if square_of_mean else mean)
+  def product(feature_norm: Array, mean: Array) -> Array:
+    return feature_norm * (mean**2 if square_of_mean else mean)
 
   # Products of 0 and infinity in the derivative would be NaN.
-  penalty = jax.lax.stop_gradient(product(radius, mean))
+  penalty = jax.lax.stop_gradient(product(feature_norm, mean))
   finite = jnp.isfinite(penalty)
-  safe = product(jnp.where(finite, radius, 0), jnp.where(finite, mean, 0))
+  safe = product(jnp.where(finite, feature_norm, 0), jnp.where(finite, mean, 0))
   return jnp.where(finite, safe, penalty).astype(dtype)
 
 
@@ -143,7 +160,7 @@ def large_margin_loss(
   normalize_by_size: bool = False,
   second_order: bool = False,
 ) -> Float32[Array, ' B']:
-  """The large-margin loss of every example, at one layer or several.
+  """Computes every example's large-margin loss, at one layer or several.
 
       g_ik = || grad_h (p_iy - p_ik) ||_q
       d_ik = (p_iy - p_ik) / (g_ik + epsilon)
@@ -184,7 +201,16 @@ def large_margin_loss(
     TypeError: the logits are not floating, or `labels` not integer.
     ValueError: a shape does not fit, an option is unknown or out of range.
 
-  Source: Elsayed et al. 2018 and its released code.
+  References:
+    Elsayed et al. 2018 and its released code.
+
+  Example:
+    >>> logits_fn = lambda x: x @ jnp.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> large_margin_loss(
+    ...   logits_fn, jnp.array([[1.0, 0.0]]), jnp.array([0]), gamma=1.0,
+    ...   difference='logits',
+    ... ).round(3).tolist()
+    [-0.6]
   """
   _check_options(norm, difference, gamma=gamma, alpha=alpha, epsilon=epsilon)
   labels = jnp.asarray(labels)
@@ -228,3 +254,128 @@ def large_margin_loss(
     raise ValueError('activations must hold at least one layer, got none')
   mean = sum(losses) / len(losses)
   return jnp.where(valid, mean, jnp.nan)
+
+
+def trimmed_mean(
+  losses: Float[Array, ' M'], keep: int | Integer[Array, '']
+) -> Float[Array, '']:
+  """Computes the mean of the `keep` largest losses: mini-batch trimming.
+
+  `keep` may be traced: which losses count is a mask by rank, so another
+  `keep` compiles nothing. Equal losses rank by index. A NaN loss makes the
+  result NaN.
+
+  Args:
+    losses: (M,) floating, M >= 1.
+    keep: how many; outside [1, M] it counts as the nearer end.
+
+  Returns:
+    () in the dtype of `losses`; computed in float32.
+
+  Raises:
+    TypeError: `losses` is not floating.
+    ValueError: `losses` is not a vector, or empty.
+
+  References:
+    Fassold, section 2.
+
+  Example:
+    >>> float(trimmed_mean(jnp.array([4.0, 3.0, 2.0, 1.0]), 2))
+    3.5
+  """
+  losses = jnp.asarray(losses)
+  margins.check_floating('losses', losses, 1)
+  size = losses.shape[0]
+  if not size:
+    raise ValueError('losses must hold at least one loss, got none')
+  dtype, wide = margins.compute_dtype(losses)
+  losses = losses.astype(wide)
+  keep = jnp.clip(keep, 1, size)
+  order = selection.select_lowest(-losses, size)
+  counts = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < keep)
+  # NaN ranks last, so it has to be let in for it to be seen.
+  total = jnp.sum(jnp.where(counts | jnp.isnan(losses), losses, 0))
+  return (total / keep).astype(dtype)
+
+
+class Outputs(NamedTuple):
+  """What the model makes of this device's shard of the batch, in training mode.
+
+  Attributes:
+    logits: (b, C) float32.
+    features: (b, D), what the last layer reads.
+    kernel: (D, C) float32, the last layer's weights.
+    labels: (b,) int32 in [0, C).
+    index: (b,) int32, which training example each is.
+    linearize: `layers -> (logits_fn, perturbations)` as of `at_layers`, in
+      evaluation mode with the statistics of the batch itself. In training mode
+      the examples would leak into each other's gradients through BatchNorm, and
+      the running statistics lag behind weights that move fast.
+    axis_name: the mapped axis of the devices.
+  """
+
+  logits: Float[Array, 'b C']
+  features: Float[Array, 'b D']
+  kernel: Float[Array, 'D C']
+  labels: Integer[Array, ' b']
+  index: Int32[Array, ' b']
+  linearize: Callable
+  axis_name: str
+
+
+# Returns a loss an example, (b,), or one of the batch of all devices, ().
+Loss = Callable[..., Array]
+
+
+def cross_entropy(outputs: Outputs) -> Float32[Array, ' b']:
+  """Computes minus the log-probability of the label."""
+  return optax.softmax_cross_entropy_with_integer_labels(
+    outputs.logits, outputs.labels
+  )
+
+
+def hinge(outputs: Outputs) -> Float32[Array, ' b']:
+  """Computes the multi-class hinge loss: max(0, 1 - (s_y - s_m)).
+
+  References:
+    Weinstein et al. 2020, Eq. 6.
+  """
+  m = margins.competitors(outputs.logits, outputs.labels)[:, None]
+  own = jnp.take_along_axis(outputs.logits, outputs.labels[:, None], axis=1)
+  other = jnp.take_along_axis(outputs.logits, m, axis=1)
+  return jnp.maximum(0, 1 - (own - other))[:, 0]
+
+
+def mmr(outputs: Outputs, **options: object) -> Float32[Array, '']:
+  """Computes `mmr_penalty` over the batch of all devices."""
+  return mmr_penalty(
+    outputs.features,
+    outputs.logits,
+    outputs.kernel,
+    outputs.labels,
+    axis_name=outputs.axis_name,
+    **options,
+  )
+
+
+def large_margin(
+  outputs: Outputs, *, layers: tuple[str, ...], **options: object
+) -> Float32[Array, ' b']:
+  """Computes `large_margin_loss` at the named layers."""
+  logits_fn, perturbations = outputs.linearize(layers)
+  return large_margin_loss(logits_fn, perturbations, outputs.labels, **options)
+
+
+LOSSES: dict[str, Loss] = {
+  'cross_entropy': cross_entropy,
+  'hinge': hinge,
+  'mmr': mmr,
+  'large_margin': large_margin,
+}
+# Those that `register_loss` has added, by name.
+REGISTERED: dict[str, Loss] = {}
+
+
+def find(name: str) -> Loss:
+  """Returns the loss called `name`, built-in or registered."""
+  return LOSSES[name] if name in LOSSES else REGISTERED[name]

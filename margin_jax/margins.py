@@ -11,6 +11,7 @@ Everything is pure, works under `jit`, `vmap`, `grad` and `pmap`, computes in
 float32 (float64 for float64 inputs) and returns the dtype of its inputs.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,59 +20,90 @@ from jaxtyping import Float, Int32, Integer
 
 def check_floating(name: str, array: Array, ndim: int) -> None:
   """Raises unless `array` is a floating array of `ndim` dimensions."""
-  if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-    raise TypeError(
-      f'{name} must be a floating-point array, got dtype {array.dtype}'
-    )
-  if jnp.ndim(array) != ndim:
-    raise ValueError(
-      f'{name} must have {ndim} dimension(s), got shape {jnp.shape(array)}'
-    )
+  chex.assert_type(
+    array,
+    float,
+    custom_message=f'{name} must be a floating-point array',
+    exception_type=TypeError,
+  )
+  chex.assert_rank(
+    array,
+    ndim,
+    custom_message=f'{name} must have {ndim} dimension(s)',
+    exception_type=ValueError,
+  )
+
+
+def check_shape(
+  name: str, array: Array, shape: tuple[int | None, ...], why: str
+) -> None:
+  """Raises unless `array` has the shape; None fits any size."""
+  shown = ', '.join('D' if size is None else str(size) for size in shape)
+  shown += ',' if len(shape) == 1 else ''
+  chex.assert_shape(
+    array,
+    shape,
+    custom_message=f'{name} must have shape ({shown}), {why}',
+    exception_type=ValueError,
+  )
 
 
 def check_logits(logits: Array) -> None:
   """Raises unless `logits` is floating, (B, C), with at least two classes."""
   check_floating('logits', logits, 2)
-  if logits.shape[1] < 2:
-    raise ValueError(
-      'logits must have at least two classes in its last dimension, got '
-      f'shape {logits.shape}'
-    )
+  chex.assert_axis_dimension_gteq(
+    logits,
+    1,
+    2,
+    custom_message='logits must have at least two classes in its last '
+    'dimension',
+    exception_type=ValueError,
+  )
 
 
 def check_labels(labels: Array, size: int) -> None:
   """Raises unless `labels` is an integer array of shape (size,)."""
-  if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-    raise TypeError(f'labels must be integers, got dtype {labels.dtype}')
-  if jnp.shape(labels) != (size,):
-    raise ValueError(
-      f'labels must have shape ({size},) to match the examples, got '
-      f'{jnp.shape(labels)}'
-    )
+  chex.assert_type(
+    labels,
+    int,
+    custom_message='labels must be integers',
+    exception_type=TypeError,
+  )
+  check_shape('labels', labels, (size,), 'one an example')
 
 
 def check_kernel(kernel: Array, classes: int) -> None:
   """Raises unless `kernel` is floating, (D, classes)."""
   check_floating('kernel', kernel, 2)
-  if kernel.shape[1] != classes:
-    raise ValueError(
-      f'kernel must have shape (D, {classes}), one column a class of the '
-      f'logits, got {kernel.shape}'
-    )
+  check_shape(
+    'kernel', kernel, (None, classes), 'one column a class of the logits'
+  )
 
 
 def compute_dtype(*arrays: Array) -> tuple[jnp.dtype, jnp.dtype]:
-  """The dtype of the inputs together, and the one to compute in."""
+  """Returns the dtype of the inputs together, and the one to compute in."""
   dtype = jnp.result_type(*arrays)
   return dtype, jnp.promote_types(dtype, jnp.float32)
 
 
+def _scaled_norms(x: Array) -> tuple[Array, Array, Array]:
+  """Returns the L2 norms of the rows as scale * norm, and which are zero.
+
+  Divided by the largest entry, no square over- or underflows. The norm is
+  homogeneous, so the scale needs no gradient. Both are 1 where the row is zero.
+  """
+  scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=1))
+  zero = scale == 0
+  scale = jnp.where(zero, 1, scale)
+  squares = jnp.sum(jnp.square(x / scale[:, None]), axis=1)
+  return scale, jnp.sqrt(jnp.where(zero, 1, squares)), zero
+
+
 @jax.custom_jvp
 def row_norms(x: Array) -> Array:
-  """L2 norms of the rows; no square over- or underflows, gradient 0 at 0."""
-  scale = jnp.max(jnp.abs(x), axis=1)
-  divisor = jnp.where(scale == 0, 1, scale)[:, None]
-  return scale * jnp.sqrt(jnp.sum(jnp.square(x / divisor), axis=1))
+  """Computes the L2 norms of the rows; the gradient is 0 at a zero row."""
+  scale, norm, zero = _scaled_norms(x)
+  return jnp.where(zero, 0, scale * norm)
 
 
 @row_norms.defjvp
@@ -85,7 +117,7 @@ def _row_norms_jvp(primals, tangents):
 def competitors(
   logits: Float[Array, 'B C'], labels: Integer[Array, ' B']
 ) -> Int32[Array, ' B']:
-  """The competitor of every example: the best class other than the label.
+  """Finds the competitor of every example: the best class but the label.
 
       m_i = argmax_{j != y_i} s_ij
 
@@ -104,7 +136,13 @@ def competitors(
     TypeError: `logits` is not floating or `labels` not integer.
     ValueError: a shape does not fit.
 
-  Source: Weinstein et al. 2020, section 2 (the competitive class of Eq. 5).
+  References:
+    Weinstein et al. 2020, section 2 (the competitive class of Eq. 5).
+
+  Example:
+    >>> logits = jnp.array([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
+    >>> competitors(logits, jnp.array([0, 2])).tolist()
+    [2, 1]
   """
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)
   check_logits(logits)
@@ -124,18 +162,11 @@ def competitors(
 def _column_distance(
   kernel: Array, first: Array, second: Array
 ) -> tuple[Array, Array, Array]:
-  """||w_first - w_second|| / 2 as scale * norm; where the columns are equal."""
+  """Returns ||w_first - w_second|| / 2 as scale * norm, and where it is 0."""
   columns = kernel.T
   # Of halves, because the difference of two large entries may overflow; the
   # caller halves the difference of the logits too.
-  difference = columns[first] / 2 - columns[second] / 2
-  # Scaled by the largest entry, the squares neither overflow nor underflow.
-  # The norm is homogeneous, so the scale needs no gradient.
-  scale = jax.lax.stop_gradient(jnp.max(jnp.abs(difference), axis=1))
-  equal = scale == 0
-  scale = jnp.where(equal, 1, scale)
-  squares = jnp.sum(jnp.square(difference / scale[:, None]), axis=1)
-  return scale, jnp.sqrt(jnp.where(equal, 1, squares)), equal
+  return _scaled_norms(columns[first] / 2 - columns[second] / 2)
 
 
 def signed_margins(
@@ -143,7 +174,7 @@ def signed_margins(
   kernel: Float[Array, 'D C'],
   labels: Integer[Array, ' B'],
 ) -> Float[Array, ' B']:
-  """Signed distance in feature space to the boundary with the competitor.
+  """Computes signed distances in feature space to the competitor's boundary.
 
       d_i = (s_iy - s_im) / || w_y - w_m ||,   m_i = competitors(logits, labels)
 
@@ -168,7 +199,14 @@ def signed_margins(
     TypeError: `logits` or `kernel` is not floating, or `labels` not integer.
     ValueError: a shape does not fit.
 
-  Source: Weinstein et al. 2020, Eq. 7.
+  References:
+    Weinstein et al. 2020, Eq. 7.
+
+  Example:
+    >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1|| = 5
+    >>> logits = jnp.array([[10.0, 5.0], [0.0, 5.0]])
+    >>> signed_margins(logits, kernel, jnp.array([0, 0])).tolist()
+    [1.0, -1.0]
   """
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)
   kernel = jnp.asarray(kernel)
@@ -202,7 +240,7 @@ def signed_margins(
 def mms_scores(
   logits: Float[Array, 'B C'], kernel: Float[Array, 'D C']
 ) -> Float[Array, ' B']:
-  """Minimal margin score: distance to the boundary of the two best classes.
+  """Computes minimal margin scores: distances to the nearest decision boundary.
 
       d_i = (s_ij1 - s_ij2) / || w_j1 - w_j2 ||
 
@@ -228,7 +266,13 @@ def mms_scores(
     TypeError: `logits` or `kernel` is not floating.
     ValueError: a shape does not fit.
 
-  Source: Weinstein et al. 2020, Eq. 9; ICLR 2020 submission, Appendix A.
+  References:
+    Weinstein et al. 2020, Eq. 9; ICLR 2020 submission, Appendix A.
+
+  Example:
+    >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1|| = 5
+    >>> mms_scores(jnp.array([[10.0, 5.0], [0.0, 5.0]]), kernel).tolist()
+    [1.0, 1.0]
   """
   logits = jnp.asarray(logits)
   check_logits(logits)

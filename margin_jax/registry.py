@@ -3,39 +3,98 @@
 A registered name is a value of a config field, like the built-in ones.
 """
 
+import dataclasses
+import inspect
+
 import flax.linen as nn
 import numpy as np
 
-from margin_jax import data, models, selection
+from margin_jax import data, losses, models, selection
 from margin_jax.data import registered
 
 
-def register_rule(name: str, rule: selection.Rule) -> None:
+def register_rule(
+  name: str, rule: selection.RuleFunction, *, whole_pool: bool = False
+) -> None:
   """Makes a function of your own a rule: a `selection.rule`.
 
   Registered again, a name stands for the new function.
 
   Args:
     name: what no rule here is called.
-    rule: pure and traceable, `(logits (n, C), kernel (D, C), labels (n,), keys
-      (n,)) -> (n,) scores`, the lowest of which are selected; it sees one
-      device's share of the pool.
+    rule: pure and traceable, `scored -> (B,) scores`, the lowest of which are
+      selected; see `selection.Scored` for what it can read.
+    whole_pool: whether it sees the pool of all devices at once, so that it can
+      compare examples with each other. Else it sees one device's shard.
 
   Raises:
-    TypeError: `rule` cannot be called.
+    TypeError: `rule` is no function of one argument.
     ValueError: the name is taken.
   """
   if name in selection.RULES or name == 'uniform':
     raise ValueError(f'rule {name!r} is there already; take another name')
+  check_rule(name, rule)
+  selection.REGISTERED[name] = selection.Rule(rule, whole_pool)
+
+
+def check_rule(name: str, rule: object) -> None:
+  """Raises a TypeError unless `rule` is a function of one argument."""
   if not callable(rule):
     raise TypeError(f'rule {name!r} must be a function, got {rule!r}')
-  selection.REGISTERED[name] = rule
+  problem = _problem_of(rule, 'scored')
+  if problem:
+    raise TypeError(
+      f'rule {name!r} {problem}: write `def rule(scored)` and read '
+      'scored.logits, .features, .kernel, .labels, .index and .keys'
+    )
+
+
+def register_loss(name: str, loss: losses.Loss) -> None:
+  """Makes a function of your own a loss: one of `loss.names`, or `loss.risk`.
+
+  Registered again, a name stands for the new function.
+
+  Args:
+    name: what no loss here is called.
+    loss: pure and differentiable, of one `losses.Outputs`. It returns (b,), a
+      loss for each example of this device, whose mean is taken; or (), the
+      loss of the batch of all devices. As `loss.risk` it must return (b,).
+
+  Raises:
+    TypeError: `loss` is no function of one argument.
+    ValueError: the name is taken.
+  """
+  if name in losses.LOSSES:
+    raise ValueError(f'loss {name!r} is there already; take another name')
+  if not callable(loss):
+    raise TypeError(f'loss {name!r} must be a function, got {loss!r}')
+  problem = _problem_of(loss, 'outputs')
+  if problem:
+    raise TypeError(
+      f'loss {name!r} {problem}: write `def loss(outputs)` and read '
+      'outputs.logits, .features, .kernel, .labels and .index'
+    )
+  losses.REGISTERED[name] = loss
+
+
+def _problem_of(function: object, argument: str) -> str | None:
+  """Returns why the function cannot be called with one argument, or None."""
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # of what is not written in Python
+    return None
+  try:
+    signature.bind(object())
+  except TypeError:
+    names = tuple(signature.parameters)
+    return f'takes {names}, and must take one argument, `{argument}`'
+  return None
 
 
 def register_model(
   name: str, module: type[nn.Module], *, any_size: bool = False
 ) -> None:
-  """Makes a Flax module of your own a model: a `model.name`, or a proxy.
+  """Registers a Flax module as a model: a `model.name`, or a proxy.
 
   Registered again, a name stands for the new module.
 
@@ -54,8 +113,26 @@ def register_model(
     TypeError: `module` is no such class.
     ValueError: the name is taken.
   """
-  taken = name not in models.own.MODELS and models.exists(name)
-  models.own.add(name, module, any_size=any_size, taken=taken)
+  if name not in models.REGISTERED and models.find(name):
+    raise ValueError(f'model {name!r} is there already; take another name')
+  if not (isinstance(module, type) and issubclass(module, nn.Module)):
+    raise TypeError(
+      f'model {name!r} must be a class that is a flax.linen.Module, got '
+      f'{module!r}'
+    )
+  fields = {field.name for field in dataclasses.fields(module)}
+  if 'num_classes' not in fields:
+    raise TypeError(
+      f'model {name!r} must have a field num_classes: {module.__name__} has '
+      'none'
+    )
+  models.REGISTERED[name] = models.Model(
+    make=module,
+    options=frozenset(fields & {'dtype', 'dropout', 'width'}),
+    any_shape=True,
+    batch_norm='batch_norm_axis' in fields,
+    any_size=any_size,
+  )
 
 
 def register_dataset(

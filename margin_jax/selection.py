@@ -1,13 +1,16 @@
-"""Selection: rules make scores, the lowest k are kept, on any devices.
+"""Selection: rules score examples, and the lowest k are kept, on any devices.
 
-A rule is a pure function `(logits, kernel, labels, keys) -> (B,) scores`; the
-lowest scores are selected. `RULES` is the table: adding a rule is one function
-and one line there, or `register`. `keys` holds one PRNG key an example, so that
-what a rule draws for an example does not depend on the device it is on.
+A rule is a pure function `scored -> scores`: it reads what is known of every
+example, a `Scored`, and returns one number each; the lowest are selected.
+`RULES` is the table of the built-in ones: a new one is a function and a line
+there, or `register_rule`. A score transform then changes the scores of a whole
+pool at once, for the rules that need it.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +20,50 @@ from jaxtyping import Bool, Float, Int32, Integer, Key, PyTree, Shaped
 
 from margin_jax import margins
 
-Logits, Kernel = Float[Array, 'B C'], Float[Array, 'D C']
 Labels, Scores = Integer[Array, ' B'], Float[Array, ' B']
-Keys = Key[Array, ' B']
-Rule = Callable[[Logits, Kernel, Labels, Keys], Scores]
+
+
+class Scored(NamedTuple):
+  """What is known of the examples to score: of one device's shard, or of all.
+
+  Attributes:
+    logits: (B, C) float32, of the scoring forward: evaluation mode, by the
+      model or its proxy.
+    features: (B, D), what the last layer reads.
+    kernel: (D, C) float32, the last layer's weights.
+    labels: (B,) int32 in [0, C).
+    index: (B,) int32, which training example each is.
+    keys: (B,) one PRNG key an example. What a rule samples for an example by
+      its key does not depend on the device that the example is on.
+  """
+
+  logits: Float[Array, 'B C']
+  features: Float[Array, 'B D']
+  kernel: Float[Array, 'D C']
+  labels: Labels
+  index: Int32[Array, ' B']
+  keys: Key[Array, ' B']
+
+
+RuleFunction = Callable[[Scored], Scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How examples are scored.
+
+  Attributes:
+    score: reads a `Scored` and returns (B,) scores.
+    whole_pool: whether it reads the examples of all devices at once. Else it
+      reads those of one device.
+  """
+
+  score: RuleFunction
+  whole_pool: bool = False
 
 
 def _order_keys(scores: Array) -> Array:
-  """Signed integers in the order of the floats, every NaN above +inf."""
+  """Maps floats to signed integers in the same order, every NaN above +inf."""
   bits = jnp.finfo(scores.dtype).bits
   wide = jnp.int64 if bits == 64 else jnp.int32
   raw = jax.lax.bitcast_convert_type(scores, f'int{bits}').astype(wide)
@@ -37,7 +76,7 @@ def _order_keys(scores: Array) -> Array:
 
 
 def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
-  """Indices of the k lowest scores, ascending, ties by index, NaN last.
+  """Returns the indices of the k lowest scores: ascending, NaN last.
 
   The order is that of NumPy's stable argsort: -inf first, +inf after every
   finite score, NaN after everything, equal scores (-0 and +0 are equal) by
@@ -54,6 +93,10 @@ def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
   Raises:
     TypeError: `scores` is not floating or `k` is not an int.
     ValueError: `scores` is not a vector or `k` is out of range.
+
+  Example:
+    >>> select_lowest(jnp.array([0.3, jnp.nan, 0.1, 0.3]), 3).tolist()
+    [2, 0, 3]
   """
   scores = jnp.asarray(scores)
   margins.check_floating('scores', scores, 1)
@@ -74,7 +117,7 @@ def query(
   k: int,
   labelled: Bool[Array, ' N'] | None = None,
 ) -> Int32[Array, ' {k}']:
-  """What an annotator should label next: the k lowest-scored examples.
+  """Returns what an annotator should label next: the k lowest-scored examples.
 
   With `mms_scores` those nearest to a decision boundary, with another rule's
   scores those that the rule would train on; with `layer_margins` without
@@ -94,8 +137,14 @@ def query(
     TypeError: `scores` is not floating, `k` no integer or `labelled` not bool.
     ValueError: a shape does not fit, or there are fewer than k examples.
 
-  Source: Weinstein et al. 2020 and the ICLR 2020 submission, which name active
+  References:
+    Weinstein et al. 2020 and the ICLR 2020 submission, which name active
     learning as a use of MMS.
+
+  Example:
+    >>> labelled = jnp.array([False, True, False])
+    >>> query(jnp.array([0.3, 0.1, 0.2]), 1, labelled).tolist()
+    [2]
   """
   scores = jnp.asarray(scores)
   margins.check_floating('scores', scores, 1)
@@ -128,11 +177,11 @@ def take_lowest(
   k: int,
   axis_name: str | None = None,
 ) -> PyTree[Shaped[Array, 'm ...'], ' T']:
-  """The k lowest-scored examples, exactly, over one device or many.
+  """Returns the k lowest-scored examples, exactly, of one device or many.
 
   Without `axis_name`, the rows of `examples` at `select_lowest(scores, k)`.
   Under `pmap` with `axis_name`, `scores` and `examples` are this device's
-  share of the pool, k counts over all D devices, and device d returns the
+  shard of the pool, k counts over all D devices, and device d returns the
   examples of global ranks `[d*k/D, (d+1)*k/D)`. The selected set does not
   depend on D: ties go to the lower index in the pool, that is in device order.
 
@@ -167,14 +216,14 @@ def take_lowest(
       )
   devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   if devices == 1 or not k:
-    chosen = select_lowest(scores, k)
-    return jax.tree.map(lambda x: x[chosen], examples)
+    lowest = select_lowest(scores, k)
+    return jax.tree.map(lambda x: x[lowest], examples)
   if k % devices:
     raise ValueError(f'k must be divisible by {devices} devices, got {k}')
 
   everywhere = jax.lax.all_gather(scores, axis_name, tiled=True)
-  chosen = select_lowest(everywhere, k)
-  local = chosen - jax.lax.axis_index(axis_name) * rows
+  lowest = select_lowest(everywhere, k)
+  local = lowest - jax.lax.axis_index(axis_name) * rows
   held = (local >= 0) & (local < rows)
   local = jnp.where(held, local, 0)
 
@@ -195,155 +244,85 @@ def take_lowest(
   return jax.tree.map(exchange, examples)
 
 
-def mms(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
+def mms(scored: Scored) -> Scores:
   """Minimal margin score: nearest to the decision boundary first.
 
-  (n,) `mms_scores` of logits (n, C) and kernel (D, C). Source: Weinstein et al.
-  2020, Eq. 9.
+  (B,) `mms_scores` of the logits and the kernel.
+
+  References:
+    Weinstein et al. 2020, Eq. 9.
   """
-  del labels, keys
-  return margins.mms_scores(logits, kernel)
+  return margins.mms_scores(scored.logits, scored.kernel)
 
 
-def loss(logits: Logits, kernel: Kernel, labels: Labels, keys: Keys) -> Scores:
+def loss(scored: Scored) -> Scores:
   """Minus the cross-entropy: hard-negative mining.
 
       log p_y,    p = softmax(logits)
 
-  (n,) float32 of logits (n, C) and labels (n,) in [0, C). Source: the
-  "NM-samples" of the ICLR 2020 submission.
+  References:
+    The "NM-samples" of the ICLR 2020 submission.
   """
-  del kernel, keys
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+  log_p = jax.nn.log_softmax(scored.logits.astype(jnp.float32))
+  return jnp.take_along_axis(log_p, scored.labels[:, None], axis=1)[:, 0]
 
 
-def entropy(
-  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
-) -> Scores:
+def entropy(scored: Scored) -> Scores:
   """Minus the entropy of the softmax: most uncertain first.
 
       sum_j p_j log p_j,    p = softmax(logits)
 
-  (n,) float32 of logits (n, C). Source: ICLR 2020 submission, section 4.2.
+  References:
+    ICLR 2020 submission, section 4.2.
   """
-  del kernel, labels, keys
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  log_p = jax.nn.log_softmax(scored.logits.astype(jnp.float32))
   # p log p tends to 0 where log p is -inf; the product alone would be NaN.
   terms = jnp.where(jnp.isneginf(log_p), 0, jnp.exp(log_p) * log_p)
   return jnp.sum(terms, axis=1)
 
 
-def margin(
-  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
-) -> Scores:
+def margin(scored: Scored) -> Scores:
   """The difference of the two highest softmax probabilities: smallest first.
 
-      p_j1 - p_j2,    p = softmax(logits)
-
-  (n,) float32 of logits (n, C).
+  p_j1 - p_j2,    p = softmax(logits)
   """
-  del kernel, labels, keys
-  p = jax.nn.softmax(logits.astype(jnp.float32))
+  p = jax.nn.softmax(scored.logits.astype(jnp.float32))
   top = jax.lax.top_k(p, 2)[0]
   return top[:, 0] - top[:, 1]
 
 
-def random(
-  logits: Logits, kernel: Kernel, labels: Labels, keys: Keys
-) -> Scores:
-  """A uniform draw: the control that pays for scoring and ignores it.
-
-  (n,) float32 in [0, 1), one of each of the keys (n,).
-  """
-  del logits, kernel, labels
-  return jax.vmap(jax.random.uniform)(keys)
+def random(scored: Scored) -> Scores:
+  """Uniform in [0, 1): the control that pays for scoring and ignores it."""
+  return jax.vmap(jax.random.uniform)(scored.keys)
 
 
 RULES: dict[str, Rule] = {
-  'mms': mms,
-  'loss': loss,
-  'entropy': entropy,
-  'margin': margin,
-  'random': random,
-  # With `percentile_draw` over the pool.
-  'selective_backprop': loss,
+  'mms': Rule(mms),
+  'loss': Rule(loss),
+  'entropy': Rule(entropy),
+  'margin': Rule(margin),
+  'random': Rule(random),
+  # With `loss_percentile_sampler` over the pool.
+  'selective_backprop': Rule(loss),
 }
-# Those of the user's own, by name.
+# Those that `register_rule` has added, by name.
 REGISTERED: dict[str, Rule] = {}
 
 
 def find(name: str) -> Rule:
-  """The rule called `name`."""
+  """Returns the rule called `name`, built-in or registered."""
   return RULES[name] if name in RULES else REGISTERED[name]
 
 
-def trimmed_mean(
-  losses: Float[Array, ' M'], keep: int | Integer[Array, '']
-) -> Float[Array, '']:
-  """The mean of the `keep` largest losses: mini-batch trimming.
-
-  `keep` may be traced: which losses count is a mask by rank, so another
-  `keep` compiles nothing. Equal losses rank by index. A NaN loss makes the
-  result NaN.
-
-  Args:
-    losses: (M,) floating, M >= 1.
-    keep: how many; outside [1, M] it counts as the nearer end.
-
-  Returns:
-    () in the dtype of `losses`; computed in float32.
-
-  Raises:
-    TypeError: `losses` is not floating.
-    ValueError: `losses` is not a vector, or empty.
-
-  Source: Fassold, section 2.
-  """
-  losses = jnp.asarray(losses)
-  margins.check_floating('losses', losses, 1)
-  size = losses.shape[0]
-  if not size:
-    raise ValueError('losses must hold at least one loss, got none')
-  dtype, wide = margins.compute_dtype(losses)
-  losses = losses.astype(wide)
-  keep = jnp.clip(keep, 1, size)
-  order = select_lowest(-losses, size)
-  counts = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < keep)
-  # NaN ranks last, so it has to be let in for it to be seen.
-  total = jnp.sum(jnp.where(counts | jnp.isnan(losses), losses, 0))
-  return (total / keep).astype(dtype)
-
-
-# (scores, labels, draws, key, epoch) -> scores, of a whole pool.
-Arrange = Callable[[Scores, Labels, Scores, Array, Array], Scores]
-
-
-def _rank_in_class(scores: Scores, labels: Labels) -> Integer[Array, ' B']:
-  """How many of the same label score lower (ties by index, NaN last)."""
-  order = jnp.lexsort((scores, labels))
-  ordered = labels[order]
-  first = jnp.searchsorted(ordered, ordered, side='left')
-  rank = jnp.arange(labels.shape[0]) - first
-  return jnp.zeros_like(rank).at[order].set(rank)
-
-
-def _round_robin(
-  scores: Scores, labels: Labels, turns: Array
-) -> Integer[Array, ' B']:
-  """Places when classes take turns, each giving its lowest score first."""
-  # NaN has no turn: a class with nothing else left is passed over.
-  order = jnp.lexsort(
-    (turns[labels], _rank_in_class(scores, labels), jnp.isnan(scores))
-  )
-  places = jnp.arange(labels.shape[0])
-  return jnp.zeros_like(places).at[order].set(places)
+# (scores, labels, uniforms, key, epoch) -> scores, of a whole pool. `uniforms`
+# are (B,) in [0, 1); `key` and `epoch` are the same on all devices.
+ScoreTransform = Callable[[Scores, Labels, Scores, Array, Array], Scores]
 
 
 def balanced_ramp(
   scores: Scores,
   labels: Labels,
-  draws: Scores,
+  uniforms: Scores,
   key: Array,
   epoch: Array,
   *,
@@ -352,85 +331,109 @@ def balanced_ramp(
   num_classes: int,
   batches: int = 1,
 ) -> Scores:
-  """The authors' schedule of hard-negative mining, over a whole pool.
+  """Ramps in hard-negative mining, with balanced classes, as the authors do.
 
-  A share of the batch, min(1, growth * (epoch + 1)), is hard: classes take
+  A fraction of the batch, min(1, growth * (epoch + 1)), is hard: classes take
   turns in a random order, each giving its hardest example left. The rest is
   random: classes take turns again, each giving a random example of those left.
 
   Args:
     scores: (B,) the rule's scores, lowest is hardest.
     labels: (B,) integers in [0, num_classes).
-    draws: (B,) uniform.
-    key: for the order of the classes; the same on all devices.
+    uniforms: (B,) uniform in [0, 1).
+    key: decides the order of the classes; the same on all devices.
     epoch: () passes of pools over the data done.
     k: how many will be selected; static.
-    growth: of the hard share, per pass.
+    growth: of the hard fraction, per pass.
     num_classes: C.
     batches: how many batches of k / batches are taken, in order of rank; each
-      has the same hard share.
+      has the same hard fraction.
 
   Returns:
-    (B,) scores whose k lowest are that choice; NaN where `scores` is.
+    (B,) scores whose k lowest are those examples; NaN where `scores` is.
 
-  Source: the code of the ICLR 2020 submission ("NM-samples").
+  References:
+    The code of the ICLR 2020 submission ("NM-samples").
   """
   turns = jax.random.permutation(key, num_classes)
-  share = jnp.minimum(1.0, growth * (epoch + 1))
+  fraction = jnp.minimum(1.0, growth * (epoch + 1))
   # A little less than exact: 0.7 * 10 must not become 8 by rounding.
   size = k // batches
-  hard = jnp.ceil(share * size * (1 - 1e-6)).astype(jnp.int32)
+  hard = jnp.ceil(fraction * size * (1 - 1e-6)).astype(jnp.int32)
   easy = size - hard
-  places = _round_robin(scores, labels, turns)
-  is_hard = places < hard * batches
-  # Hard examples and NaN are out of the second draw.
-  draws = jnp.where(is_hard | jnp.isnan(scores), jnp.nan, draws)
-  rest = _round_robin(draws, labels, turns)
+  by_score = _round_robin(scores, labels, turns)
+  is_hard = by_score < hard * batches
+  # Hard examples and NaN take no part in the random turns.
+  uniforms = jnp.where(is_hard | jnp.isnan(scores), jnp.nan, uniforms)
+  at_random = _round_robin(uniforms, labels, turns)
   # Every batch first its hard examples, then its random ones.
-  hard_rank = places // hard * size + places % hard
+  hard_rank = by_score // hard * size + by_score % hard
   divisor = jnp.maximum(easy, 1)
-  easy_rank = rest // divisor * size + hard + rest % divisor
-  easy_rank = jnp.where(rest < easy * batches, easy_rank, k + rest)
+  easy_rank = at_random // divisor * size + hard + at_random % divisor
+  easy_rank = jnp.where(at_random < easy * batches, easy_rank, k + at_random)
   ranks = jnp.where(is_hard, hard_rank, easy_rank).astype(jnp.float32)
   return jnp.where(jnp.isnan(scores), jnp.nan, ranks)
 
 
-def percentile_draw(
+def _round_robin(
+  scores: Scores, labels: Labels, turns: Array
+) -> Integer[Array, ' B']:
+  """Ranks examples as classes take turns, each giving its lowest score left."""
+  # NaN has no turn: a class with nothing else left is passed over.
+  order = jnp.lexsort(
+    (turns[labels], _rank_in_class(scores, labels), jnp.isnan(scores))
+  )
+  ranks = jnp.arange(labels.shape[0])
+  return jnp.zeros_like(ranks).at[order].set(ranks)
+
+
+def _rank_in_class(scores: Scores, labels: Labels) -> Integer[Array, ' B']:
+  """Counts the examples of the same label that score lower (NaN ranks last)."""
+  order = jnp.lexsort((scores, labels))
+  ordered = labels[order]
+  first = jnp.searchsorted(ordered, ordered, side='left')
+  rank = jnp.arange(labels.shape[0]) - first
+  return jnp.zeros_like(rank).at[order].set(rank)
+
+
+def loss_percentile_sampler(
   scores: Scores,
   labels: Labels,
-  draws: Scores,
+  uniforms: Scores,
   key: Array,
   epoch: Array,
   *,
   beta: float,
 ) -> Scores:
-  """Selective-Backprop: keeps with probability growing in the loss.
+  """Samples examples with a probability that grows with the loss.
 
       weight_i = percentile(loss_i) ^ beta
 
-  The k lowest of the returned scores are a draw of k examples without
-  replacement, with these weights (the Gumbel trick). The authors toss a
-  coin per example, with percentiles over the last losses seen; here the
-  percentile is over the pool, and the batch always has its size.
+  The k lowest of the returned scores are a sample of k examples without
+  replacement, with these weights (the Gumbel trick). The authors of
+  Selective-Backprop toss a coin per example, with percentiles over the last
+  losses seen; here the percentile is over the pool, and the batch always has
+  its size.
 
   Args:
     scores: (B,) minus the loss.
     labels: unused.
-    draws: (B,) uniform in [0, 1).
+    uniforms: (B,) uniform in [0, 1).
     key: unused.
     epoch: unused.
-    beta: 0 draws uniformly; the larger, the harder.
+    beta: 0 samples uniformly; the larger, the harder the examples.
 
   Returns:
     (B,) scores; NaN where `scores` is.
 
-  Source: A. H. Jiang et al. 2019, arXiv 1910.00762.
+  References:
+    A. H. Jiang et al. 2019, arXiv 1910.00762.
   """
   del labels, key, epoch
   ordered = jnp.sort(scores)
-  # Share of the pool with a loss at most this one, ties counted.
+  # Fraction of the pool with a loss at most this one, ties counted.
   below = jnp.searchsorted(ordered, scores, side='left')
   percentile = (jnp.sum(~jnp.isnan(scores)) - below) / scores.shape[0]
-  gumbel = -jnp.log(-jnp.log(draws))
-  drawn = -(beta * jnp.log(percentile) + gumbel)
-  return jnp.where(jnp.isnan(scores), jnp.nan, drawn)
+  gumbel = -jnp.log(-jnp.log(uniforms))
+  sampled = -(beta * jnp.log(percentile) + gumbel)
+  return jnp.where(jnp.isnan(scores), jnp.nan, sampled)

@@ -96,7 +96,7 @@ CASES = {
     'data.name': 'entailment', 'model.name': 'bert2_32_2',
     'model.dropout': 0.1, 'optimizer.name': 'adam',
     'optimizer.learning_rates': (1e-3,), 'selection.rule': 'mms',
-    'selection.reuse': 2, 'data.max_length': 48, 'data.widths': (16, 24),
+    'selection.reuse': 2, 'data.max_length': 24, 'data.buckets': (12, 16),
     'data.fraction': 0.1, **COUNTED, **MMR,
   },
   'streamed': {
@@ -131,15 +131,23 @@ MISTAKES = {
 BEFORE = {
   'optimizer.weight_decay_mask': 'optimizer.decayed',
   'large_margin.normalize_by_size': 'large_margin.by_size',
+  'data.buckets': 'data.widths',
 }
 CONFIG = """
 from margin_jax import config as config_lib
 
+FIELDS = {fields!r}
+BEFORE = {before!r}
+
 
 def get_config(argument=None):
   config = config_lib.default()
+  known = config_lib.flatten(config)
+  names = dict((x, x if x in known else BEFORE.get(x, x)) for x in FIELDS)
   with config.unlocked():
-    config.update_from_flattened_dict({fields!r})
+    config.update_from_flattened_dict(
+      dict((names[x], value) for x, value in FIELDS.items())
+    )
   return config
 """
 
@@ -188,7 +196,7 @@ def run_case(
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder, 'run')
     config = pathlib.Path(folder, 'config.py')
-    config.write_text(CONFIG.format(fields=fields))
+    config.write_text(CONFIG.format(fields=fields, before=BEFORE))
     done = command(root, python, devices, config, workdir)
     if done.returncode:
       return {'stderr': done.stderr.splitlines()[-3:]}

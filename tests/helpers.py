@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from margin_jax import config as config_lib
-from margin_jax import data
+from margin_jax import data, selection
 from margin_jax.compare import methods as methods_lib
 from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
@@ -91,9 +91,8 @@ class Setup:
     self._steps_per_call = steps_per_call
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    self.loader = self.dataset.loader(
-      self.devices, self.spec.sizes(self.config.steps), 0, self.config.seed
-    )
+    sizes = self.spec.sizes(self.config.steps)
+    self.loader = self.dataset.loader(self.devices, sizes, 0, self.config.seed)
     self.data = self.loader(0)
 
   @functools.cached_property
@@ -101,10 +100,10 @@ class Setup:
     return compiled_lib.Program(
       self.spec,
       self.devices,
-      self._steps_per_call,
-      self.devices.replicate(self._state),
       self.loader,
+      self.devices.replicate(self._state),
       self.config.steps,
+      self._steps_per_call,
     )
 
   def run(self, calls):
@@ -112,8 +111,7 @@ class Setup:
     state = self.devices.replicate(self.first)
     metrics = []
     for call in range(calls):
-      step = call * self.program.steps_per_call
-      state, values = self.program(step, state, self.loader(step))
+      state, values = self.program(call * self.program.steps_per_call, state)
       metrics.append(jax.device_get(values))
     stacked = {
       name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]
@@ -148,6 +146,12 @@ def first_pool(setup, size=32):
   key = jax.random.fold_in(jax.random.key(0), 2)
   state = setup.dataset.state()
   return sampler(setup.dataset, size)(state, setup.data, key, 0)[1]
+
+
+def scored(logits, kernel, labels, keys, features=None):
+  """What a rule reads."""
+  index = None if labels is None else jnp.arange(len(labels))
+  return selection.Scored(logits, features, kernel, labels, index, keys)
 
 
 def assert_trees_equal(first, second):
@@ -216,10 +220,10 @@ def make_config(fields):
   return config
 
 
-def made(config, methods, sweep=()):
-  """The trials of a comparison."""
+def trials_of(config, methods, sweep=()):
+  """Returns the trials of a comparison."""
   parsed = methods_lib.parse_methods(methods, config)
-  return methods_lib.make(
+  return methods_lib.make_trials(
     config, parsed, methods_lib.parse_sweep(sweep, config)
   )
 

@@ -5,8 +5,8 @@ import pytest
 
 from margin_jax.compare import budgets
 from margin_jax.config import ConfigError
-from margin_jax.train import optimizers
-from tests.helpers import made, small_config
+from margin_jax.train import optimizers, schema
+from tests.helpers import small_config, trials_of
 
 RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'
 
@@ -36,7 +36,7 @@ def test_a_schedule_is_scaled_as_a_whole(steps):
   selection = found.selection
   assert (selection.start, selection.stop) == (steps // 10, steps * 9 // 10)
   assert found.eval_every == steps // 10
-  assert budgets.scaled(config, steps, grain=40).eval_every % 40 == 0
+  assert budgets.scaled(config, steps, multiple=40).eval_every % 40 == 0
 
 
 def test_a_late_start_and_a_long_warm_up_stay_within_the_run():
@@ -49,7 +49,9 @@ def test_a_late_start_and_a_long_warm_up_stay_within_the_run():
 
 def test_a_selection_that_stops_with_the_run_does_not_stop():
   config = small_config(steps=1000, **{'selection.stop': 999})
-  assert budgets.scaled(config, 100).selection.stop is None
+  scaled = budgets.scaled(config, 100)
+  schema.validate(scaled)
+  assert schema.effective(scaled).selection.stop is None
   assert budgets.scaled(config, 1000) == config
   assert config.steps == 1000
 
@@ -64,40 +66,36 @@ def test_a_schedule_that_does_not_fit_is_refused(steps):
 
 
 @pytest.mark.parametrize(
-  ('total', 'per_step', 'grain', 'steps'),
+  ('total', 'per_step', 'multiple', 'steps'),
   [(10, 1, 1, 10), (10.9, 1, 1, 10), (0.3, 0.1, 1, 3), (99, 1, 10, 90),
    (9, 1, 10, 0)],
 )  # fmt: skip
-def test_steps_within_a_budget(total, per_step, grain, steps):
-  assert budgets.steps_within(total, per_step, grain) == steps
+def test_steps_within_a_budget(total, per_step, multiple, steps):
+  assert budgets.steps_within(total, per_step, multiple) == steps
 
 
-class Prices:
+def price(trial, periods):
   """In place of `budgets.Costs`."""
-
-  budget = 'flops'
-
-  def __call__(self, entry, facts):
-    return {'uniform': 20.0, 'mms': 80.0}.get(entry.method, 30.0)
+  return {'uniform': 20.0, 'mms': 80.0}.get(trial.method, 30.0)
 
 
 @pytest.mark.parametrize(
   ('method', 'steps'),
   [('uniform', 20), ('mms', 5), ('loss', 13), ('mms+reuse=4', 12)],
 )
-def test_a_budget_is_shared_in_whole_pools(monkeypatch, method, steps):
-  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Facts(1, 10))
-  found = made(small_config(), ['uniform', method][method == 'uniform' :])
-  shared = budgets.share(found, 'uniform', Prices(), print)
-  assert [x.config.steps for x in shared][-1] == steps
-  assert shared[0].config.steps == 20
+def test_a_budget_is_allocated_in_whole_pools(monkeypatch, method, steps):
+  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Periods(1, 10))
+  trials = trials_of(small_config(), ['uniform', method][method == 'uniform' :])
+  allocated = budgets.allocate(trials, 'flops', 'uniform', price, print)
+  assert [x.config.steps for x in allocated][-1] == steps
+  assert allocated[0].config.steps == 20
 
 
 def test_a_budget_for_no_step_is_refused(monkeypatch):
-  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Facts(10, 10))
-  found = made(small_config(), ['uniform', 'mms'])
+  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Periods(10, 10))
+  trials = trials_of(small_config(), ['uniform', 'mms'])
   with pytest.raises(ConfigError, match=r"^mms: budget='flops' .* 10 step"):
-    budgets.share(found, 'uniform', Prices(), print)
+    budgets.allocate(trials, 'flops', 'uniform', price, print)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +106,11 @@ def test_a_budget_for_no_step_is_refused(monkeypatch):
     {'selection.start': 500, 'selection.stop': 750},
   ],
 )
-def test_a_pilot_has_the_shares_of_the_run(fields):
+def test_a_pilot_scores_the_same_fraction_of_steps(fields):
   config = small_config(
     **{'steps': 1000, RATES: (1.0, 0.1), BOUNDARIES: (999,), **fields}
   )
-  found = budgets.pilot(config, budgets.Facts(grain=4, epoch=10))
+  found = budgets.pilot(config, budgets.Periods(call=4, epoch=10))
   assert found.steps % 4 == 0
   assert 100 <= found.steps < 200
 
@@ -131,19 +129,21 @@ def test_a_pilot_of_trimming_has_two_epochs():
   config = small_config(
     **{'steps': 1000, 'selection.rule': 'uniform', 'trimming.last': 0.2}
   )
-  facts = budgets.Facts(grain=1, epoch=179)
-  assert budgets.pilot(config, facts).steps == 2 * 179
+  periods = budgets.Periods(call=1, epoch=179)
+  assert budgets.pilot(config, periods).steps == 2 * 179
 
 
 def test_a_pilot_that_would_diverge_ends_nothing():
   """It begins without the warm-up, and only its seconds matter."""
   config = small_config(steps=400, **{'optimizer.warmup': 300})
-  made = budgets.pilot(config, budgets.Facts(grain=1, epoch=100))
+  made = budgets.pilot(config, budgets.Periods(call=1, epoch=100))
   assert made.optimizer.warmup == 0
   assert made.on_nonfinite == 'skip'
 
 
 def test_a_checkpoint_that_is_never_reached_is_not_kept():
   config = small_config(steps=400, keep_every=200)
-  assert budgets.scaled(config, 100).keep_every is None
+  scaled = budgets.scaled(config, 100)
+  schema.validate(scaled)
+  assert schema.effective(scaled).keep_every is None
   assert budgets.scaled(config, 300).keep_every == 200

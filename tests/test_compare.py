@@ -12,12 +12,12 @@ import sys
 import pytest
 from PIL import Image
 
-from margin_jax import config as config_lib
 from margin_jax import files
 from margin_jax.compare import budgets, experiment, runs
-from margin_jax.compare.methods import Entry
+from margin_jax.compare.methods import Trial
 from margin_jax.config import ConfigError
 from margin_jax.train import guard, loop, process
+from margin_jax.train import runs as runs_lib
 from tests.helpers import ROOT, small_config
 
 COSTS = ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait')
@@ -71,7 +71,7 @@ class Pretended:
       'test': {'accuracy': 1 - error},
       'steps': config.steps, **costs, 'device': 'abacus', 'devices': 1,
       'skipped': 0, 'undecodable': 0, 'host_cores': 5,
-      'versions': {'jax': '7'}, 'config': config_lib.as_json(config),
+      'versions': {'jax': '7'}, 'config': runs_lib.to_save(config),
     }  # fmt: skip
     if config.data.validation_examples:
       worse = abs(config.mmr.alpha - 1e-4)
@@ -203,7 +203,7 @@ def test_a_sweep_without_validation_has_no_best(tmp_path, pretended):
   compare(tmp_path, 'uniform', **options)
   text = (tmp_path / 'sweep.md').read_text()
   assert '**' not in text
-  assert 'none is best' in text
+  assert 'No method has a best grid point' in text
   assert not (tmp_path / 'compare.md').exists()
 
 
@@ -385,10 +385,10 @@ def test_mistakes_on_the_command_line_are_one_line(
 
 
 def test_runs_are_one_seed_after_the_other(tmp_path):
-  found = runs.make(
-    [Entry(name, {}, small_config(seed=5)) for name in ('a', 'b')], 2, tmp_path
+  found = runs.plan(
+    [Trial(name, {}, small_config(seed=5)) for name in ('a', 'b')], 2, tmp_path
   )
-  assert [(x.entry.method, x.seed) for x in found] == [
+  assert [(x.trial.method, x.seed) for x in found] == [
     ('a', 5), ('b', 5), ('a', 6), ('b', 6),
   ]  # fmt: skip
   assert found[3].folder == tmp_path / 'runs/b/seed_6'

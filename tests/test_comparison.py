@@ -10,11 +10,13 @@ import pytest
 import scipy.stats
 
 from margin_jax import config as config_lib
-from margin_jax.analyze import plots as analyze_plots
-from margin_jax.compare import curves, plots, report, runs, tables
+from margin_jax import figures
 from margin_jax.compare import methods as methods_lib
+from margin_jax.compare import plots, report
+from margin_jax.compare.runs import Run
 from margin_jax.config import ConfigError
-from tests.helpers import made, small_config
+from margin_jax.train import runs, schema
+from tests.helpers import small_config, trials_of
 
 
 @pytest.mark.parametrize(
@@ -62,8 +64,8 @@ def test_a_method_is_a_rule_and_fields(text, fields):
     ('mms+fast=1', ["'fast' is no config field", "'pool_size'"]),
     ('mms+reuse=2+selection.reuse=3', ['selection.reuse is given twice']),
     ('mms+reuse=x', ["selection.reuse='x'", 'type of 1']),
-    ('mms+seed=1', ['seed is not set here, but by --seeds']),
-    ('mms+rule=loss', ['selection.rule is not set here, but by --methods']),
+    ('mms+seed=1', ['set seed by --seeds']),
+    ('mms+rule=loss', ['set selection.rule by --methods']),
   ],
 )
 def test_bad_methods_are_refused(text, words):
@@ -94,7 +96,7 @@ def test_a_sweep_is_parsed_like_a_flag():
     (['alpha=1'], "'alpha' is no config field"),
     (['mmr.alpha=1', 'mmr.alpha=2'], 'mmr.alpha is given twice'),
     (['mmr.alpha=1,1.0'], 'a value is given twice'),
-    (['seed=1,2'], 'seed is not set here'),
+    (['seed=1,2'], 'set seed by --seeds'),
   ],
 )
 def test_bad_sweeps_are_refused(texts, words):
@@ -106,8 +108,8 @@ def test_fields_hold_for_the_rules_that_have_them():
   config = small_config(
     **{'selection.rule': 'loss', 'selection.reuse': 2, 'selection.ramp': 0.1}
   )
-  found = made(config, ['uniform', 'mms', 'loss', 'mms+reuse=4'])
-  selection = [entry.config.selection for entry in found]
+  found = trials_of(config, ['uniform', 'mms', 'loss', 'mms+reuse=4'])
+  selection = [schema.effective(trial.config).selection for trial in found]
   assert [x.rule for x in selection] == ['uniform', 'mms', 'loss', 'mms']
   assert [x.reuse for x in selection] == [1, 2, 2, 4]
   assert [x.ramp for x in selection] == [0, 0, 0.1, 0]
@@ -116,8 +118,8 @@ def test_fields_hold_for_the_rules_that_have_them():
 
 def test_every_point_of_the_grid_once_where_it_makes_a_difference():
   sweep = ['reuse=1,2', 'mmr.alpha=1e-5,1e-4']
-  found = made(small_config(), ['uniform', 'mms'], sweep)
-  names = [entry.name for entry in found]
+  found = trials_of(small_config(), ['uniform', 'mms'], sweep)
+  names = [trial.name for trial in found]
   assert names == [
     'uniform, mmr.alpha=1e-05',
     'mms, selection.reuse=1, mmr.alpha=1e-05',
@@ -126,17 +128,17 @@ def test_every_point_of_the_grid_once_where_it_makes_a_difference():
     'mms, selection.reuse=2, mmr.alpha=1e-05',
     'mms, selection.reuse=2, mmr.alpha=0.0001',
   ]
-  assert len({entry.folder for entry in found}) == 6
+  assert len({trial.folder for trial in found}) == 6
   assert found[4].config.selection.reuse == 2
 
 
 def test_a_baseline_without_a_pool_is_trained_once_for_all_sizes():
-  found = made(small_config(), ['uniform', 'mms'], ['pool_size=16,32'])
-  assert [entry.name for entry in found] == [
+  found = trials_of(small_config(), ['uniform', 'mms'], ['pool_size=16,32'])
+  assert [trial.name for trial in found] == [
     'uniform', 'mms, pool_size=16', 'mms, pool_size=32',
   ]  # fmt: skip
-  with pytest.raises(ConfigError, match='none of the methods has it'):
-    made(small_config(), ['uniform'], ['pool_size=16,32'])
+  with pytest.raises(ConfigError, match='no effect on any of the methods'):
+    trials_of(small_config(), ['uniform'], ['pool_size=16,32'])
 
 
 def test_a_method_may_change_nothing():
@@ -157,9 +159,9 @@ def test_a_method_may_change_nothing():
     (['uniform'], ['mmr.alpha=-1,2'], 'uniform, mmr.alpha=-1.0: mmr.alpha=-1'),
   ],
 )
-def test_bad_entries_are_refused(methods, sweep, words):
+def test_bad_trials_are_refused(methods, sweep, words):
   with pytest.raises(ConfigError, match=re.escape(words)):
-    made(small_config(), methods, sweep)
+    trials_of(small_config(), methods, sweep)
 
 
 @pytest.mark.parametrize(
@@ -185,28 +187,68 @@ def test_bad_entries_are_refused(methods, sweep, words):
 def test_the_control_is_added_where_a_rule_scores(rules, added):
   config = small_config()  # whose rule is mms
   methods = methods_lib.parse_methods(rules, config)
-  assert [*methods_lib.with_control(methods, config)] == [*rules, *added]
+  assert [*methods_lib.with_controls(methods, config)] == [*rules, *added]
 
 
 def test_the_name_of_the_control_is_its_own():
   with pytest.raises(ConfigError, match="'random' is what the control is"):
-    methods_lib.with_control(
+    methods_lib.with_controls(
       {'random': {'selection.rule': 'mms'}}, small_config()
     )
 
 
-def test_what_a_point_of_the_grid_makes_idle_is_reset():
+def test_a_field_without_effect_at_a_grid_point_is_not_of_the_trial():
   config = small_config(**{'mmr.stop_feature_gradient': True})
-  found = made(config, ['mms'], ['mmr.alpha=0.0,1e-4'])
-  stopped = [e.config.mmr.stop_feature_gradient for e in found]
+  found = trials_of(config, ['mms'], ['mmr.alpha=0.0,1e-4'])
+  stopped = [
+    schema.effective(x.config).mmr.stop_feature_gradient for x in found
+  ]
   assert stopped == [False, True]
+  sweep = ['mmr.alpha=0.0,1e-4', 'mmr.stop_feature_gradient=False,True']
+  found = trials_of(small_config(), ['mms'], sweep)
+  assert [x.name for x in found] == [
+    'mms, mmr.alpha=0.0',
+    'mms, mmr.alpha=0.0001, mmr.stop_feature_gradient=False',
+    'mms, mmr.alpha=0.0001, mmr.stop_feature_gradient=True',
+  ]
+
+
+def test_a_trial_does_not_depend_on_the_sweep_of_fields_that_it_does_not_use():
+  sweeps = ['pool_size=16,32'], ['pool_size=64,128']
+  first, second = (
+    trials_of(small_config(), ['uniform', 'mms'], sweep)[0].config
+    for sweep in sweeps
+  )
+  assert first == second
+
+
+@pytest.mark.parametrize(
+  ('methods', 'fields', 'named'),
+  [
+    (['uniform', 'mms'], {'selection.reuse': 2}, []),
+    (['uniform', 'mms+reuse=2'], {}, []),
+    (['uniform+reuse=2', 'mms'], {}, ['uniform: selection.reuse']),
+    (['uniform', 'loss'], {'selection.ramp': 0.1}, []),
+    (['uniform', 'mms'], {'selection.ramp': 0.1}, ['selection.ramp']),
+  ],
+)
+def test_a_field_that_was_set_for_nothing_is_a_warning(methods, fields, named):
+  config = small_config(**{'mmr.alpha': 1e-4, **fields})
+  parsed = methods_lib.parse_methods(methods, config)
+  trials = methods_lib.make_trials(config, parsed, {})
+  lines = methods_lib.warnings(trials, parsed)
+  assert len(lines) == len(named)
+  for line, name in zip(lines, named, strict=True):
+    method, _, field = name.rpartition(': ')
+    assert line.startswith('warning: ' + method)
+    assert f'{field} has no effect' in line
 
 
 def test_welch_is_the_test_of_the_formula():
   rng = np.random.default_rng(0)
   for sizes in ((2, 2), (3, 3), (5, 9)):
     first, second = (rng.normal(size=n) * n for n in sizes)
-    found = curves.welch(first, second)
+    found = report.welch(first, second)
     parts = [x.var(ddof=1) / len(x) for x in (first, second)]
     t = (first.mean() - second.mean()) / math.sqrt(sum(parts))
     freedom = sum(parts) ** 2 / sum(
@@ -218,27 +260,27 @@ def test_welch_is_the_test_of_the_formula():
 
 
 def test_welch_where_there_is_no_variance():
-  assert curves.welch([1.0], [1.0, 2.0]) is None
-  assert curves.welch([1.0, 1.0], [2.0, 2.0]) is None
-  assert 0 < curves.welch([1.0, 1.0], [2.0, 3.0]) < 1
+  assert report.welch([1.0], [1.0, 2.0]) is None
+  assert report.welch([1.0, 1.0], [2.0, 2.0]) is None
+  assert 0 < report.welch([1.0, 1.0], [2.0, 3.0]) < 1
 
 
 def test_mean_and_deviation_are_those_of_a_sample():
   values = [0.1, 0.5, 0.4]
-  mean, deviation = curves.mean_and_deviation(values)
+  mean, deviation = report.mean_and_deviation(values)
   assert mean == pytest.approx(statistics.mean(values))
   assert deviation == pytest.approx(statistics.stdev(values))
-  assert curves.mean_and_deviation([2.0]) == (2.0, None)
+  assert report.mean_and_deviation([2.0]) == (2.0, None)
 
 
-def test_spread_is_over_the_steps_that_all_runs_have():
+def test_an_average_is_over_the_steps_that_all_runs_have():
   first = [{'step': s, 'flops': 2.0 * s, 'error': 1 / s} for s in (1, 2, 4)]
   second = [{'step': s, 'flops': 4.0 * s, 'error': 3 / s} for s in (2, 3, 4)]
-  x, mean, deviation = curves.spread([first, second], 'flops', 'error')
+  x, mean, deviation = plots.average([first, second], 'flops', 'error')
   np.testing.assert_allclose(x, [6, 12])
   np.testing.assert_allclose(mean, [1, 0.5])
   np.testing.assert_allclose(deviation, [math.sqrt(0.5), math.sqrt(0.125)])
-  np.testing.assert_array_equal(curves.spread([first], 'step', 'error')[2], 0)
+  np.testing.assert_array_equal(plots.average([first], 'step', 'error')[2], 0)
 
 
 def rows(errors, **fields):
@@ -249,28 +291,31 @@ def rows(errors, **fields):
   return [{'test_error': error, **costs} for error in errors]
 
 
-def test_a_summary_is_against_the_baseline():
-  own, baseline = [0.01, 0.03], [0.04, 0.05]
-  base = rows(baseline)
-  found = curves.summarize(rows(own)) | curves.against(rows(own), base)
-  assert found['seeds'] == 2
-  assert found['test'] == pytest.approx((0.02, math.sqrt(2e-4)))
-  assert found['difference'] == pytest.approx(-0.025)
-  assert found['p'] == pytest.approx(curves.welch(own, baseline))
-  assert found['wait'] == 0.25
-  assert 'validation' not in found
+def test_a_summary_of_the_seeds_of_a_trial():
+  own, baseline = rows([0.01, 0.03]), rows([0.04, 0.05])
+  summary = report.summarize(own)
+  assert summary['seeds'] == 2
+  assert summary['test'] == pytest.approx((0.02, math.sqrt(2e-4)))
+  assert summary['wait'] == 0.25
+  assert 'validation' not in summary
+  difference, p = report.difference(own, baseline)
+  assert difference == pytest.approx(-0.025)
+  assert p == pytest.approx(report.welch([0.01, 0.03], [0.04, 0.05]))
+
+
+def seeds_of(name, own):
+  """A trial whose rows of runs.csv are `own`."""
+  trial = methods_lib.Trial(name, {}, small_config())
+  return report.Seeds(trial, own, [], report.summarize(own))
 
 
 def test_the_table_of_a_comparison():
-  base = rows([0.04, 0.05])
-  of = {
-    'uniform': base, 'mms': rows([0.01, 0.03], flops=8e12), 'one': rows([0.5])
-  }  # fmt: skip
-  summaries = {
-    name: curves.summarize(x) | curves.against(x, base)
-    for name, x in of.items()
-  }
-  found = tables.comparison(summaries, 'uniform')
+  trials = [
+    seeds_of('uniform', rows([0.04, 0.05])),
+    seeds_of('mms', rows([0.01, 0.03], flops=8e12)),
+    seeds_of('one', rows([0.5])),
+  ]
+  found = report.comparison_table(trials, trials[0])
   cells = [[x.strip() for x in line.split('|')[1:-1]] for line in found]
   p = scipy.stats.ttest_ind([0.01, 0.03], [0.04, 0.05], equal_var=False).pvalue
   assert cells[0][:6] == [
@@ -285,7 +330,7 @@ def test_the_table_of_a_comparison():
   assert cells[4][2:6] == ['1', '50.00', '+45.50', '-']
 
 
-def test_a_task_is_shown_by_what_it_is_reported_by():
+def test_a_task_is_shown_by_what_it_is_reported_by(tmp_path):
   costs = dict.fromkeys(
     ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',
      'skipped', 'undecodable'), 1,
@@ -294,26 +339,25 @@ def test_a_task_is_shown_by_what_it_is_reported_by():
     'test': {'accuracy': 0.75, 'f1': 0.875},
     'test_mismatched': {'accuracy': 0.5},
   }
-  row = curves.row('uniform', {}, 0, {'steps': 9, **tests, **costs})
+  run = Run(methods_lib.Trial('uniform', {}, small_config()), 0, tmp_path)
+  (row,) = report.run_rows([run], [{'steps': 9, **tests, **costs}])
   assert (row['test_f1'], row['test_mismatched_error']) == (0.875, 0.5)
-  base = curves.summarize([row, row]) | curves.against([row], [row])
-  header, _, line = tables.comparison({'uniform': base}, 'uniform')
+  uniform = seeds_of('uniform', [row, row])
+  header, _, line = report.comparison_table([uniform], uniform)
   assert '| test error, % | F1, % | mismatched test error, % |' in header
   assert '| 25.00 ± 0.00 | 87.50 ± 0.00 | 50.00 ± 0.00 | - |' in line
 
 
-def test_errors_of_batches_are_in_the_picture(tmp_path, monkeypatch):
+def test_errors_of_batches_are_in_the_plot(tmp_path, monkeypatch):
   def rows(*errors):
     costs = {'flops': 1.0, 'seconds': 1.0}
     return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
 
   saved = []
-  monkeypatch.setattr(
-    analyze_plots, 'save', lambda figure, *_: saved.append(figure)
-  )
+  monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
   for last in (0.01, 0.0001):
-    run = curves.Curves(test=rows(0.3, 0.05), train=rows(0.6, last))
-    plots.error(tmp_path / 'error.png', {'mms': [run]})
+    test, train = {'mms': [rows(0.3, 0.05)]}, {'mms': [rows(0.6, last)]}
+    plots.error(tmp_path / 'error.png', test, train)
   limits = [figure.axes[0].get_ylim() for figure in saved]
   assert limits[0] == pytest.approx((1 / 1.3, 60 * 1.3))
   assert limits[1] == pytest.approx((5 / 1.3, 60 * 1.3))  # below a tenth of 5
@@ -329,23 +373,25 @@ def test_errors_of_batches_are_in_the_picture(tmp_path, monkeypatch):
   ],
 )
 def test_units(number, found):
-  assert tables.unit(number) == found
+  assert report.unit(number) == found
 
 
 def test_the_best_of_each_method_is_by_validation():
-  found = made(small_config(), ['uniform', 'mms'], ['mmr.alpha=1e-5,1e-4'])
-  errors = dict(zip([e.name for e in found], (0.3, 0.1, 0.2, 0.4), strict=True))
-  summaries = {
-    name: {'validation': (error, None), 'seeds': 3}
-    for name, error in errors.items()
-  }
-  chosen = report.best(found, summaries)
-  assert [e.name for e in chosen] == [
+  found = trials_of(small_config(), ['uniform', 'mms'], ['mmr.alpha=1e-5,1e-4'])
+
+  def seeds(errors, counts=(3, 3, 3, 3)):
+    return [
+      report.Seeds(trial, [], [], {'validation': (error, None), 'seeds': n})
+      for trial, error, n in zip(found, errors, counts, strict=True)
+    ]
+
+  best = report.best_of_methods(seeds((0.3, 0.1, 0.2, 0.4)))
+  assert [x.trial.name for x in best] == [
     'uniform, mmr.alpha=0.0001', 'mms, mmr.alpha=1e-05',
   ]  # fmt: skip
   # One lucky seed of three is no mean.
-  summaries['mms, mmr.alpha=1e-05']['seeds'] = 1
-  assert report.best(found, summaries)[1].name == 'mms, mmr.alpha=0.0001'
+  best = report.best_of_methods(seeds((0.3, 0.1, 0.2, 0.4), (3, 1, 3, 3)))
+  assert best[1].trial.name == 'mms, mmr.alpha=0.0001'
 
 
 def result(config, **fields):
@@ -354,15 +400,19 @@ def result(config, **fields):
   return json.dumps(found)
 
 
+def complete(config, folder):
+  return runs.complete(folder, runs.to_save(config))
+
+
 def test_a_result_is_taken_if_it_is_of_the_same_config(tmp_path):
   config = small_config()
-  assert runs.finished(config, tmp_path) is None
+  assert complete(config, tmp_path) is None
   (tmp_path / 'result.json').write_text(result(config))
-  assert runs.finished(config, tmp_path)['steps'] == 20
+  assert complete(config, tmp_path)['steps'] == 20
   config.eval_every = 5
-  assert runs.finished(config, tmp_path)['steps'] == 20
+  assert complete(config, tmp_path)['steps'] == 20
   config.steps = 40  # goes on
-  assert runs.finished(config, tmp_path) is None
+  assert complete(config, tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -376,10 +426,10 @@ def test_a_result_is_taken_if_it_is_of_the_same_config(tmp_path):
 def test_the_result_of_another_config_is_refused(tmp_path, name, value, line):
   (tmp_path / 'result.json').write_text(result(small_config()))
   with pytest.raises(ConfigError, match=f'another config.*\n  {line}$'):
-    runs.finished(small_config(**{name: value}), tmp_path)
+    complete(small_config(**{name: value}), tmp_path)
 
 
 def test_an_attack_may_be_added_to_a_run_that_is_complete(tmp_path):
   (tmp_path / 'result.json').write_text(result(small_config()))
   fields = {'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}
-  assert runs.finished(small_config(**fields), tmp_path) is None
+  assert complete(small_config(**fields), tmp_path) is None

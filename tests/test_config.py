@@ -11,8 +11,15 @@ import pytest
 import margin_jax
 from margin_jax import config as config_lib
 from margin_jax.config import ConfigError
-from margin_jax.train import schema
-from tests.bad_configs import BAD, BAD_TOGETHER, BOUNDARIES, GOOD, RATES
+from margin_jax.train import optimizers, schema
+from tests.bad_configs import (
+  BAD,
+  BAD_TOGETHER,
+  BOUNDARIES,
+  GOOD,
+  RATES,
+  UNUSED,
+)
 from tests.helpers import make_config
 
 FIELDS = tuple(config_lib.flatten(config_lib.default()))
@@ -51,6 +58,57 @@ def test_a_bad_combination_is_refused(fields, allowed):
 @pytest.mark.parametrize('fields', GOOD, ids=str)
 def test_the_edges_of_what_is_allowed(fields):
   schema.validate(make_config(fields))
+
+
+@pytest.mark.parametrize('fields', GOOD, ids=str)
+def test_what_is_set_has_an_effect(fields):
+  unused = schema.unused(make_config(fields))
+  assert {*unused} <= {'pool_size'}
+
+
+@pytest.mark.parametrize(('fields', 'reason'), UNUSED)
+def test_a_field_without_effect_is_a_warning(fields, reason):
+  config = make_config(fields)
+  schema.validate(config)
+  name = next(iter(fields))
+  (line,) = schema.warnings(config)
+  start = f'warning: {name}={fields[name]!r} has no effect: it needs '
+  assert line.startswith(start)
+  assert reason in line
+  assert {*schema.unused(config)} == {name}
+
+
+def test_every_field_that_needs_another_is_tested_without_it():
+  dependent = {name for name, field in config_lib.FIELDS.items() if field.needs}
+  # model.dtype: of built-in models every one has it.
+  assert {next(iter(x)) for x, _ in UNUSED} == dependent - {'model.dtype'}
+
+
+@pytest.mark.parametrize('freeze', [False, True])
+def test_the_effective_config_has_defaults_where_nothing_counts(freeze):
+  config = make_config(
+    {
+      'selection.reuse': 2,
+      'selection.stop': 3,
+      'data.buckets': [5],
+      'optimizer.boundaries': [7],
+      RATES: [0.1, 0.2],
+    }
+  )
+  if freeze:
+    config = ml_collections.FrozenConfigDict(config)
+  effective = schema.effective(config)
+  kept = {BOUNDARIES: (7,), RATES: (0.1, 0.2)}
+  defaults = config_lib.flatten(config_lib.default())
+  assert config_lib.flatten(effective) == defaults | kept
+  assert config.selection.reuse == 2
+  assert schema.warnings(effective) == []
+
+
+def test_names_in_the_config_are_those_of_the_functions():
+  assert schema.choices('optimizer.name') == optimizers.NAMES
+  name = 'optimizer.weight_decay_mask'
+  assert schema.choices(name) == optimizers.WEIGHT_DECAY_MASKS
 
 
 @pytest.mark.parametrize('name', FIELDS)

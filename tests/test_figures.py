@@ -33,7 +33,7 @@ CURVES = {
 def compared(argument):
   """Every curve's config, flat, by its name."""
   methods = FIGURES['get_methods'](argument)
-  found = methods_lib.make(FIGURES['get_config'](argument), methods, {})
+  found = methods_lib.make_trials(FIGURES['get_config'](argument), methods, {})
   return {x.method: config_lib.flatten(x.config) for x in found}
 
 

@@ -18,7 +18,7 @@ from tests.datasets import VOCAB, write_task
 
 FIELDS = {
   'data.max_length': 16,
-  'data.widths': (),
+  'data.buckets': (),
   'data.augmentations': (),
   'data.crop_padding': 4,
   'model.name': 'bert1_8_2',

@@ -315,7 +315,7 @@ def percentile_chooser(k):
 
   def choose(scores, draws, beta):
     labels = jnp.zeros(scores.shape, jnp.int32)
-    drawn = selection.percentile_draw(
+    drawn = selection.loss_percentile_sampler(
       scores, labels, draws, jax.random.key(0), jnp.int32(0), beta=beta
     )
     return select_lowest(drawn, k), drawn
@@ -343,7 +343,7 @@ LOSSES = {
 
 @pytest.mark.parametrize('beta', [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize('kind', LOSSES)
-def test_percentile_draw_of_one_has_the_stated_probabilities(kind, beta):
+def test_percentile_sampler_of_one_has_the_stated_probabilities(kind, beta):
   losses = LOSSES[kind]
   weights = np.array(references.percentiles(losses)) ** beta
   weights[np.isnan(losses)] = 0
@@ -352,7 +352,7 @@ def test_percentile_draw_of_one_has_the_stated_probabilities(kind, beta):
 
 
 @pytest.mark.parametrize('beta', [0.0, 2.0])
-def test_percentile_draw_of_two_is_without_replacement(beta):
+def test_loss_percentile_sampler_of_two_is_without_replacement(beta):
   losses = LOSSES['ties']
   weights = np.array(references.percentiles(losses)) ** beta
   p = weights / weights.sum()
@@ -363,14 +363,14 @@ def test_percentile_draw_of_two_is_without_replacement(beta):
   assert_frequencies(chosen @ [len(p), 1], pairs.ravel())
 
 
-def test_percentile_draw_without_power_draws_sets_uniformly():
+def test_loss_percentile_sampler_without_power_draws_sets_uniformly():
   sets = list(itertools.combinations(range(6), 3))
   chosen = np.sort(chosen_of(LOSSES['distinct'], 3, 0.0), axis=1).tolist()
   outcomes = np.array([sets.index(tuple(row)) for row in chosen])
   assert_frequencies(outcomes, np.full(len(sets), 1 / len(sets)))
 
 
-def test_percentile_draw_with_a_large_power_takes_the_hardest():
+def test_loss_percentile_sampler_with_a_large_power_takes_the_hardest():
   losses = LOSSES['distinct']
   hardest = references.select_lowest(-np.array(losses), 3)
   chosen = chosen_of(losses, 3, 1e4, trials=100)
@@ -380,7 +380,7 @@ def test_percentile_draw_with_a_large_power_takes_the_hardest():
   assert_frequencies(chosen[:, 0], np.array([0, 0, 1, 0, 1, 1]) / 3)
 
 
-def test_percentile_draw_of_extreme_draws():
+def test_loss_percentile_sampler_of_extreme_draws():
   losses = np.array(LOSSES['NaN'], np.float32)
   nan = np.isnan(losses)
   # The least and the largest that jax.random.uniform returns.

@@ -20,7 +20,7 @@ from tests import helpers
 FIELDS = {
   'data.name': 'entailment',
   'data.max_length': 48,
-  'data.widths': (24,),
+  'data.buckets': (24,),
   'data.fraction': 0.05,
   'data.augmentations': (),
   'data.crop_padding': 4,
@@ -271,8 +271,11 @@ def test_a_falling_rate_cannot_be_prolonged():
     ({'model.name': 'cnn'}, r"model.name='cnn'.*reads sentences"),
     ({'selection.proxy': 'cnn'}, r"selection.proxy='cnn'.*reads sentences"),
     ({'data.augmentations': ('flip',)}, r'data.augmentations.*sentences'),
-    ({'data.widths': (24, 16)}, r'data.widths=\(24, 16\).*increasing'),
-    ({'data.widths': (48,)}, r'data.widths=\(48,\).*below data.max_length=48'),
+    ({'data.buckets': (24, 16)}, r'data.buckets=\(24, 16\).*increasing'),
+    (
+      {'data.buckets': (48,)},
+      r'data.buckets=\(48,\).*below data.max_length=48',
+    ),
     ({'data.max_length': 4}, r'data.max_length=4.*at least 5'),
     ({'data.max_length': 513}, r'data.max_length=513.*at most 512'),
     ({'model.batch_norm': 'device'}, r"model.batch_norm='device'.*BatchNorm"),

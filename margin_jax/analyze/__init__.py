@@ -1,4 +1,4 @@
-"""Margins of a trained run: `analyze(workdir)`, and the command."""
+"""The margins of a trained run: `analyze(workdir)`, and the command."""
 
 from margin_jax.analyze.report import analyze
 

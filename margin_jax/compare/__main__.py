@@ -3,8 +3,8 @@
     python -m margin_jax.compare --config=configs/digits.py \\
         --methods=uniform,random,mms,loss --workdir=/tmp/compare
 
-The same command again redoes nothing that is complete. Tables, curves and
-pictures are written to the workdir. A sweep of config fields:
+The same command again redoes nothing that is complete. Tables and plots are
+written to the workdir. A sweep of config fields:
 --sweep=mmr.alpha=1e-5,1e-4,1e-3
 """
 
@@ -29,45 +29,34 @@ flags.adopt_module_key_flags(flags_lib)
 _METHODS = flags.DEFINE_string(
   'methods',
   None,
-  'Rules with commas between them; one may have config fields after it, as '
+  'Comma-separated rules; config fields may follow a rule, as in '
   'mms+reuse=5+pool_size=320. Default: those of the config file, or '
   + ','.join(experiment.METHODS),
 )
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many, from config.seed on.')
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'How many; the first is config.seed.')
 _BUDGET = flags.DEFINE_enum(
   'budget',
   budgets.BUDGETS[0],
   budgets.BUDGETS,
-  'All methods have the same steps, or the FLOPs or the seconds of the '
-  "baseline's.",
+  'What all methods have the same of: steps, or the FLOPs or seconds of the '
+  'baseline.',
 )
 _BASELINE = flags.DEFINE_string(
   'baseline', UNIFORM, 'The method that the others are compared with.'
 )
 _SWEEP = flags.DEFINE_multi_string(
-  'sweep', [], 'A config field and its values: mmr.alpha=1e-5,1e-4. Repeated: '
-  'a grid.',
+  'sweep', [], 'A config field and its values: mmr.alpha=1e-5,1e-4. Several '
+  'flags make a grid.',
 )  # fmt: skip
 
 
-def _methods() -> Sequence[str] | dict[str, methods_lib.Fields]:
-  """Those of the flag, else those of the config file, else the usual ones."""
-  path = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, _, argument = path.partition(':')
-  get_methods = runpy.run_path(path).get('get_methods')
-  known = get_methods(argument or None) if get_methods else {}
-  if _METHODS.value is None:
-    return known or experiment.METHODS
-  names = methods_lib.split(_METHODS.value)
-  if not all(names):
-    raise ConfigError(
-      f'methods={_METHODS.value!r} is not allowed: there is an empty name'
-    )
-  return methods_lib.parse_methods(names, flags_lib.CONFIG.value, known)
+def run() -> None:
+  """Parses the command line and runs it."""
+  flags_lib.run(main, __doc__)
 
 
 def main(argv: list[str]) -> None:
-  """Runs the comparison; what the user can mend is one line."""
+  """Runs the comparison; a mistake of the user is one line."""
   flags_lib.begin(argv)
   cpu.tune()
   devices_lib.use_compilation_cache()
@@ -85,9 +74,20 @@ def main(argv: list[str]) -> None:
     )
 
 
-def run() -> None:
-  """The command line."""
-  flags_lib.run(main, __doc__)
+def _methods() -> Sequence[str] | dict[str, methods_lib.Fields]:
+  """Returns the methods of the flag, of the config file, or the defaults."""
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = path.partition(':')
+  get_methods = runpy.run_path(path).get('get_methods')
+  named = get_methods(argument or None) if get_methods else {}
+  if _METHODS.value is None:
+    return named or experiment.METHODS
+  names = methods_lib.split(_METHODS.value)
+  if not all(names):
+    raise ConfigError(
+      f'methods={_METHODS.value!r} is not allowed: there is an empty name'
+    )
+  return methods_lib.parse_methods(names, flags_lib.CONFIG.value, named)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What every entry may spend: the same steps, FLOPs or seconds."""
+"""Budgets: every trial may spend the same steps, FLOPs or seconds."""
 
 import contextlib
 import copy
@@ -7,166 +7,164 @@ import json
 import math
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import files
-from margin_jax.compare.methods import Entry
+from margin_jax import data, files
+from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.config import ConfigError
-from margin_jax.train import checkpoints, guard, loop
+from margin_jax.train import guard, loop, schema
+from margin_jax.train import runs as runs_lib
 from margin_jax.train import setup as setup_lib
+from margin_jax.train.devices import Devices
 from margin_jax.train.process import Interrupted, Interrupts
+from margin_jax.train.spec import StepSpec
 
 BUDGETS = ('steps', 'flops', 'seconds')
 # Enough for a mean that a slow step does not move much.
 PILOT_STEPS = 100
 
 
-def scaled(
-  config: ml_collections.ConfigDict, steps: int, grain: int = 1
-) -> ml_collections.ConfigDict:
-  """The config with other steps, and its schedule as a whole in them.
+@dataclasses.dataclass(frozen=True)
+class Periods:
+  """The periods of a run, in steps; only data and devices tell them.
 
-  The boundaries of the learning rate, its warm-up, the start and stop of
-  selection and the interval between evaluations are scaled along; MMR's alpha
-  and a linear learning rate depend on `steps` anyhow. `keep_every` is dropped
-  if it would keep nothing.
+  Attributes:
+    call: steps that are compiled into one call.
+    epoch: steps of a pass over the training examples.
+  """
+
+  call: int
+  epoch: int
+
+
+def allocate(
+  trials: Sequence[Trial],
+  budget: str,
+  baseline: str,
+  cost: Callable[[Trial, Periods], float],
+  log: Callable[[str], None],
+) -> list[Trial]:
+  """Returns the trials with the steps that the budget pays.
+
+  The budget is what the baseline's own schedule costs; where a sweep gives the
+  baseline several, the dearest. Every other trial gets the most steps that
+  cost no more, and its schedule is scaled to them. With 'steps' every trial
+  keeps its own schedule.
+
+  Args:
+    trials: all of them.
+    budget: one of `BUDGETS`.
+    baseline: the name of a method.
+    cost: returns what a trial's own schedule costs, as `Costs` does.
+    log: takes the progress lines.
+
+  Raises:
+    ConfigError: a trial does not fit the data or the devices; the budget pays
+      none of its steps, or too few for its schedule.
+    DatasetError: the dataset is missing or broken.
+  """
+  periods = {}
+  for trial in trials:
+    with named_errors(trial.name):
+      periods[trial.name] = check(trial.config)
+  if budget == 'steps':
+    return [*trials]
+  own = next(t.config.steps for t in trials if t.method == baseline)
+  for trial in trials:
+    if trial.config.steps != own:
+      raise ConfigError(
+        f'{trial.name}: steps={trial.config.steps} is not allowed with budget='
+        f'{budget!r}, which decides that: it must be {own}'
+      )
+  costs = {t.name: cost(t, periods[t.name]) for t in trials}
+  total = max(costs[t.name] for t in trials if t.method == baseline)
+  allocated = []
+  for trial in trials:
+    if trial.method == baseline and costs[trial.name] == total:
+      allocated.append(trial)
+      continue
+    per_step = costs[trial.name] / trial.config.steps
+    multiple = _multiple(trial.config, periods[trial.name])
+    steps = steps_within(total, per_step, multiple)
+    if not steps:
+      raise ConfigError(
+        f'{trial.name}: budget={budget!r} is not allowed: {multiple} step(s) '
+        f'need {multiple * per_step:.3g} of the {total:.3g} that {baseline!r} '
+        'spends'
+      )
+    with named_errors(trial.name):
+      config = scaled(trial.config, steps, periods[trial.name].call)
+      check(config)
+    allocated.append(dataclasses.replace(trial, config=config))
+    log(f'{trial.name}: {steps:,} steps have the {budget} of {baseline}')
+  return allocated
+
+
+def steps_within(total: float, per_step: float, multiple: int) -> int:
+  """Returns the most steps, in whole multiples, that cost at most `total`."""
+  # A total that is a whole number of steps but for rounding pays them all.
+  return int(total / per_step * (1 + 1e-9)) // multiple * multiple
+
+
+def _multiple(config: ml_collections.ConfigDict, periods: Periods) -> int:
+  """Returns the steps of whole calls that are whole periods between pools."""
+  selection = schema.effective(config).selection
+  return math.lcm(periods.call, selection.every * selection.reuse)
+
+
+def scaled(
+  config: ml_collections.ConfigDict, steps: int, multiple: int = 1
+) -> ml_collections.ConfigDict:
+  """Returns the config with other steps, to which its schedule is scaled.
+
+  The schedule is the boundaries of the learning rate and its warm-up, the start
+  and stop of selection, and the interval between evaluations. MMR's alpha and a
+  linear learning rate depend on `steps` already.
 
   Args:
     config: whose schedule it is.
     steps: the new number of steps.
-    grain: the interval between evaluations stays a multiple of it.
+    multiple: the interval between evaluations stays a multiple of it.
 
   Raises:
-    ConfigError: so few that two boundaries, or a boundary and an end, meet.
+    ConfigError: so few steps that two boundaries, or a boundary and an end,
+      coincide.
   """
-  made = copy.deepcopy(config)
-  share = steps / config.steps
+  config, before = copy.deepcopy(config), config
+  ratio = steps / before.steps
 
-  def times(step: int) -> int:
-    return round(step * share)
+  def scale(step: int) -> int:
+    return round(step * ratio)
 
-  made.steps = steps
-  made.eval_every = grain * max(1, round(config.eval_every * share / grain))
-  made.optimizer.boundaries = tuple(map(times, config.optimizer.boundaries))
-  inside = [0, *(x for x in made.optimizer.boundaries if x < steps), steps]
-  ends = [x for x in config.optimizer.boundaries if x < config.steps]
-  if sorted({*inside}) != inside or len(inside) != len(ends) + 2:
+  config.steps = steps
+  interval = max(1, round(before.eval_every * ratio / multiple))
+  config.eval_every = multiple * interval
+  boundaries = before.optimizer.boundaries
+  config.optimizer.boundaries = tuple(map(scale, boundaries))
+  inside = [0, *(x for x in config.optimizer.boundaries if x < steps), steps]
+  reached = [x for x in boundaries if x < before.steps]
+  if sorted({*inside}) != inside or len(inside) != len(reached) + 2:
     raise ConfigError(
       f'steps={steps} is not allowed: it must be more, or the schedule of '
-      f'{config.steps:,} with optimizer.boundaries='
-      f'{tuple(config.optimizer.boundaries)} does not fit'
+      f'{before.steps:,} with optimizer.boundaries={tuple(boundaries)} does '
+      'not fit'
     )
-  made.optimizer.warmup = min(times(config.optimizer.warmup), steps - 1)
-  if made.keep_every is not None and made.keep_every > steps:
-    made.keep_every = None  # of those there would be none
-  made.selection.start = min(times(config.selection.start), steps - 1)
-  if config.selection.stop is not None:
-    stop = times(config.selection.stop)
-    stop = max(made.selection.start + 1, stop)
-    made.selection.stop = stop if stop < steps else None
-  return made
-
-
-def steps_within(total: float, per_step: float, grain: int) -> int:
-  """The most steps, in multiples of `grain`, that cost at most `total`."""
-  # Where the two are equal but for rounding, none is lost.
-  return int(total / per_step * (1 + 1e-9)) // grain * grain
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-  """What only the data and the devices tell of a config.
-
-  Attributes:
-    grain: steps in a call; numbers of steps should be multiples of it.
-    epoch: batches in a pass over the training examples.
-  """
-
-  grain: int
-  epoch: int
-
-
-def check(config: ml_collections.ConfigDict) -> Facts:
-  """Checks all that can be checked before anything is compiled.
-
-  Raises:
-    ConfigError: the config is bad, or does not fit the data or the devices.
-    DatasetError: the dataset is missing or broken.
-  """
-  devices, dataset = setup_lib.load(config, None)
-  setup_lib.make_spec(config, dataset, devices.total)
-  grain = setup_lib.steps_per_call(
-    config, devices.platform, chained=setup_lib.chained(dataset)
-  )
-  return Facts(grain, dataset.counts['train'] // config.batch_size)
-
-
-def flops(config: ml_collections.ConfigDict) -> float:
-  """What a run will have counted in the end, without running it."""
-  devices, dataset = setup_lib.load(config, None)
-  method = setup_lib.make_spec(config, dataset, devices.total)
-  with (
-    tempfile.TemporaryDirectory() as folder,
-    contextlib.closing(checkpoints.Checkpoints(folder, writing=True)) as none,
-  ):
-    run = loop.Trainer(config, dataset, devices, none, method, None, print)
-    with contextlib.closing(run.feed):
-      return run.program.cost(0, config.steps).flops
-
-
-def _unit(config: ml_collections.ConfigDict, facts: Facts) -> int:
-  """Steps in whole calls, and in whole periods from one pool to the next."""
-  period = config.selection.every * config.selection.reuse
-  return math.lcm(facts.grain, period)
-
-
-def pilot(
-  config: ml_collections.ConfigDict, facts: Facts
-) -> ml_collections.ConfigDict:
-  """A short run whose steps are as those of `config`, in the same shares."""
-  made = copy.deepcopy(config)
-  made.optimizer.learning_rates = config.optimizer.learning_rates[:1]
-  made.optimizer.boundaries = ()
-  made.optimizer.warmup = 0
-  made.attack = config_lib.default().attack
-  made.keep_every = None
-  # It costs the same, and begins without the warm-up that `config` may need.
-  made.on_nonfinite = guard.SKIP
-  unit = _unit(config, facts)
-  least = PILOT_STEPS
-  if config.trimming.first != config.trimming.last:
-    least = max(least, 2 * facts.epoch)  # what is kept changes by the epoch
-  made = scaled(made, min(unit * math.ceil(least / unit), config.steps))
-  made.log_every = made.eval_every = made.checkpoint_every = made.steps
-  made.steps_per_call = facts.grain
-  return made
-
-
-def seconds(
-  config: ml_collections.ConfigDict, facts: Facts, folder: pathlib.Path
-) -> float:
-  """What a run will take, from a short one in `folder`, which is removed."""
-  shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-  short = pilot(config, facts)
-  try:
-    result = loop.train(short, str(folder), log=lambda line: None)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
-  return result['seconds'] / short.steps * config.steps
+  config.optimizer.warmup = min(scale(before.optimizer.warmup), steps - 1)
+  config.selection.start = min(scale(before.selection.start), steps - 1)
+  if before.selection.stop is not None:
+    stop = scale(before.selection.stop)
+    config.selection.stop = max(config.selection.start + 1, stop)
+  return config
 
 
 class Costs:
-  """What entries cost, kept in WORKDIR/costs.json.
+  """Measures what trials cost, and remembers it in WORKDIR/costs.json.
 
   A comparison that is started again must come to the same numbers of steps.
-
-  Attributes:
-    budget: one of `BUDGETS`.
   """
 
   def __init__(
@@ -176,118 +174,158 @@ class Costs:
     interrupts: Interrupts,
     log: Callable[[str], None],
   ):
-    """Reads what was measured before."""
+    """Reads what was measured before.
+
+    Args:
+      workdir: of the comparison.
+      budget: 'flops' or 'seconds', or 'steps', which needs no costs.
+      interrupts: are checked before every measurement.
+      log: takes the progress lines.
+    """
     self._path = workdir / 'costs.json'
     self._pilots = workdir / 'pilots'
-    self.budget = budget
+    self._budget = budget
     self._interrupts = interrupts
     self._log = log
     self._warm = False
-    self._known: dict[str, Any] = {}
+    self._measured: dict[str, Any] = {}
     if self._path.exists():
-      self._known = _read(self._path)
+      self._measured = _read_costs(self._path)
 
-  def __call__(self, entry: Entry, facts: Facts) -> float:
-    """FLOPs or seconds of the entry's own schedule."""
-    key = f'{self.budget} of {entry.name}'
-    config = config_lib.as_json(entry.config)
-    known = self._known.get(key)
-    if known is None or not _same(known['config'], config):
+  def __call__(self, trial: Trial, periods: Periods) -> float:
+    """Returns the FLOPs or seconds of the trial's own schedule."""
+    key = f'{self._budget} of {trial.name}'
+    config = runs_lib.to_save(trial.config)
+    measured = self._measured.get(key)
+    if measured is None or not _cost_the_same(measured['config'], config):
       self._interrupts.check()
       self._log(f'measuring {key}')
-      cost = self._measure(entry, facts)
-      known = self._known[key] = {'cost': cost, 'config': config}
-      files.write_json(self._path, self._known)
-    return known['cost']
+      cost = self._measure(trial, periods)
+      measured = self._measured[key] = {'cost': cost, 'config': config}
+      files.write_json(self._path, self._measured)
+    return measured['cost']
 
-  def _measure(self, entry: Entry, facts: Facts) -> float:
-    if self.budget == 'flops':
-      return flops(entry.config)
-    folder = self._pilots / entry.folder
+  def _measure(self, trial: Trial, periods: Periods) -> float:
+    if self._budget == 'flops':
+      return flops(trial.config)
+    folder = self._pilots / trial.folder
     try:
-      if not self._warm:  # the first of a process is slow
-        seconds(entry.config, facts, folder)
+      if not self._warm:  # the first run of a process is slow
+        seconds(trial.config, periods, folder)
         self._warm = True
-      return seconds(entry.config, facts, folder)
+      return seconds(trial.config, periods, folder)
     except Interrupted as stopped:
       raise Interrupted(
-        f'stopped while {entry.name} was measured, which the same command does '
-        'again',
+        f'stopped while {trial.name} was measured; the same command measures '
+        'it again',
         stopped.status - 128,
       ) from stopped
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  """What costs.json holds."""
+def _read_costs(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what costs.json holds."""
   try:
-    known = json.loads(path.read_text(encoding='utf-8'))
-    if all({'cost', 'config'} == {*cost} for cost in known.values()):
-      return known
-    problem = 'it is none of margin_jax'
+    costs = json.loads(path.read_text(encoding='utf-8'))
+    if all({'cost', 'config'} == {*cost} for cost in costs.values()):
+      return costs
+    problem = 'margin_jax has not written it'
   except (ValueError, TypeError, AttributeError) as error:
     problem = str(error)
   raise ConfigError(
     f'{path} cannot be read ({problem}): remove it, and use another workdir if '
-    'steps come out otherwise'
+    'the numbers of steps change'
   )
 
 
-def _same(saved: dict[str, Any], config: dict[str, Any]) -> bool:
-  """Whether a run of one costs what a run of the other does."""
+def _cost_the_same(saved: dict[str, Any], config: dict[str, Any]) -> bool:
+  """Returns whether a run of one config costs what a run of the other does."""
   changed = config_lib.differences(saved, config)
   return not changed and saved['steps'] == config['steps']
 
 
-def share(
-  entries: Sequence[Entry],
-  baseline: str,
-  costs: Costs,
-  log: Callable[[str], None],
-) -> list[Entry]:
-  """The entries with the steps that the budget gives them.
+def seconds(
+  config: ml_collections.ConfigDict, periods: Periods, folder: pathlib.Path
+) -> float:
+  """Returns the seconds that a run would take, from a pilot.
 
-  The budget is what the baseline's own schedule costs; where a sweep gives it
-  several, the most that one costs. With 'steps', everyone has its own schedule.
+  Args:
+    config: of the run.
+    periods: of the run.
+    folder: the pilot's workdir, which is removed.
+  """
+  shutil.rmtree(folder, ignore_errors=True)  # of a pilot that was killed
+  short = pilot(config, periods)
+  try:
+    result = loop.train(short, str(folder), log=lambda line: None)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+  return result['seconds'] / short.steps * config.steps
+
+
+def pilot(
+  config: ml_collections.ConfigDict, periods: Periods
+) -> ml_collections.ConfigDict:
+  """Returns the config of a short run whose steps cost the same on average.
+
+  The same fraction of them scores.
+
+  Args:
+    config: of the whole run.
+    periods: of the whole run.
+  """
+  least = PILOT_STEPS
+  if config.trimming.first != config.trimming.last:
+    # What trimming keeps changes by the epoch.
+    least = max(least, 2 * periods.epoch)
+  multiple = _multiple(config, periods)
+  steps = min(multiple * math.ceil(least / multiple), config.steps)
+  short = copy.deepcopy(config)
+  # A constant rate costs the same, and its schedule fits any number of steps.
+  short.optimizer.learning_rates = config.optimizer.learning_rates[:1]
+  short.optimizer.boundaries = ()
+  short.optimizer.warmup = 0
+  # Without the warm-up that `config` may need, it may diverge.
+  short.on_nonfinite = guard.SKIP
+  short.attack = config_lib.default().attack
+  short = scaled(short, steps)
+  short.log_every = short.eval_every = short.checkpoint_every = steps
+  short.keep_every = None
+  short.steps_per_call = periods.call
+  return short
+
+
+# The trainer, asked without training.
+
+
+def check(config: ml_collections.ConfigDict) -> Periods:
+  """Checks all that can be checked before anything is compiled.
 
   Raises:
-    ConfigError: an entry cannot do a step in it, or its schedule does not fit.
+    ConfigError: the config is bad, or does not fit the data or the devices.
+    DatasetError: the dataset is missing or broken.
   """
-  facts = [_named(entry, check) for entry in entries]
-  if costs.budget == 'steps':
-    return [*entries]
-  base = entries[[entry.method for entry in entries].index(baseline)].config
-  for entry in entries:
-    if entry.config.steps != base.steps:
-      raise ConfigError(
-        f'{entry.name}: steps={entry.config.steps} is not allowed with budget='
-        f'{costs.budget!r}, which decides that: it must be {base.steps}'
-      )
-  spent = {e.name: costs(e, f) for e, f in zip(entries, facts, strict=True)}
-  total = max(spent[e.name] for e in entries if e.method == baseline)
-  shared = []
-  for entry, fact in zip(entries, facts, strict=True):
-    if entry.method == baseline and spent[entry.name] == total:
-      shared.append(entry)
-      continue
-    per_step = spent[entry.name] / entry.config.steps
-    unit = _unit(entry.config, fact)
-    steps = steps_within(total, per_step, unit)
-    if not steps:
-      raise ConfigError(
-        f'{entry.name}: budget={costs.budget!r} is not allowed: {unit} step(s) '
-        f'need {unit * per_step:.3g} of the {total:.3g} that {baseline!r} '
-        'spends'
-      )
-    config = _named(entry, scaled, steps, fact.grain)
-    shared.append(dataclasses.replace(entry, config=config))
-    _named(shared[-1], check)
-    log(f'{entry.name}: {steps:,} steps have the {costs.budget} of {baseline}')
-  return shared
+  config, devices, dataset, _ = _set_up(config)
+  call = setup_lib.steps_per_call(config, devices.platform, dataset)
+  return Periods(call, dataset.counts['train'] // config.batch_size)
 
 
-def _named(entry: Entry, function: Callable, *args: Any) -> Any:
-  """Calls with the entry's config; an error says whose it is."""
-  try:
-    return function(entry.config, *args)
-  except ConfigError as error:
-    raise ConfigError(f'{entry.name}: {error}') from error
+def flops(config: ml_collections.ConfigDict) -> float:
+  """Returns the FLOPs that a run would count in the end; trains nothing."""
+  config, devices, dataset, spec = _set_up(config)
+  state = setup_lib.init_state(config, dataset, spec, restoring=True)
+  loader, program = loop.compile_steps(
+    config, devices, dataset, spec, devices.replicate(state)
+  )
+  with contextlib.closing(loader):
+    return program.cost(0, config.steps).flops
+
+
+def _set_up(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, Devices, data.Dataset, StepSpec]:
+  """Returns what the trainer makes of a config before it trains."""
+  schema.validate(config)
+  config = schema.effective(config)
+  devices, dataset = setup_lib.load(config, None)
+  spec = setup_lib.make_spec(config, dataset, devices.total)
+  return config, devices, dataset, spec

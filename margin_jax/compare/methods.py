@@ -1,15 +1,16 @@
-"""What is compared: rules with config fields after them, and grids of fields.
+"""What is compared: methods, the grid of a sweep, trials.
 
-A method is a rule and what else is changed of the config: `mms`, or
-`mms+reuse=5+pool_size=320`. An entry is a method at a point of the grid that a
-sweep spans; it is trained once for every seed.
+A method is a rule and the config fields that it changes: `mms`, or
+`mms+reuse=5+pool_size=320`. A sweep spans a grid of config fields. A trial is a
+method at a grid point; it is trained once for every seed.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -22,43 +23,132 @@ from margin_jax.train import schema
 
 Fields = dict[str, Any]
 
-RULE, POOL = 'selection.rule', 'pool_size'
-# The rule that pays for scoring and does not use it.
+RULE = 'selection.rule'
+# The rule that pays for scoring and does not use the scores.
 CONTROL = 'random'
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-  """What is trained once for every seed.
+class Trial:
+  """A method at a grid point.
 
   Attributes:
     method: its name, as the user typed it.
-    point: what the sweep sets; {} without one.
+    grid_point: the values of the swept fields that the method uses; {} without
+      a sweep.
     config: of the first seed.
   """
 
   method: str
-  point: Fields
+  grid_point: Fields
   config: ml_collections.ConfigDict
 
   @property
   def name(self) -> str:
-    """Of the method and its point, as in 'mms, mmr.alpha=0.001'."""
-    return ', '.join([self.method, *_shown(self.point)])
+    """The method and the grid point: 'mms, mmr.alpha=0.001'."""
+    return ', '.join([self.method, *self._settings()])
 
   @property
   def folder(self) -> str:
-    """Relative path for its files, below which each seed has a folder."""
-    parts = [' '.join(_shown(self.point)), self.method]
+    """Relative path for its files; each seed has a folder in it."""
+    parts = [' '.join(self._settings()), self.method]
     return '/'.join(re.sub(r'[^\w.+=-]+', '_', x) for x in parts if x)
 
+  def _settings(self) -> list[str]:
+    return [f'{name}={value}' for name, value in self.grid_point.items()]
 
-def _shown(point: Fields) -> list[str]:
-  return [f'{name}={value}' for name, value in point.items()]
+
+# From the text on the command line to fields.
+
+
+def parse_methods(
+  methods: Sequence[str] | Mapping[str, Fields],
+  config: ml_collections.ConfigDict,
+  named: Mapping[str, Fields] | None = None,
+) -> dict[str, Fields]:
+  """Returns the fields that each method changes, by the method's name.
+
+  Args:
+    methods: texts for `parse_method`, or fields by name.
+    config: has every field.
+    named: the fields of names that are not to be parsed.
+
+  Raises:
+    ConfigError: a method is given twice or cannot be parsed.
+  """
+  if isinstance(methods, Mapping):
+    return {name: dict(fields) for name, fields in methods.items()}
+  parsed: dict[str, Fields] = {}
+  for name in methods:
+    if name in parsed:
+      raise ConfigError(f'methods: {name!r} is given twice')
+    if named is not None and name in named:
+      parsed[name] = dict(named[name])
+    else:
+      parsed[name] = parse_method(name, config)
+  return parsed
+
+
+def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
+  """Returns the fields that a text such as 'mms+reuse=5' sets.
+
+  Args:
+    text: a rule, then '+field=value' any number of times. A field of
+      `selection` may stand without that word before it.
+    config: has every field.
+
+  Raises:
+    ConfigError: unknown rule or field, or a value of another type.
+  """
+  where = f'methods: {text!r}'
+  # A plus before a digit is part of a number, as in 1e+5.
+  rule, *settings = re.split(r'\+(?=[A-Za-z_])', text)
+  allowed = schema.choices(RULE)
+  if rule not in allowed:
+    raise ConfigError(f'{where}: the rule {rule!r} must be one of {allowed}')
+  known = config_lib.flatten(config)
+  fields = {RULE: rule}
+  for setting in settings:
+    name, equals, value = setting.partition('=')
+    if not equals:
+      raise ConfigError(f'{where}: {setting!r} must be field=value')
+    name = _full_name(name, where, known)
+    if name in fields:
+      raise ConfigError(f'{where}: {name} is given twice')
+    fields[name] = _parse_value(config, name, value, where)
+  return fields
+
+
+def parse_sweep(
+  texts: Iterable[str], config: ml_collections.ConfigDict
+) -> dict[str, list[Any]]:
+  """Returns the values of every swept field.
+
+  Args:
+    texts: such as 'mmr.alpha=1e-5,1e-4'.
+    config: has every field.
+
+  Raises:
+    ConfigError: unknown field, no value, a value or a field given twice.
+  """
+  known = config_lib.flatten(config)
+  grid: dict[str, list[Any]] = {}
+  for text in texts:
+    where = f'sweep: {text!r}'
+    name, _, values = text.partition('=')
+    name = _full_name(name, where, known)
+    if name in grid:
+      raise ConfigError(f'{where}: {name} is given twice')
+    if not all(split(values)):
+      raise ConfigError(f'{where} must be field=value,value,...')
+    grid[name] = [_parse_value(config, name, x, where) for x in split(values)]
+    if len({*map(repr, grid[name])}) < len(grid[name]):
+      raise ConfigError(f'{where}: a value is given twice')
+  return grid
 
 
 def split(text: str) -> list[str]:
-  """Parts between the commas that are in no bracket and no quotation."""
+  """Splits at the commas that stand in no bracket and no quotation."""
   parts, depth, quote = [''], 0, ''
   for letter in text:
     if quote:
@@ -74,23 +164,23 @@ def split(text: str) -> list[str]:
   return [part.strip() for part in parts]
 
 
-def _field(name: str, where: str, known: Iterable[str]) -> str:
-  """The full name of a field; of a bare one, first among selection's."""
-  found = next((x for x in (f'selection.{name}', name) if x in known), None)
-  if found is None:
+def _full_name(name: str, where: str, known: Iterable[str]) -> str:
+  """Returns the dotted name of a field; selection's come first."""
+  full = next((x for x in (f'selection.{name}', name) if x in known), None)
+  if full is None:
     raise ConfigError(
       f'{where}: {name!r} is no config field; there are {tuple(known)}'
     )
-  if found in ('seed', RULE):
-    other = '--seeds' if found == 'seed' else '--methods'
-    raise ConfigError(f'{where}: {found} is not set here, but by {other}')
-  return found
+  if full in ('seed', RULE):
+    flag = '--seeds' if full == 'seed' else '--methods'
+    raise ConfigError(f'{where}: set {full} by {flag}')
+  return full
 
 
-def _parse(
+def _parse_value(
   config: ml_collections.ConfigDict, name: str, text: str, where: str
 ) -> Any:
-  """A field's value, read as --config.name=text would be."""
+  """Returns the value that --config.name=text would give the field."""
   values = flags.FlagValues()
   changed = copy.deepcopy(config)
   argv = ['', f'--config.{name}={text}']
@@ -107,183 +197,159 @@ def _parse(
   return config_lib.flatten(changed)[name]
 
 
-def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
-  """The fields that 'mms+reuse=5' sets.
-
-  Args:
-    text: a rule, then '+field=value' any number of times. The field may be
-      one of selection without that word before it.
-    config: has every field.
-
-  Raises:
-    ConfigError: unknown rule or field, or a value of another type.
-  """
-  where = f'methods: {text!r}'
-  # A plus before a digit is of a number, as in 1e+5.
-  rule, *settings = re.split(r'\+(?=[A-Za-z_])', text)
-  allowed = schema.choices(RULE)
-  if rule not in allowed:
-    raise ConfigError(f'{where}: the rule {rule!r} must be one of {allowed}')
-  known = config_lib.flatten(config)
-  fields = {RULE: rule}
-  for setting in settings:
-    name, equals, value = setting.partition('=')
-    if not equals:
-      raise ConfigError(f'{where}: {setting!r} must be field=value')
-    name = _field(name, where, known)
-    if name in fields:
-      raise ConfigError(f'{where}: {name} is given twice')
-    fields[name] = _parse(config, name, value, where)
-  return fields
+# From fields to trials.
 
 
-def parse_methods(
-  methods: Sequence[str] | Mapping[str, Fields],
+def make_trials(
   config: ml_collections.ConfigDict,
-  known: Mapping[str, Fields] | None = None,
-) -> dict[str, Fields]:
-  """Fields by the name of the method.
+  methods: Mapping[str, Fields],
+  grid: Mapping[str, Sequence[Any]],
+) -> list[Trial]:
+  """Returns every method at every grid point.
 
-  Args:
-    methods: names to parse, or fields by name.
-    config: has every field.
-    known: fields of names that need no parsing.
-
-  Raises:
-    ConfigError: one is given twice or cannot be parsed.
-  """
-  if isinstance(methods, Mapping):
-    return {name: dict(fields) for name, fields in methods.items()}
-  found: dict[str, Fields] = {}
-  for name in methods:
-    if name in found:
-      raise ConfigError(f'methods: {name!r} is given twice')
-    given = known is not None and name in known
-    found[name] = dict(known[name]) if given else parse_method(name, config)
-  return found
-
-
-def parse_sweep(
-  axes: Iterable[str], config: ml_collections.ConfigDict
-) -> dict[str, list[Any]]:
-  """The values of every swept field, of texts 'mmr.alpha=1e-5,1e-4'.
+  A swept field has no effect on some methods, such as `pool_size` on one that
+  scores nothing. It is not part of their trials, so that there is one of them
+  and not one for each value.
 
   Raises:
-    ConfigError: unknown field, no value, a value or a field given twice.
+    ConfigError: a config is bad; a method sets what is swept, or none uses it;
+      two methods would have the same folder.
   """
-  known = config_lib.flatten(config)
-  grid: dict[str, list[Any]] = {}
-  for text in axes:
-    where = f'sweep: {text!r}'
-    name, _, values = text.partition('=')
-    name = _field(name, where, known)
-    if name in grid:
-      raise ConfigError(f'{where}: {name} is given twice')
-    if not all(split(values)):
-      raise ConfigError(f'{where} must be field=value,value,...')
-    grid[name] = [_parse(config, name, x, where) for x in split(values)]
-    if len({*map(repr, grid[name])}) < len(grid[name]):
-      raise ConfigError(f'{where}: a value is given twice')
-  return grid
+  trials: dict[str, Trial] = {}
+  for values in itertools.product(*grid.values()):
+    for method, fields in methods.items():
+      for field in grid:
+        if field in fields:
+          raise ConfigError(f'methods: {method!r} sets {field}, which is swept')
+      grid_point = dict(zip(grid, values, strict=True))
+      trial = _make_trial(config, method, fields, grid_point)
+      unused = config_lib.without_effect(config_lib.flatten(trial.config))
+      if any(field in unused for field in grid_point):
+        used = {k: v for k, v in grid_point.items() if k not in unused}
+        trial = _make_trial(config, method, fields, used)
+      other = trials.setdefault(trial.folder, trial)
+      if other.name != trial.name:
+        raise ConfigError(
+          f'methods: {trial.name!r} and {other.name!r} would have the same '
+          f'folder, {trial.folder}'
+        )
+  for field, values in grid.items():
+    if not any(field in trial.grid_point for trial in trials.values()):
+      raise ConfigError(
+        f'sweep: {field}={values} is not allowed: it has no effect on any of '
+        'the methods'
+      )
+  return list(trials.values())
 
 
-def _apply(
-  config: ml_collections.ConfigDict, name: str, fields: Fields
+def _make_trial(
+  config: ml_collections.ConfigDict,
+  method: str,
+  fields: Fields,
+  grid_point: Fields,
+) -> Trial:
+  changed = _with_fields(config, method, {**grid_point, **fields})
+  trial = Trial(method, grid_point, changed)
+  with named_errors(trial.name):
+    schema.validate(trial.config)
+  return trial
+
+
+def _with_fields(
+  config: ml_collections.ConfigDict, method: str, fields: Fields
 ) -> ml_collections.ConfigDict:
-  """The config with these fields; those that the rule has not are reset.
-
-  So `selection.reuse` of the config is of the rules that score, and a baseline
-  without a pool can stand beside them.
-  """
+  """Returns a copy of the config with a method's fields."""
   changed = copy.deepcopy(config)
-  known = config_lib.flatten(config_lib.default())
-  rule = fields.get(RULE, config.selection.rule)
-  reset = {field: known[field] for field in schema.void(rule)}
-  for field, value in {**reset, **fields}.items():
+  known = config_lib.flatten(config)
+  for field, value in fields.items():
     if field not in known:
-      raise ConfigError(f'methods: {name!r}: {field!r} is no config field')
+      raise ConfigError(f'methods: {method!r}: {field!r} is no config field')
     try:
       changed.update_from_flattened_dict({field: value})
     except TypeError as error:
-      raise ConfigError(f'methods: {name!r}: {field}: {error}') from error
-  for field in schema.idle(config_lib.flatten(changed)):
-    if field not in fields:
-      changed.update_from_flattened_dict({field: known[field]})
+      raise ConfigError(f'methods: {method!r}: {field}: {error}') from error
   return changed
 
 
-def with_control(
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+  """Puts a name in front of the message of a `ConfigError`."""
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(f'{name}: {error}') from error
+
+
+def with_controls(
   methods: Mapping[str, Fields], config: ml_collections.ConfigDict
 ) -> dict[str, Fields]:
-  """The methods, and what only chooses at random where it is missing.
+  """Returns the methods, and with them the controls that are missing.
 
-  A method whose rule scores is answered by one with the same fields but for
-  the rule: `mms+reuse=5` by `random+reuse=5`.
+  The control of a method that scores selects at random and changes the same
+  fields, so that it costs the same: `random+reuse=5` for `mms+reuse=5`.
+
+  Args:
+    methods: each makes a valid config.
+    config: what they change.
 
   Raises:
-    ConfigError: another method has such a name.
+    ConfigError: another method has the name of a control.
   """
-  usual = config_lib.flatten(config)
+  unchanged = config_lib.flatten(config)
 
   def rule(fields: Fields) -> str:
-    return fields.get(RULE, usual[RULE])
+    return fields.get(RULE, unchanged[RULE])
 
-  def others(fields: Fields) -> Fields:
-    left = {*fields} - {RULE, *schema.void(CONTROL)}
-    return {x: fields[x] for x in sorted(left) if fields[x] != usual.get(x)}
+  def settings(method: str, fields: Fields) -> Fields:
+    """The fields but for the rule, as far as the control uses them."""
+    control = _with_fields(config, method, {**fields, RULE: CONTROL})
+    unused = config_lib.without_effect(config_lib.flatten(control))
+    return {
+      name: fields[name]
+      for name in sorted({*fields} - {RULE, *unused})
+      if fields[name] != unchanged[name]
+    }
 
   complete = dict(methods)
-  found = [others(f) for f in methods.values() if rule(f) == CONTROL]
-  for fields in methods.values():
-    own = others(fields)
-    if rule(fields) == UNIFORM or own in found:
+  controls = [
+    settings(method, fields)
+    for method, fields in methods.items()
+    if rule(fields) == CONTROL
+  ]
+  for method, fields in methods.items():
+    if rule(fields) == UNIFORM:
       continue
-    found.append(own)
-    shown = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
-    name = '+'.join([CONTROL, *shown])
+    own = settings(method, fields)
+    if own in controls:
+      continue
+    controls.append(own)
+    texts = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
+    name = '+'.join([CONTROL, *texts])
     if name in complete:
       raise ConfigError(f'methods: {name!r} is what the control is called')
     complete[name] = {RULE: CONTROL, **own}
   return complete
 
 
-def make(
-  config: ml_collections.ConfigDict,
-  methods: Mapping[str, Fields],
-  grid: Mapping[str, Sequence[Any]],
-) -> list[Entry]:
-  """Every method at every point of the grid, once where it makes no difference.
+def warnings(
+  trials: Sequence[Trial], methods: Mapping[str, Fields]
+) -> list[str]:
+  """Returns a line for each field that the user set and that has no effect.
 
-  Raises:
-    ConfigError: a config is bad; a method sets what is swept; two methods
-      would have the same folder.
+  A field of the config is for the methods that use it: there is a line if none
+  does. A field of a method must have an effect there.
   """
-  entries: dict[str, Entry] = {}
-  for values in itertools.product(*grid.values()):
-    for name, fields in methods.items():
-      for field in grid:
-        if field in fields:
-          raise ConfigError(f'methods: {name!r} sets {field}, which is swept')
-      rule = fields.get(RULE, config.selection.rule)
-      void = schema.void(rule) + (POOL,) * (rule == UNIFORM)
-      point = dict(zip(grid, values, strict=True))
-      point = {k: v for k, v in point.items() if k not in void}
-      changed = _apply(config, name, {**point, **fields})
-      entry = Entry(name, point, changed)
-      other = entries.setdefault(entry.folder, entry)
-      if other.name != entry.name:
-        raise ConfigError(
-          f'methods: {entry.name!r} and {other.name!r} would have the same '
-          f'folder, {entry.folder}'
-        )
-  for field, values in grid.items():
-    if not any(field in entry.point for entry in entries.values()):
-      raise ConfigError(
-        f'sweep: {field}={values} is not allowed: none of the methods has it'
-      )
-  for entry in entries.values():
-    try:
-      schema.validate(entry.config)
-    except ConfigError as error:
-      raise ConfigError(f'{entry.name}: {error}') from error
-  return list(entries.values())
+  unused = [schema.unused(trial.config) for trial in trials]
+  nowhere = set.intersection(*map(set, unused))
+  lines = [
+    f'warning: {field} has no effect on any method: {reason}'
+    for field, reason in unused[0].items()
+    if field in nowhere
+  ]
+  for trial, reasons in zip(trials, unused, strict=True):
+    lines += [
+      f'warning: {trial.name}: {field} has no effect: {reason}'
+      for field, reason in reasons.items()
+      if field in methods[trial.method] and field not in nowhere
+    ]
+  return lines

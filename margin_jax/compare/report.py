@@ -1,191 +1,463 @@
-"""The files that a comparison writes: tables, curves, pictures."""
+"""The report of a comparison: tables and plots of what the runs have written.
 
+Top to bottom: the files; what runs wrote, read again; statistics over the seeds
+of a trial; tables in Markdown.
+"""
+
+import csv
+import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from margin_jax import files
-from margin_jax.compare import curves, plots, tables
-from margin_jax.compare.methods import Entry
-from margin_jax.compare.runs import Run
+import numpy as np
+import scipy.stats
 
-Rows = list[dict[str, Any]]
+from margin_jax import files
+from margin_jax.compare import plots
+from margin_jax.compare.methods import Trial
+from margin_jax.compare.runs import Result, Run
+from margin_jax.config import ConfigError
+
+Row = dict[str, Any]
+Summary = dict[str, Any]
+
 COMPARISON, SWEEP = 'compare.md', 'sweep.md'
-PICTURES = ('error', 'mean_mms', 'cost')
+PLOTS = ('error', 'mean_mms', 'cost')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
-  'runs were finite. p: '
-  'two-sided Welch t-test of the test errors against `{baseline}`, not '
-  'corrected for the number of methods; there is none with one seed, or where '
-  'all errors are equal. FLOPs are those of XLA, scoring included; seconds are '
-  'of training, without compilation and evaluation.'
+  'runs were finite. p: two-sided Welch t-test of the test errors against '
+  '`{baseline}`, not corrected for the number of methods; there is none with '
+  'one seed, or where all errors are equal. XLA counts the FLOPs, scoring '
+  'included; seconds are of training, without compilation and evaluation.'
 )
+# What tasks are reported by beside their test error, and how tables call it.
+OTHER_METRICS = {
+  'test_f1': 'F1',
+  'test_mismatched_error': 'mismatched test error',
+}
+BEST = 'the lowest validation error, of those with the most seeds'
 
 
-def write_rows(path: pathlib.Path, rows: Rows) -> None:
-  """A CSV file whose rows may lack some fields."""
-  fields = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-  files.write_csv(path, fields, rows)
+@dataclasses.dataclass(frozen=True)
+class Curves:
+  """What a run logged.
+
+  Attributes:
+    test: 'step', 'flops', 'seconds' and 'error' at every evaluation.
+    train: the same and 'mean_mms' at every row of train.csv, where the error
+      is of the batches that were trained on since the row before.
+  """
+
+  test: list[Row]
+  train: list[Row]
 
 
-def hardware(results: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Where the runs were made and by which versions, each once."""
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+  """A trial with all its seeds.
+
+  Attributes:
+    trial: what was trained.
+    rows: of runs.csv, one for each seed.
+    curves: one for each seed.
+    summary: what `summarize` makes of the rows.
+  """
+
+  trial: Trial
+  rows: list[Row]
+  curves: list[Curves]
+  summary: Summary
+
+
+def write(
+  folder: pathlib.Path,
+  runs: Sequence[Run],
+  results: Sequence[Result],
+  baseline: str,
+  notes: Sequence[str],
+) -> str:
+  """Writes all files, and removes those of another command.
+
+  Args:
+    folder: that exists.
+    runs: all that are complete.
+    results: what their result.json hold.
+    baseline: the method that the others are compared with.
+    notes: lines for below the tables: the command, the budget.
+
+  Returns:
+    The tables, to be shown.
+  """
+  rows = run_rows(runs, results)
+  curves = [read_curves(run.folder) for run in runs]
+  _write_csv(folder / 'runs.csv', rows)
+  _write_csv(folder / 'compare.csv', _evaluation_rows(runs, curves))
+  rows, curves = by_trial(runs, rows), by_trial(runs, curves)
+  trials = [
+    Seeds(trial, rows[name], curves[name], summarize(rows[name]))
+    for name, trial in {run.trial.name: run.trial for run in runs}.items()
+  ]
+  footer = ['', *notes, *_skipped_steps(trials), '', *hardware(results)]
+  fields = list(dict.fromkeys(f for x in trials for f in x.trial.grid_point))
+  if not fields:
+    (folder / SWEEP).unlink(missing_ok=True)
+    return _write_comparison(folder, trials, baseline, footer)
+  validated = all('validation' in x.summary for x in trials)
+  best = best_of_methods(trials) if validated else []
+  table = '\n'.join(sweep_table(fields, trials, best))
+  if not validated:
+    for name in (COMPARISON, *(f'{name}.png' for name in PLOTS)):
+      (folder / name).unlink(missing_ok=True)
+    note = (
+      'No method has a best grid point: there is no validation split '
+      '(data.validation_examples).'
+    )
+    _write_lines(folder / SWEEP, ['# Sweep', '', table, '', note, *footer])
+    return f'{table}\n\n{note}'
+  note = f'In bold: for each method, {BEST}.'
+  _write_lines(folder / SWEEP, ['# Sweep', '', table, '', note, *footer])
+  of_best = f'Each method at its grid point with {BEST}: {SWEEP}.'
+  comparison = _write_comparison(folder, best, baseline, ['', of_best, *footer])
+  return f'{table}\n\n{note}\n\n{comparison}'
+
+
+def _write_comparison(
+  folder: pathlib.Path,
+  trials: Sequence[Seeds],
+  baseline: str,
+  footer: Sequence[str],
+) -> str:
+  """Writes compare.md and the plots of one trial of each method."""
+  test = {x.trial.name: [run.test for run in x.curves] for x in trials}
+  train = {x.trial.name: [run.train for run in x.curves] for x in trials}
+  plots.error(folder / 'error.png', test, train)
+  plots.mean_mms(folder / 'mean_mms.png', train)
+  plots.cost(folder / 'cost.png', {x.trial.name: x.rows for x in trials})
+  reference = next(x for x in trials if x.trial.method == baseline)
+  table = '\n'.join(comparison_table(trials, reference))
+  explanation = EXPLANATION.format(baseline=reference.trial.name)
+  config = trials[0].trial.config
+  title = f'# {config.data.name}, {config.model.name}: methods compared'
+  images = [f'![{name}]({name}.png)\n' for name in PLOTS]
+  _write_lines(
+    folder / COMPARISON,
+    [title, '', table, '', explanation, *footer, '', *images],
+  )
+  return f'{table}\n\n{explanation}'
+
+
+def by_trial(runs: Sequence[Run], values: Sequence[Any]) -> dict[str, list]:
+  """Groups values, one of each run, by the names of the runs' trials."""
+  groups: dict[str, list] = {}
+  for run, value in zip(runs, values, strict=True):
+    groups.setdefault(run.trial.name, []).append(value)
+  return groups
+
+
+def best_of_methods(trials: Sequence[Seeds]) -> list[Seeds]:
+  """Returns of each method the trial with the lowest mean validation error.
+
+  Where runs were not finite it is one of those with the most seeds: a trial
+  must not win by the one seed that it survived.
+  """
+  best = []
+  for method in dict.fromkeys(x.trial.method for x in trials):
+    own = [x for x in trials if x.trial.method == method]
+    most = max(x.summary['seeds'] for x in own)
+    own = [x for x in own if x.summary['seeds'] == most]
+    best.append(min(own, key=lambda x: x.summary['validation'][0]))
+  return best
+
+
+def _skipped_steps(trials: Sequence[Seeds]) -> list[str]:
+  """Returns lines for below the tables."""
+  lines = []
+  for x in trials:
+    if x.summary['skipped']:
+      steps = f'{x.summary["skipped"]:g} steps a run'
+      lines += [
+        '',
+        f'`{x.trial.name}`: {steps} were skipped, not being finite.',
+      ]
+  return lines
+
+
+def hardware(results: Sequence[Result]) -> list[str]:
+  """Returns lines on which machines the runs were made, with which versions."""
   devices, versions = {}, {}
   for result in results:
     name = f'{result["devices"]} x {result["device"]}'
     cores = result.get('host_cores', 'unknown')
     devices[f'{name} (host cores: {cores})'] = None
-    shown = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
-    versions[shown] = None
+    versions[', '.join(f'{k} {v}' for k, v in result['versions'].items())] = (
+      None
+    )
   return [
     f'Hardware: {"; ".join(devices)}.', '', f'Versions: {"; ".join(versions)}.',
   ]  # fmt: skip
 
 
-def grouped(runs: Sequence[Run], values: Sequence[Any]) -> dict[str, list]:
-  """Values of the runs, by the name of their entry."""
-  groups: dict[str, list] = {}
-  for run, value in zip(runs, values, strict=True):
-    groups.setdefault(run.entry.name, []).append(value)
-  return groups
+def _write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes rows of which some may lack fields."""
+  fields = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+  files.write_csv(path, fields, rows)
 
 
-def best(
-  entries: Sequence[Entry], summaries: Mapping[str, Mapping[str, Any]]
-) -> list[Entry]:
-  """Of each method the entry with the lowest mean validation error.
-
-  Where runs were not finite, of those with the most that were: an entry must
-  not win by the one seed that it survived.
-  """
-  found = []
-  for method in dict.fromkeys(entry.method for entry in entries):
-    own = [entry for entry in entries if entry.method == method]
-    most = max(summaries[entry.name]['seeds'] for entry in own)
-    own = [entry for entry in own if summaries[entry.name]['seeds'] == most]
-    found.append(min(own, key=lambda x: summaries[x.name]['validation'][0]))
-  return found
-
-
-class Report:
-  """What the results of all runs say."""
-
-  def __init__(
-    self,
-    runs: Sequence[Run],
-    results: Sequence[Mapping[str, Any]],
-    baseline: str,
-  ):
-    """Reads the curves of all runs.
-
-    Args:
-      runs: all of them.
-      results: what their result.json hold, in the same order.
-      baseline: the method that the others are measured by.
-    """
-    self.results = results
-    self.rows = [
-      curves.row(x.entry.method, x.entry.point, x.seed, result)
-      for x, result in zip(runs, results, strict=True)
-    ]
-    self._runs = runs
-    self._baseline = baseline
-    self._entries = list({run.entry.name: run.entry for run in runs}.values())
-    self._curves = [curves.read(run.folder) for run in runs]
-    self._summaries = {
-      name: curves.summarize(rows)
-      for name, rows in grouped(runs, self.rows).items()
-    }
-
-  def write(self, folder: pathlib.Path, about: Sequence[str]) -> str:
-    """Writes all files, and removes those of another command; the table.
-
-    Args:
-      folder: that exists.
-      about: lines for below the tables: the command, the budget.
-    """
-    write_rows(folder / 'runs.csv', self.rows)
-    points = [
-      {'method': x.entry.method, **x.entry.point, 'seed': x.seed, **row}
-      for x, found in zip(self._runs, self._curves, strict=True)
-      for row in found.test
-    ]
-    write_rows(folder / 'compare.csv', points)
-    footer = ['', *about, *self._skipped(), '', *hardware(self.results)]
-    fields = list(dict.fromkeys(f for e in self._entries for f in e.point))
-    if not fields:
-      (folder / SWEEP).unlink(missing_ok=True)
-      return self._compare(folder, self._entries, footer)
-    text, chosen = self._sweep(fields)
-    if not chosen:
-      for name in (COMPARISON, *(f'{x}.png' for x in PICTURES)):
-        (folder / name).unlink(missing_ok=True)
-    best_of = 'the lowest validation error, of those with the most seeds'
-    note = (
-      f'In bold: for each method, {best_of}.'
-      if chosen
-      else 'Without a validation split (data.validation_examples) none is best.'
-    )
-    _write(folder / SWEEP, ['# Sweep', '', *text, '', note, *footer])
-    shown = '\n'.join([*text, '', note])
-    if chosen:
-      note = f'Each method at its point of the sweep with {best_of}: {SWEEP}.'
-      footer = ['', note, *footer]
-      shown += '\n\n' + self._compare(folder, chosen, footer)
-    return shown
-
-  def _skipped(self) -> list[str]:
-    lines = []
-    for name, found in self._summaries.items():
-      if found['skipped']:
-        steps = f'{found["skipped"]:g} steps a run'
-        lines += ['', f'`{name}`: {steps} were skipped, not being finite.']
-    return lines
-
-  def _sweep(self, fields: list[str]) -> tuple[list[str], list[Entry]]:
-    """The table, and the best entries if there is a validation split."""
-    summaries = [self._summaries[entry.name] for entry in self._entries]
-    chosen = []
-    if all('validation' in summary for summary in summaries):
-      chosen = best(self._entries, self._summaries)
-    text = tables.sweep(
-      fields,
-      [(entry.method, entry.point) for entry in self._entries],
-      summaries,
-      [self._entries.index(entry) for entry in chosen],
-    )
-    return text, chosen
-
-  def _compare(
-    self, folder: pathlib.Path, entries: list[Entry], footer: list[str]
-  ) -> str:
-    """Writes compare.md and the pictures of an entry of each method."""
-    rows = grouped(self._runs, self.rows)
-    found = grouped(self._runs, self._curves)
-    baseline = next(e.name for e in entries if e.method == self._baseline)
-    summaries = {
-      entry.name: self._summaries[entry.name]
-      | curves.against(rows[entry.name], rows[baseline])
-      for entry in entries
-    }
-    text = tables.comparison(summaries, baseline)
-    explanation = EXPLANATION.format(baseline=baseline)
-    drawn = {name: found[name] for name in summaries}
-    plots.error(folder / 'error.png', drawn)
-    plots.mean_mms(folder / 'mean_mms.png', drawn)
-    points = {name: rows[name] for name in summaries}
-    plots.cost(folder / 'cost.png', points)
-    images = [f'![{x}]({x}.png)\n' for x in PICTURES]
-    config = entries[0].config
-    title = f'# {config.data.name}, {config.model.name}: methods compared'
-    _write(
-      folder / COMPARISON,
-      [title, '', *text, '', explanation, *footer, '', *images],
-    )
-    return '\n'.join([*text, '', explanation])
-
-
-def _write(path: pathlib.Path, lines: list[str]) -> None:
+def _write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
   with files.whole(path) as aside:
     aside.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+# What runs wrote, read again.
+
+
+def read_curves(folder: pathlib.Path) -> Curves:
+  """Reads eval.csv and train.csv of a run.
+
+  Raises:
+    ConfigError: they are not as the run has left them.
+  """
+  costs = ('flops', 'seconds')
+  try:
+    curves = Curves(
+      test=_read_rows(folder / 'eval.csv', costs, 'test'),
+      train=_read_rows(folder / 'train.csv', (*costs, 'mean_mms')),
+    )
+  except (OSError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f'{folder}: its tables cannot be read: {error}'
+    ) from error
+  if not curves.test or not curves.train:
+    raise ConfigError(f'{folder}: its tables have lost their rows')
+  return curves
+
+
+def _read_rows(
+  path: pathlib.Path, columns: Sequence[str], split: str = ''
+) -> list[Row]:
+  """Reads rows by step; of a step that was done twice, the last."""
+  by_step = {}
+  with path.open(newline='', encoding='utf-8') as file:
+    for row in csv.DictReader(file):
+      if not split or row['split'] == split:
+        step = int(row['step'])
+        by_step[step] = {
+          'step': step,
+          **{name: float(row[name]) for name in columns},
+          'error': 1 - float(row['accuracy']),
+        }
+  return [by_step[step] for step in sorted(by_step)]
+
+
+def _evaluation_rows(
+  runs: Sequence[Run], curves: Sequence[Curves]
+) -> list[Row]:
+  """Returns the rows of compare.csv, one for each evaluation."""
+  return [
+    {
+      'method': run.trial.method,
+      **run.trial.grid_point,
+      'seed': run.seed,
+      **row,
+    }
+    for run, own in zip(runs, curves, strict=True)
+    for row in own.test
+  ]
+
+
+def run_rows(runs: Sequence[Run], results: Sequence[Result]) -> list[Row]:
+  """Returns the rows of runs.csv, one for each run.
+
+  Args:
+    runs: that are complete.
+    results: what their result.json hold.
+
+  Returns:
+    'method', the grid point, 'seed', 'steps', errors as fractions, what else
+    the task is reported by (`OTHER_METRICS`), and costs.
+  """
+  rows = []
+  for run, result in zip(runs, results, strict=True):
+    row = {'method': run.trial.method, **run.trial.grid_point}
+    row |= {'seed': run.seed, 'steps': result['steps']}
+    for split in ('validation', 'test', 'test_mismatched'):
+      if split in result:
+        row[f'{split}_error'] = 1 - result[split]['accuracy']
+    if 'f1' in result['test']:
+      row['test_f1'] = result['test']['f1']
+    for name in (
+      'examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',
+      'skipped', 'undecodable',
+    ):  # fmt: skip
+      row[name] = result[name]
+    rows.append(row)
+  return rows
+
+
+# Statistics over the seeds of a trial.
+
+
+def summarize(rows: Sequence[Row]) -> Summary:
+  """Summarizes a trial over its seeds.
+
+  Args:
+    rows: of runs.csv, one for each seed.
+
+  Returns:
+    'steps'; how many 'seeds'; mean and deviation of the errors 'test' and, if
+    there is one, 'validation', and of `OTHER_METRICS`; means of the costs; the
+    fraction 'wait' of the seconds in which training waited for data.
+  """
+
+  def values(name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+  summary = {
+    'steps': rows[0]['steps'],
+    'seeds': len(rows),
+    'test': mean_and_deviation(values('test_error')),
+    'wait': sum(values('data_wait')) / sum(values('seconds')),
+  }
+  if 'validation_error' in rows[0]:
+    summary['validation'] = mean_and_deviation(values('validation_error'))
+  for name in OTHER_METRICS:
+    if name in rows[0]:
+      summary[name] = mean_and_deviation(values(name))
+  for name in ('examples_scored', 'flops', 'seconds', 'skipped'):
+    summary[name] = float(np.mean(values(name)))
+  return summary
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+  """Returns mean and sample standard deviation; None of a single value."""
+  deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return float(np.mean(values)), deviation
+
+
+def difference(
+  rows: Sequence[Row], baseline: Sequence[Row]
+) -> tuple[float, float | None]:
+  """Returns how far two mean test errors differ, and p (see `welch`)."""
+  own, reference = ([row['test_error'] for row in x] for x in (rows, baseline))
+  return float(np.mean(own) - np.mean(reference)), welch(own, reference)
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
+  """Returns p of the two-sided Welch t-test that two means are equal.
+
+  None where there is no test: a single value, or no variance in both.
+  """
+  if min(len(first), len(second)) < 2:
+    return None
+  if np.ptp(first) == np.ptp(second) == 0:
+    return None
+  test = scipy.stats.ttest_ind_from_stats(
+    np.mean(first), np.std(first, ddof=1), len(first),
+    np.mean(second), np.std(second, ddof=1), len(second),
+    equal_var=False,
+  )  # fmt: skip
+  return float(test.pvalue)
+
+
+# Tables in Markdown.
+
+
+def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
+  """Returns the lines of compare.md's table.
+
+  Args:
+    trials: a row each.
+    baseline: the trial that the others are compared with.
+  """
+  summaries = [x.summary for x in trials]
+  divisor, prefix = unit(max(summary['flops'] for summary in summaries))
+  others = [
+    name
+    for name in OTHER_METRICS
+    if all(name in summary for summary in summaries)
+  ]
+  header = (
+    'method', 'steps', 'seeds', 'test error, %',
+    *(f'{OTHER_METRICS[name]}, %' for name in others),
+    f'difference to `{baseline.trial.name}`', 'p',
+    'examples scored', f'{prefix}FLOP', 'seconds', 'of these waiting for data',
+  )  # fmt: skip
+  lines = []
+  for x, summary in zip(trials, summaries, strict=True):
+    compared = '-', '-'
+    if x.trial.name != baseline.trial.name:
+      change, p = difference(x.rows, baseline.rows)
+      compared = f'{100 * change:+.2f}', _significance(p)
+    lines.append([
+      f'`{x.trial.name}`',
+      f'{summary["steps"]:,}',
+      f'{summary["seeds"]}',
+      percent(*summary['test']),
+      *(percent(*summary[name]) for name in others),
+      *compared,
+      f'{summary["examples_scored"]:,.0f}',
+      f'{summary["flops"] / divisor:.3g}',
+      f'{summary["seconds"]:.1f}',
+      f'{summary["wait"]:.1%}',
+    ])  # fmt: skip
+  return markdown(header, lines)
+
+
+def sweep_table(
+  fields: Sequence[str], trials: Sequence[Seeds], best: Sequence[Seeds]
+) -> list[str]:
+  """Returns the lines of sweep.md's table.
+
+  Args:
+    fields: that are swept.
+    trials: a row each.
+    best: those in bold.
+  """
+  validated = all('validation' in x.summary for x in trials)
+  header = ['method', *(f'`{field}`' for field in fields)]
+  header += ['validation error, %'] if validated else []
+  header += ['test error, %', 'seeds', 'steps', 'seconds']
+  lines = []
+  for x in trials:
+    point, summary = x.trial.grid_point, x.summary
+    line = [f'`{x.trial.method}`', *(f'{point.get(f, "-")}' for f in fields)]
+    if validated:
+      line.append(percent(*summary['validation']))
+    line.append(percent(*summary['test']))
+    if x in best:
+      line = [f'**{cell}**' for cell in line]
+    line += [
+      f'{summary["seeds"]}',
+      f'{summary["steps"]:,}',
+      f'{summary["seconds"]:.1f}',
+    ]
+    lines.append(line)
+  return markdown(header, lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """Returns the lines of a table."""
+  lines = [header, ['---'] * len(header), *rows]
+  return ['| ' + ' | '.join(line) + ' |' for line in lines]
+
+
+def percent(mean: float, deviation: float | None) -> str:
+  """Formats fractions as '1.23 ± 0.45'."""
+  tail = '' if deviation is None else f' ± {100 * deviation:.2f}'
+  return f'{100 * mean:.2f}{tail}'
+
+
+def unit(largest: float) -> tuple[float, str]:
+  """Returns a divisor, and its prefix, that leave `largest` few digits."""
+  power, prefixes = 0, ('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')
+  while largest >= 1000 and power < len(prefixes) - 1:
+    largest, power = largest / 1000, power + 1
+  return 1000.0**power, prefixes[power]
+
+
+def _significance(p: float | None) -> str:
+  if p is None:
+    return '-'
+  return '< 0.001' if p < 0.001 else f'{p:.3f}'

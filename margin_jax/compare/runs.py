@@ -1,4 +1,4 @@
-"""The runs of a comparison: each once, whatever interrupts it."""
+"""The runs of a comparison: each is trained once, whatever interrupts it."""
 
 import copy
 import dataclasses
@@ -8,117 +8,85 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import config as config_lib
-from margin_jax.compare.methods import Entry
-from margin_jax.config import ConfigError
+from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.train import loop, schema
 from margin_jax.train import runs as runs_lib
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupted, Interrupts
 
+Result = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An entry with a seed.
+  """A trial with a seed.
 
   Attributes:
-    entry: what is trained.
-    seed: with which.
-    folder: its workdir.
+    trial: what is trained.
+    seed: the seed.
+    folder: the workdir.
   """
 
-  entry: Entry
+  trial: Trial
   seed: int
   folder: pathlib.Path
 
   @property
+  def name(self) -> str:
+    """The trial and the seed: 'mms, mmr.alpha=0.001, seed 0'."""
+    return f'{self.trial.name}, seed {self.seed}'
+
+  @property
   def config(self) -> ml_collections.ConfigDict:
-    """The entry's, with the seed."""
-    config = copy.deepcopy(self.entry.config)
+    """The trial's, with the seed."""
+    config = copy.deepcopy(self.trial.config)
     config.seed = self.seed
     return config
 
-  @property
-  def name(self) -> str:
-    """Of the entry and the seed."""
-    return f'{self.entry.name}, seed {self.seed}'
+  def result(self) -> Result | None:
+    """Returns what result.json holds if the run is complete, else None.
+
+    Raises:
+      ConfigError: the folder holds the result of another config, or one that
+        cannot be read.
+    """
+    return runs_lib.complete(self.folder, runs_lib.to_save(self.config))
 
 
-def make(
-  entries: Sequence[Entry], seeds: int, workdir: pathlib.Path
+def plan(
+  trials: Sequence[Trial], seeds: int, workdir: pathlib.Path
 ) -> list[Run]:
-  """All runs; a seed of every entry before the next, to compare early."""
-  return [
-    Run(entry, seed, workdir / 'runs' / entry.folder / f'seed_{seed}')
-    for i in range(seeds)
-    for entry in entries
-    for seed in [entry.config.seed + i]
-  ]
+  """Returns all runs, every trial with a seed before the next seed.
 
-
-def check(runs: Sequence[Run]) -> None:
-  """Checks the configs of all seeds.
+  So a comparison has its first table early.
 
   Raises:
-    ConfigError: one is bad.
+    ConfigError: a seed is too large.
   """
-  for run in runs:
-    try:
-      schema.validate(run.config)
-    except ConfigError as error:
-      raise ConfigError(f'{run.name}: {error}') from error
-
-
-def finished(
-  config: ml_collections.ConfigDict, folder: pathlib.Path
-) -> dict[str, Any] | None:
-  """The result of a run that is complete; None if it is not.
-
-  Raises:
-    ConfigError: the folder has the result of another config, or none that
-      can be read.
-  """
-  path = folder / 'result.json'
-  if not path.exists():
-    return None
-  result = runs_lib.read_result(path)
-  saved, now = result['config'], runs_lib.to_save(config)
-  changed = config_lib.differences(saved, now)
-  if changed or result['steps'] > config.steps:
-    changed = changed or [f'steps: {result["steps"]} -> {config.steps}']
-    raise ConfigError(
-      f'{folder} holds the result of another config; go back to it, or use '
-      'another workdir:\n  ' + '\n  '.join(changed)
-    )
-  # Both may be added to a run that is complete.
-  free = [name for name in now if name == 'steps' or name.startswith('attack.')]
-  return result if all(saved.get(x) == now[x] for x in free) else None
-
-
-def _train(run: Run) -> dict[str, Any]:
-  """Trains, or goes on; the progress lines are in train.log."""
-  run.folder.mkdir(parents=True, exist_ok=True)
-  with (run.folder / 'train.log').open('a', encoding='utf-8') as file:
-
-    def log(line: str) -> None:
-      file.write(f'{line}\n')
-      file.flush()
-
-    return loop.train(run.config, str(run.folder), log=log)
+  runs = []
+  for i in range(seeds):
+    for trial in trials:
+      seed = trial.config.seed + i
+      folder = workdir / 'runs' / trial.folder / f'seed_{seed}'
+      run = Run(trial, seed, folder)
+      with named_errors(run.name):
+        schema.validate(run.config)
+      runs.append(run)
+  return runs
 
 
 @dataclasses.dataclass
 class Outcome:
-  """What came of the runs so far, in their order.
+  """What has come of the runs so far, in their order.
 
   Attributes:
     runs: those that are complete.
     results: what their result.json hold.
-    failures: the name and the error of those that were not finite.
+    failures: the names and the errors of those that were not finite.
   """
 
   runs: list[Run] = dataclasses.field(default_factory=list)
-  results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  results: list[Result] = dataclasses.field(default_factory=list)
   failures: list[tuple[str, NonFiniteError]] = dataclasses.field(
     default_factory=list
   )
@@ -127,20 +95,21 @@ class Outcome:
 def train(
   runs: Sequence[Run], interrupts: Interrupts, log: Callable[[str], None]
 ) -> Iterator[Outcome]:
-  """Trains what is missing; the outcome after every run.
+  """Trains the runs that are not complete; yields the outcome after every run.
 
   Raises:
-    ConfigError: before anything is trained, if one has another's result.
-    Interrupted: a signal came; what was trained is saved.
+    ConfigError: a folder holds the result of another config; raised before
+      anything is trained.
+    Interrupted: a signal came, and the state is saved.
   """
-  done = [finished(run.config, run.folder) for run in runs]
+  results = [run.result() for run in runs]
   outcome = Outcome()
-  for number, (run, result) in enumerate(zip(runs, done, strict=True), 1):
+  for number, (run, result) in enumerate(zip(runs, results, strict=True), 1):
     name = f'run {number} of {len(runs)}: {run.name}'
     before = 'complete already: '
     if result is None:
       interrupts.check()
-      log(f'{name}: starts' if not run.folder.exists() else f'{name}: goes on')
+      log(f'{name}: {"goes on" if run.folder.exists() else "starts"}')
       before = ''
       try:
         result = _train(run)
@@ -160,3 +129,15 @@ def train(
     outcome.runs.append(run)
     outcome.results.append(result)
     yield outcome
+
+
+def _train(run: Run) -> Result:
+  """Trains, or continues; the progress lines go to train.log."""
+  run.folder.mkdir(parents=True, exist_ok=True)
+  with (run.folder / 'train.log').open('a', encoding='utf-8') as file:
+
+    def log(line: str) -> None:
+      file.write(f'{line}\n')
+      file.flush()
+
+    return loop.train(run.config, str(run.folder), log=log)

@@ -239,5 +239,9 @@ class Loader:
     """Returns the bucket that the step samples from."""
     return self._data[self.bucket(step)]
 
+  def replay(self, step: int) -> PyTree:
+    """Returns the bucket that the step samples from."""
+    return self(step)
+
   def close(self) -> None:
     """Does nothing: no process reads."""

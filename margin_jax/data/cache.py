@@ -23,14 +23,6 @@ FORMAT = 1
 _log = logging.getLogger(__name__)
 
 
-def user_folder() -> pathlib.Path:
-  """Returns $XDG_CACHE_HOME/margin_jax/data, or the same under ~/.cache."""
-  base = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(base):  # as the XDG specification demands
-    base = os.path.expanduser('~/.cache')
-  return pathlib.Path(base) / 'margin_jax' / 'data'
-
-
 def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
   """Returns a digest of the files' paths, sizes and times.
 
@@ -108,8 +100,8 @@ def cached(
 ) -> Split:
   """Reads a split from the cache, or decodes it and puts it there.
 
-  The cache lies beside the dataset, or where that is not writable, in the
-  `user_folder`.
+  The cache lies beside the dataset, or where that is not writable, in
+  `files.cache_dir()`.
 
   Args:
     name: what the split is called: dataset, version, split, and whatever else
@@ -156,12 +148,12 @@ def stored(
 def _paths(
   name: str, files: Sequence[os.PathLike | str], examples: int
 ) -> list[pathlib.Path]:
-  """Returns where to look: beside the split's files, in `user_folder`."""
+  """Returns where to look: beside the split's files, in the user's cache."""
   file_name = f'margin_jax-{name}-{examples}-v{FORMAT}'
   beside = pathlib.Path(os.fspath(files[0])).resolve().parent
   # Copies of a dataset must not take each other's place.
   copy = hashlib.sha256(os.fsencode(beside)).hexdigest()[:8]
   return [
     beside / f'{file_name}.npz',
-    user_folder() / f'{file_name}-{copy}.npz',
+    files_lib.cache_dir() / 'data' / f'{file_name}-{copy}.npz',
   ]

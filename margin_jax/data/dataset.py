@@ -61,6 +61,9 @@ class Loader(Protocol):
   def __call__(self, step: int) -> PyTree:
     """Returns the data of the call that starts at `step`."""
 
+  def replay(self, step: int) -> PyTree:
+    """Returns the data of the call at an earlier step again."""
+
   def close(self) -> None:
     """Ends the processes that read the data, if there are any."""
 

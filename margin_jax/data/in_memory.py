@@ -180,6 +180,10 @@ class Loader:
     del step
     return self._data
 
+  def replay(self, step: int) -> PyTree:
+    """Returns the split."""
+    return self(step)
+
   def close(self) -> None:
     """Does nothing: no process reads."""
 

@@ -459,6 +459,7 @@ class Loader:
     seed: int,
   ):
     """Starts nothing yet; the arguments are those of `Dataset.loader`."""
+    self._args = dataset, devices, sizes, seed
     self._devices = devices
     self._input_shape = dataset.input_shape
     self._sizes = sizes
@@ -492,6 +493,14 @@ class Loader:
     self.seconds_waited += time.perf_counter() - started
     self.undecodable += int(batch.pop('undecodable').sum())
     return self._devices.shard(batch)
+
+  def replay(self, step: int) -> PyTree:
+    """Reads the sample of the step once more, with workers of its own."""
+    dataset, devices, sizes, seed = self._args
+    with contextlib.closing(
+      Loader(dataset, devices, sizes, step, seed)
+    ) as again:
+      return again(step)
 
   def close(self) -> None:
     """Stops the workers."""

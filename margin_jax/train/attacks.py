@@ -10,9 +10,6 @@ from jax import Array
 # the edge of the ball can be reached from anywhere in it.
 PGD_REACH = 2.5
 
-# What the trainer offers.
-NAMES = ('fgsm', 'pgd')
-
 
 def pgd(
   logits_fn: Callable[[Array], Array],

@@ -3,25 +3,26 @@
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
+import numpy as np
 
-from margin_jax import data as data_lib
+from margin_jax.data import Loader
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
-from margin_jax.train.spec import FRESH, StepSpec
+from margin_jax.train.spec import StepKind, StepSpec, Variant
 
-# The kind of a program that switches between branches itself.
-SWITCH = (None, 0)
+PyTree = Any
 
 
 @dataclasses.dataclass
 class Counters:
   """What a run has cost so far; cumulative, kept in checkpoints.
 
-  `data_wait` is the part of `seconds` that Python waited for data;
-  `skipped` counts steps in which a number was not finite, `undecodable` images
-  that could not be read.
+  `data_wait` is the part of `seconds` that Python waited for data; `skipped`
+  counts steps in which a number was not finite, `undecodable` images that could
+  not be read.
   """
 
   examples_scored: int = 0
@@ -33,82 +34,96 @@ class Counters:
   undecodable: int = 0
 
   def plus(self, other: 'Counters') -> 'Counters':
-    """The sum, field by field."""
-    mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-    return Counters(**{name: mine[name] + theirs[name] for name in mine})
+    """Returns the sum, field by field."""
+    ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+    return Counters(**{name: ours[name] + theirs[name] for name in ours})
 
 
 class Program:
   """A train step for every step of a run, compiled before the first.
 
-  A spec may have several branches: plain steps and scored ones, say. On
-  accelerators one program switches between them on the device. On CPU each is
-  a program of its own and the host picks, since XLA:CPU runs the gradient of
-  a convolution inside a conditional eight times slower than outside. Parts of
-  sentences of like length have a program each, too. Which branch and part a
-  step takes is a function of the step alone, so neither has to wait for the
-  other.
+  Steps may be of several variants: plain and scored ones, say. On accelerators
+  one program switches between them on the device. On CPU each is a program of
+  its own and the host picks, since XLA:CPU runs the gradient of a convolution
+  inside a conditional eight times slower than outside. Variants that read data
+  of other shapes have a program each, too. Which variant a step is depends on
+  the step alone, so neither host nor device waits for the other.
 
   Attributes:
     steps_per_call: how many steps one call runs.
-    compile_seconds: spent on lowering and compiling.
   """
 
   def __init__(
     self,
     spec: StepSpec,
     devices: devices_lib.Devices,
-    steps_per_call: int,
+    loader: Loader,
     state: step_lib.TrainState,
-    feed: data_lib.Loader,
     steps: int,
+    steps_per_call: int,
   ):
-    """Compiles the branches that `spec` has for arguments like these.
+    """Compiles the variants of all steps, for arguments like these.
 
     With several processes each is compiled by its first call instead.
+
+    Args:
+      spec: what a step does.
+      devices: to compile for.
+      loader: of the run's data.
+      state: like the one that calls will be given.
+      steps: of the whole run.
+      steps_per_call: how many of them one call runs.
     """
     started = time.perf_counter()
     self.steps_per_call = steps_per_call
-    self._method = spec
-    self._feed = feed
+    self._spec = spec
+    self._loader = loader
+    examples = self._examples(steps)
+    one_shape = len({_shapes(data) for data in examples.values()}) == 1
+    switches = steps_per_call > 1 or devices.platform != 'cpu'
+    self._switches = len(examples) > 1 and one_shape and switches
 
-    def per_device(spec: StepSpec, kind: tuple[int | None, int], times: int):
-      step = functools.partial(step_lib.train_step, spec.at(kind[0]))
-      return step_lib.repeat(step, times)
+    def step(spec: StepSpec, variant: Variant | None, times: int):
+      one = functools.partial(step_lib.train_step, spec.specialize(variant))
+      return step_lib.repeat(one, times)
 
-    kinds = sorted({self._kind(step) for step in range(steps)})
-    examples = {
-      kind: feed.example(kind[1], spec.examples_drawn(kind[0]))
-      for kind in kinds
-    }
-    shapes = {str(jax.tree.map(jax.typeof, x)) for x in examples.values()}
-    examples[SWITCH] = examples[kinds[0]]
-    self._switching = (
-      len(kinds) > 1
-      and len(shapes) == 1
-      and (steps_per_call > 1 or devices.platform != 'cpu')
-    )
-    compiled = [SWITCH] if self._switching else kinds
+    first = next(iter(examples))
+    compiled = {None: examples[first]} if self._switches else examples
     self._programs = {
-      kind: devices.compile(
-        per_device(spec, kind, steps_per_call),
-        state,
-        examples[kind],
-        donate_first=True,
+      variant: devices.compile(
+        step(spec, variant, steps_per_call), state, data, donate_first=True
       )
-      for kind in compiled
+      for variant, data in compiled.items()
     }
-    # XLA's analysis counts the body of a loop once: a program of many steps
-    # gives the cost of one, and one that scores some rows at a time too little.
-    # Of a switch it cannot tell which branch runs.
-    whole = spec.at_once()
+    # XLA counts the body of a loop once: a program of many steps has the FLOPs
+    # of one, and one that scores in chunks too few. Of a switch it cannot tell
+    # which branch runs.
+    whole = spec.unchunked()
     self._flops = {
-      kind: devices.flops(per_device(whole, kind, 1), state, examples[kind])
-      if self._switching or (whole is not spec and kind[0] == FRESH)
-      else self._programs[kind].flops
-      for kind in kinds
+      variant: devices.flops(step(whole, variant, 1), state, data)
+      if self._switches
+      or (whole is not spec and variant.kind == StepKind.SCORE)
+      else self._programs[variant].flops
+      for variant, data in examples.items()
     }
     self._seconds = time.perf_counter() - started
+
+  def _examples(self, steps: int) -> dict[Variant, PyTree]:
+    """Returns data like those of each variant that the run has."""
+    every = np.arange(steps)
+    columns = (
+      self._spec.kind_of(every),
+      self._spec.backward_size(every),
+      [self._loader.bucket(step) for step in range(steps)],
+      self._spec.examples_sampled(every),
+    )
+    rows = np.unique(np.stack(columns, axis=1), axis=0)
+    return {
+      Variant(StepKind(kind), int(backward), int(bucket)): self._loader.example(
+        int(bucket), int(sampled)
+      )
+      for kind, backward, bucket, sampled in rows
+    }
 
   @property
   def compile_seconds(self) -> float:
@@ -118,29 +133,39 @@ class Program:
 
   @property
   def programs(self) -> list[devices_lib.Compiled]:
-    """The compiled programs: one, or one for each branch and part."""
+    """The compiled programs: one, or one for each variant."""
     return list(self._programs.values())
 
-  def __call__(
-    self, step: int, state: step_lib.TrainState, data: dict
-  ) -> tuple[step_lib.TrainState, dict]:
-    """Runs a call that starts at `step`, which `state` is at."""
-    kind = SWITCH if self._switching else self._kind(step)
-    return self._programs[kind](state, data)
+  def variant(self, step: int) -> Variant:
+    """Returns which variant a step is."""
+    return Variant(
+      StepKind(self._spec.kind_of(step)),
+      self._spec.backward_size(step),
+      self._loader.bucket(step),
+    )
 
-  def _kind(self, step: int) -> tuple[int, int]:
-    return self._method.branch_of(step), self._feed.bucket(step)
+  def __call__(
+    self, step: int, state: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
+    """Dispatches a call that starts at `step`, which `state` is at."""
+    variant = None if self._switches else self.variant(step)
+    return self._programs[variant](state, self._loader(step))
 
   def cost(self, first: int, last: int) -> Counters:
-    """The cost of steps first, ..., last - 1, without the seconds."""
+    """Returns the cost of steps first, ..., last - 1, without the seconds."""
     total = Counters()
     for step in range(first, last):
-      kind = self._kind(step)
+      variant = self.variant(step)
       total = total.plus(
         Counters(
-          examples_scored=self._method.examples_scored(kind[0]),
-          examples_trained=self._method.examples_trained(kind[0]),
-          flops=self._flops[kind],
+          examples_scored=self._spec.examples_scored(variant),
+          examples_trained=variant.backward_size,
+          flops=self._flops[variant],
         )
       )
     return total
+
+
+def _shapes(data: PyTree) -> str:
+  """Describes the arrays of a call's data, for comparison."""
+  return str(jax.tree.map(lambda x: (x.shape, x.dtype), data))

@@ -58,7 +58,9 @@ def eval_step(
   inputs, label, real = read(data, chunk)
 
   def logits_fn(inputs: PyTree) -> Array:
-    logits, _ = spec.model.apply(variables, spec.prepare(inputs), train=False)
+    logits, _ = spec.model.apply(
+      variables, spec.dataset.prepare(inputs), train=False
+    )
     return logits.astype(jnp.float32)
 
   if attack is not None:
@@ -73,12 +75,12 @@ def eval_step(
     'correct': jnp.sum(real & (prediction == label)),
     'count': jnp.sum(real),
   }
-  if spec.f1:
+  if spec.dataset.f1:
     predicted, positive = prediction == 1, label == 1
     sums['true_positives'] = jnp.sum(real & predicted & positive)
     sums['false_positives'] = jnp.sum(real & predicted & ~positive)
     sums['false_negatives'] = jnp.sum(real & ~predicted & positive)
-  return jax.lax.psum(sums, spec.axis)
+  return jax.lax.psum(sums, spec.axis_name)
 
 
 def measure_step(
@@ -104,7 +106,7 @@ def measure_step(
     and 'sums': the activations summed over the examples that count.
   """
   inputs, label, real = read(data, chunk)
-  inputs = spec.prepare(inputs)
+  inputs = spec.dataset.prepare(inputs)
   logits, features = spec.model.apply(variables, inputs, train=False)
   logits = logits.astype(jnp.float32)
   kernel = variables['params']['head']['kernel'].astype(jnp.float32)
@@ -131,8 +133,8 @@ def measure_step(
     examples[f'mms/{name}'] = label_free[name]
     examples[f'square/{name}'] = jnp.sum(jnp.square(flat), axis=1)
   return {
-    'examples': jax.lax.all_gather(examples, spec.axis, tiled=True),
-    'sums': jax.lax.psum(sums, spec.axis),
+    'examples': jax.lax.all_gather(examples, spec.axis_name, tiled=True),
+    'sums': jax.lax.psum(sums, spec.axis_name),
   }
 
 
@@ -143,7 +145,7 @@ class _Programs:
     self,
     splits: data_lib.Splits,
     make_step: Callable,
-    axis: str,
+    axis_name: str,
     variables: PyTree,
     *rest: PyTree,
   ):
@@ -152,14 +154,14 @@ class _Programs:
     Args:
       splits: to go through.
       make_step: of `read`, see `eval_step`.
-      axis: name of the mapped axis.
+      axis_name: of the mapped axis.
       variables: the first argument to compile for.
       *rest: the last arguments to compile for.
     """
     self._splits = splits
     self._compiled: list[devices_lib.Compiled] = []
     for program, size in enumerate(splits.sizes):
-      read = functools.partial(splits.read, size=size, axis_name=axis)
+      read = functools.partial(splits.read, size=size, axis_name=axis_name)
       self._compiled.append(
         splits.devices.compile(
           make_step(read), variables, splits.example(program), np.int32(0),
@@ -242,7 +244,7 @@ class Evaluator:
         return functools.partial(eval_step, self._spec, read, attack)
 
       self._programs[attack] = _Programs(
-        self._splits, make_step, self._spec.axis, variables, epsilon
+        self._splits, make_step, self._spec.axis_name, variables, epsilon
       )
     sums = self._programs[attack].run(name, variables, epsilon)
     total = {key: sum(float(x[key]) for _, x in sums) for key in sums[0][1]}
@@ -251,7 +253,7 @@ class Evaluator:
       'accuracy': total['correct'] / total['count'],
       'count': int(total['count']),
     }
-    if self._spec.f1:
+    if self._spec.dataset.f1:
       twice = 2 * total['true_positives']
       errors = total['false_positives'] + total['false_negatives']
       result['f1'] = twice / max(twice + errors, 1)
@@ -297,27 +299,27 @@ class Measurer:
         )
 
       self._programs = _Programs(
-        self._splits, make_step, self._spec.axis, variables, reference
+        self._splits, make_step, self._spec.axis_name, variables, reference
       )
     run = functools.partial(self._programs.run, name, variables)
     ((rows, first),) = run(reference, most=1)
     reference = {k: x / np.float32(len(rows)) for k, x in first['sums'].items()}
     chunks = run(reference)
-    found = {
+    measured = {
       key: np.concatenate([x['examples'][key][: len(w)] for w, x in chunks])
       for key in chunks[0][1]['examples']
     }
-    found['row'] = np.concatenate([where for where, _ in chunks])
-    real = found.pop('real')  # but for images that could not be decoded
-    found = {key: values[real] for key, values in found.items()}
-    count = len(found['row'])
+    measured['row'] = np.concatenate([where for where, _ in chunks])
+    real = measured.pop('real')  # but for images that could not be decoded
+    measured = {key: values[real] for key, values in measured.items()}
+    count = len(measured['row'])
     for layer in self._sizes:
       total = sum(x['sums'][layer].astype(np.float64) for _, x in chunks)
-      squares = np.mean(found.pop(f'square/{layer}'), dtype=np.float64)
+      squares = np.mean(measured.pop(f'square/{layer}'), dtype=np.float64)
       variation = squares - np.sum((total / count) ** 2)
       size = np.sum(reference[layer].astype(np.float64) ** 2)
       # What rounding leaves of activations that do not vary is no variation.
-      found[f'total_variation/{layer}'] = float(
+      measured[f'total_variation/{layer}'] = float(
         variation if variation > ROUNDING * size else 0
       )
-    return found
+    return measured

@@ -12,7 +12,6 @@ PyTree = Any
 Metrics = dict[str, Array]
 
 STOP, SKIP = 'stop', 'skip'
-ACTIONS = (STOP, SKIP)
 
 # What must be finite. Of several, the first is named: the others follow from
 # it.
@@ -72,7 +71,7 @@ def guard(
   NaN score does not count: it ranks last, and `nan_scores` tells.
 
   Args:
-    action: one of `ACTIONS`.
+    action: `STOP` or `SKIP`.
     before: the `TrainState` that the step read.
     after: the one it made.
     metrics: of the step.

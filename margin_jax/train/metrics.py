@@ -1,32 +1,152 @@
-"""Device metrics of many steps -> one row of numbers."""
+"""The metrics of a step, and of many steps one row of numbers.
+
+Of every step, float32 unless stated:
+
+* `loss`: the mean risk of the batch (cross-entropy), in training mode;
+* `penalty`: MMR, and `large_margin` and every registered loss by its name. None
+  is part of `loss`;
+* `accuracy` of the batch, and `trimmed_loss` with trimming;
+* `mean_mms`: the ten smallest MMS of the batch, from the training-mode forward,
+  so that every rule and plain training have the same quantity;
+* `gradient_norm`, `update_norm` (of the change of the parameters),
+  `learning_rate`, `alpha`;
+* `statistics_norm` of BatchNorm's running statistics, where there are any;
+* `proxy_loss`, `proxy_gradient_norm` with a proxy;
+* `bad_gradient`, int32: the index of the first parameter whose gradient is not
+  finite, or -1; `nonfinite`, int32, and `skipped`: see `guard.guard`.
+
+With a selection, 0 where the step scores nothing:
+
+* `scored`: 1 where it does;
+* `pool_error`, `batch_error`: fractions that the scoring forward misclassifies;
+* `nan_scores`, and the quantiles `score_min` to `score_max` of the others;
+* `pool_classes`, `batch_classes`, (C,): examples of each class in the pool, and
+  in the reuse * b selected from it.
+
+With a short backward pass of trimming, those of the batch are over the examples
+that it runs on.
+"""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import Array
+
+from margin_jax import margins, selection
+from margin_jax.train import guard
+from margin_jax.train.spec import StepSpec
 
 PyTree = Any
+Metrics = dict[str, Array]
 
+QUANTILES = {
+  'score_min': 0.0,
+  'score_q25': 0.25,
+  'score_median': 0.5,
+  'score_q75': 0.75,
+  'score_max': 1.0,
+}
 # Zero in the steps that score nothing, so averaged over the others.
-SCORED_ONLY = (
-  'pool_error',
-  'batch_error',
-  'score_min',
-  'score_q25',
-  'score_median',
-  'score_q75',
-  'score_max',
-)
+SCORED_ONLY = ('pool_error', 'batch_error', *QUANTILES)
 # Summed over the steps.
 SUMMED = ('nan_scores', 'scored', 'skipped')
-# Per class: reported as the share of each class's pool examples selected.
+# By class: reported as the fraction of each class's pool examples selected.
 POOL_CLASSES, BATCH_CLASSES = 'pool_classes', 'batch_classes'
+# Mean MMS is over the ten smallest (ICLR 4.1, Figure 3).
+MEAN_MMS_EXAMPLES = 10
+
+
+def no_scores(spec: StepSpec) -> Metrics:
+  """Returns the metrics of selection of a step that scores nothing."""
+  if spec.selection is None:
+    return {}
+  names = ('scored', 'pool_error', 'batch_error', 'nan_scores', *QUANTILES)
+  classes = jnp.zeros(spec.dataset.num_classes, jnp.float32)
+  return {
+    **{name: jnp.float32(0) for name in names},
+    POOL_CLASSES: classes,
+    BATCH_CLASSES: classes,
+  }
+
+
+def of_selection(
+  spec: StepSpec, pool: PyTree, scores: Array, wrong: Array, selected: PyTree
+) -> Metrics:
+  """Returns what there was to select from, over all devices."""
+  gathered = jax.lax.all_gather(scores, spec.axis_name, tiled=True)
+  total = gathered.shape[0]
+  order = selection.select_lowest(gathered, total)
+  # Of the numbers: one NaN, which ranks last, must not hide the largest.
+  nan_scores = jnp.sum(jnp.isnan(gathered))
+  last = jnp.maximum(total - nan_scores - 1, 0)
+  ranks = jnp.round(jnp.array([*QUANTILES.values()]) * last).astype(jnp.int32)
+  quantiles = gathered[order[ranks]]
+  error = jnp.mean(wrong, dtype=jnp.float32)
+  return {
+    'scored': jnp.float32(1),
+    'pool_error': jax.lax.pmean(error, spec.axis_name),
+    'nan_scores': nan_scores.astype(jnp.float32),
+    POOL_CLASSES: _class_counts(spec, pool['label']),
+    BATCH_CLASSES: _class_counts(spec, selected['label']),
+    **dict(zip(QUANTILES, quantiles, strict=True)),
+  }
+
+
+def _class_counts(spec: StepSpec, labels: Array) -> Array:
+  """Counts the examples of each class on all devices, (C,) float32."""
+  counts = jnp.bincount(labels, length=spec.dataset.num_classes)
+  return jax.lax.psum(counts.astype(jnp.float32), spec.axis_name)
+
+
+def of_batch(
+  spec: StepSpec, labels: Array, logits: Array, kernel: Array, means: Metrics
+) -> Metrics:
+  """Returns the metrics of the training-mode forward, over all devices.
+
+  Args:
+    spec: the step's.
+    labels: (b,) of this device's batch.
+    logits: (b, C).
+    kernel: (D, C), of the last layer.
+    means: of the losses, over this device.
+  """
+  correct = jnp.argmax(logits, axis=1) == labels
+  means = {**means, 'accuracy': jnp.mean(correct, dtype=jnp.float32)}
+  scores = margins.mms_scores(logits, kernel)
+  scores = jax.lax.all_gather(scores, spec.axis_name, tiled=True)
+  count = min(MEAN_MMS_EXAMPLES, scores.shape[0])
+  lowest = selection.select_lowest(scores, count)
+  return {
+    **jax.lax.pmean(means, spec.axis_name),
+    'mean_mms': jnp.mean(scores[lowest]),
+  }
+
+
+def of_update(
+  spec: StepSpec, step: Array, gradient: PyTree, updates: PyTree, after: PyTree
+) -> Metrics:
+  """Returns the metrics of the update from `step` to the state `after`."""
+  alpha = 0.0 if spec.alpha is None else spec.alpha(step)
+  metrics = {
+    'gradient_norm': optax.tree.norm(gradient),
+    'bad_gradient': guard.first_bad_leaf(gradient),
+    'learning_rate': jnp.float32(spec.learning_rate(step)),
+    'alpha': jnp.float32(alpha),
+    'update_norm': optax.tree.norm(updates),
+  }
+  statistics = after.batch_stats, after.proxy.get('batch_stats', {})
+  if jax.tree.leaves(statistics):
+    metrics['statistics_norm'] = optax.tree.norm(statistics)
+  return metrics
 
 
 def summarize(
   calls: list[PyTree],
 ) -> tuple[dict[str, float], np.ndarray | None]:
-  """One row about the steps of several calls.
+  """Summarizes the steps of several calls in one row.
 
   Args:
     calls: the metrics of each, with a leading axis of steps.
@@ -34,8 +154,8 @@ def summarize(
   Returns:
     Means over the steps, without those that were skipped; of pool metrics over
     the scored steps, NaN if there are none; sums of `SUMMED`. And, with a
-    selection, (C,) rates: which share of each class's examples in the pools was
-    selected, NaN for a class that was in none.
+    selection, (C,) rates: which fraction of each class's examples in the pools
+    was selected, NaN for a class that was in none.
   """
   calls = jax.device_get(calls)
   steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
@@ -53,7 +173,7 @@ def summarize(
     row[name] = float(values.mean(dtype=np.float64)) if values.size else np.nan
   if pooled is None:
     return row, None
-  there = pooled.sum(axis=0, dtype=np.float64)
-  taken = selected.sum(axis=0, dtype=np.float64)
-  rates = np.full(there.shape, np.nan)
-  return row, np.divide(taken, there, out=rates, where=there > 0)
+  in_pool = pooled.sum(axis=0, dtype=np.float64)
+  in_batch = selected.sum(axis=0, dtype=np.float64)
+  rates = np.full(in_pool.shape, np.nan)
+  return row, np.divide(in_batch, in_pool, out=rates, where=in_pool > 0)

@@ -9,8 +9,6 @@ import optax
 NAMES = ('sgd', 'adam', 'rmsprop')
 # What weight decay is applied to.
 WEIGHT_DECAY_MASKS = ('kernels', 'convolutions', 'all')
-# How the learning rate falls.
-DECAYS = ('steps', 'linear')
 
 
 def learning_rate(

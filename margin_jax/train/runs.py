@@ -1,28 +1,240 @@
-"""What a run keeps of its config; a run that has trained, opened again."""
+"""The workdir of a run: its lock, its result, its state opened again."""
 
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import pathlib
 import runpy
+from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
+
 from margin_jax import config as config_lib
-from margin_jax import data, models, selection
+from margin_jax import data, files, models, selection
+from margin_jax.train import schema
+from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
+from margin_jax.train.devices import Devices
+from margin_jax.train.spec import StepSpec
+
+PyTree = Any
 
 
-def to_save(config: config_lib.ml_collections.ConfigDict) -> dict[str, Any]:
-  """What a checkpoint and result.json keep of the config."""
-  saved = config_lib.as_json(config)
+@contextlib.contextmanager
+def lock_workdir(
+  workdir: str | os.PathLike, devices: Devices | None = None
+) -> Iterator[None]:
+  """Creates a workdir and keeps other programs out of it.
+
+  Args:
+    workdir: the folder.
+    devices: of a run that several processes may share: the main process locks,
+      and all of them fail where one does.
+
+  Raises:
+    ConfigError: the folder cannot be created, or another program uses it.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = None
+    try:
+      os.makedirs(workdir, exist_ok=True)
+      if devices is None or devices.is_main_process:
+        stack.enter_context(files.locked(os.fspath(workdir)))
+    except OSError as error:
+      problem = error
+    failed = problem is not None
+    if devices is not None:
+      failed = devices.sum(failed)
+    if failed:
+      raise config_lib.ConfigError(
+        f'workdir={os.fspath(workdir)!r}: '
+        f'{problem or "see the other processes"}'
+      ) from problem
+    yield
+
+
+def to_save(
+  config: ml_collections.ConfigDict, rule: selection.RuleFunction | None = None
+) -> dict[str, Any]:
+  """Returns what a checkpoint and result.json keep of a valid config.
+
+  Args:
+    config: of the run.
+    rule: of the caller's own, in place of the config's; or None.
+  """
+  saved = config_lib.as_json(schema.effective(config))
+  if rule is not None:
+    saved['selection.rule'] = f'custom: {_name(rule)}'
   if config.data.name in data.REGISTERED:
     saved[config_lib.DIGEST] = data.REGISTERED[config.data.name].digest
   return saved
 
 
-def saved_config(
+def _name(rule: selection.RuleFunction) -> str:
+  """Names a function, the same in every process: a `repr` has an address."""
+  while isinstance(rule, functools.partial):
+    rule = rule.func
+  return getattr(rule, '__qualname__', type(rule).__qualname__)
+
+
+def trained(
+  workdir: str | os.PathLike, saved: dict[str, Any]
+) -> dict[str, Any] | None:
+  """Returns the result of a run that has done all its steps, else None.
+
+  Its seconds and versions are those of the machine that trained.
+
+  Args:
+    workdir: of the run.
+    saved: what `to_save` returns for the run's config.
+
+  Raises:
+    ConfigError: the workdir holds the result of another config, or one that
+      cannot be read.
+  """
+  path = pathlib.Path(workdir, 'result.json')
+  if not path.exists():
+    return None
+  result = _read_result(path)
+  changed = config_lib.differences(result['config'], saved)
+  if not changed and result['steps'] > saved['steps']:
+    changed = [f'steps: {result["steps"]} -> {saved["steps"]}']
+  if changed:
+    raise config_lib.ConfigError(
+      f'{workdir} holds the result of another config; go back to it, or use '
+      'another workdir:\n  ' + '\n  '.join(changed)
+    )
+  return result if result['steps'] == saved['steps'] else None
+
+
+def attacked(result: dict[str, Any], saved: dict[str, Any]) -> bool:
+  """Returns whether a result has the evaluation under the config's attack."""
+  return all(
+    result['config'].get(name) == value
+    for name, value in saved.items()
+    if name.startswith('attack.')
+  )
+
+
+def complete(
+  workdir: str | os.PathLike, saved: dict[str, Any]
+) -> dict[str, Any] | None:
+  """Returns the result of a run that has nothing left to do, else None.
+
+  Arguments and errors are those of `trained`.
+  """
+  result = trained(workdir, saved)
+  if result is None or not attacked(result, saved):
+    return None
+  return result
+
+
+def _read_result(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    result = json.loads(path.read_text(encoding='utf-8'))
+    if {'config', 'steps', 'test'} <= {*result}:
+      return result
+    problem = 'it is no result of margin_jax'
+  except (ValueError, TypeError) as error:
+    problem = str(error)
+  raise config_lib.ConfigError(
+    f'{path} cannot be read ({problem}): remove it, and the run is finished '
+    'again'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+  """A run that has trained, open to be read.
+
+  Attributes:
+    workdir: absolute.
+    config: the run's, for the devices of this machine.
+    checkpoints: open while the run is.
+    devices: all of this machine.
+    dataset: the one that the run was trained on.
+    spec: holds the model.
+  """
+
+  workdir: str
+  config: ml_collections.ConfigDict
+  checkpoints: Checkpoints
+  devices: Devices
+  dataset: data.Dataset
+  spec: StepSpec
+
+  def restore(self, step: int | None = None) -> PyTree:
+    """Returns the state at a step; None is the last that was saved."""
+    return self.checkpoints.restore(self._state, step)[0]
+
+  @functools.cached_property
+  def _state(self) -> PyTree:
+    """A state of the right shapes."""
+    return setup_lib.init_state(
+      self.config, self.dataset, self.spec, restoring=True
+    )
+
+
+@contextlib.contextmanager
+def open_run(
+  workdir: str | os.PathLike,
+  steps: list[int] | None = None,
+  data_dir: str | None = None,
+) -> Iterator[TrainedRun]:
+  """Opens a run that has trained.
+
+      with runs.open_run(workdir) as run:
+        state = run.restore()
+
+  Args:
+    workdir: of the run; "~" is expanded.
+    steps: checkpoints that must be there.
+    data_dir: where the dataset lies now, if not where the run read it.
+
+  Raises:
+    ConfigError: there is no such checkpoint, or the config names a model or a
+      dataset that is registered nowhere.
+    DatasetError: the dataset is missing or broken.
+  """
+  workdir = os.path.abspath(os.path.expanduser(workdir))
+  with contextlib.closing(_checkpoints(workdir, steps)) as checkpoints:
+    config = _saved_config(checkpoints.info(), data_dir)
+    devices, dataset = setup_lib.load(
+      config, None, training=False, workdir=workdir
+    )
+    spec = setup_lib.make_spec(config, dataset, devices.total)
+    yield TrainedRun(workdir, config, checkpoints, devices, dataset, spec)
+
+
+def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
+  """Opens the run's checkpoints; looking must not create a folder."""
+  none = config_lib.ConfigError(
+    f'workdir={workdir!r} holds no checkpoints: train it first with '
+    'python -m margin_jax.train'
+  )
+  if not os.path.isdir(os.path.join(workdir, FOLDER)):
+    raise none
+  checkpoints = Checkpoints(workdir)
+  saved = checkpoints.steps()
+  missing = sorted({*(steps or ())} - {*saved})
+  if saved and not missing:
+    return checkpoints
+  checkpoints.close()
+  if not saved:
+    raise none
+  raise config_lib.ConfigError(
+    f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
+    f'{saved}'
+  )
+
+
+def _saved_config(
   info: dict[str, Any], data_dir: str | None
-) -> config_lib.ml_collections.ConfigDict:
-  """The run's config; a rule that only the run knew does not matter here."""
+) -> ml_collections.ConfigDict:
+  """Returns the run's config; a rule that only the run knew is replaced."""
   saved = dict(info['config'])
   digest = saved.pop(config_lib.DIGEST, None)
   rule = str(saved.get('selection.rule'))
@@ -45,8 +257,8 @@ def _check_registered(saved: dict[str, Any]) -> None:
   datasets = (*data.NAMES, *data.REGISTERED)
   for field, known in (
     ('data.name', lambda name: name in datasets),
-    ('model.name', models.exists),
-    ('selection.proxy', models.exists),
+    ('model.name', models.find),
+    ('selection.proxy', models.find),
   ):
     name = saved.get(field)
     if name is not None and not known(name):
@@ -67,32 +279,6 @@ def register_from(path: str) -> None:
     raise config_lib.ConfigError(f'config={path!r}: {error}') from error
 
 
-def read_result(path: pathlib.Path) -> dict[str, Any]:
-  """What a run's result.json holds.
-
-  Raises:
-    ConfigError: it is cut, or somebody else's.
-  """
-  try:
-    result = json.loads(path.read_text(encoding='utf-8'))
-    if {'config', 'steps', 'test'} <= {*result}:
-      return result
-    problem = 'it is no result of margin_jax'
-  except (ValueError, TypeError) as error:
-    problem = str(error)
-  raise config_lib.ConfigError(
-    f'{path} cannot be read ({problem}): remove it, and the run is finished '
-    'again'
-  )
-
-
-def _no_checkpoints(workdir: str) -> config_lib.ConfigError:
-  return config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoints: train it first with '
-    'python -m margin_jax.train'
-  )
-
-
 def make_folder(out: str) -> pathlib.Path:
   """Creates the folder to write to, before anything is measured."""
   folder = pathlib.Path(out).expanduser()
@@ -101,21 +287,3 @@ def make_folder(out: str) -> pathlib.Path:
   except OSError as error:
     raise config_lib.ConfigError(f'out={out!r}: {error}') from error
   return folder
-
-
-def checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
-  """Opens the run's checkpoints; looking must not create a folder."""
-  if not os.path.isdir(os.path.join(workdir, FOLDER)):
-    raise _no_checkpoints(workdir)
-  found = Checkpoints(workdir)
-  kept = found.steps()
-  missing = sorted({*(steps or ())} - {*kept})
-  if kept and not missing:
-    return found
-  found.close()
-  if not kept:
-    raise _no_checkpoints(workdir)
-  raise config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
-    f'{kept}'
-  )

@@ -1,10 +1,7 @@
-"""Config -> the static description of a train step and its first state."""
+"""Config -> devices, dataset, step spec and first state, in that order."""
 
 import functools
 import math
-import os
-import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,149 +10,211 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
-from margin_jax import config as config_lib
-from margin_jax import cpu, data, files, linearized, models, selection
+from margin_jax import (
+  cpu,
+  data,
+  linearized,
+  losses,
+  models,
+  registry,
+  selection,
+)
 from margin_jax.config import UNIFORM, ConfigError, require
-from margin_jax.data import tokenization
-from margin_jax.models import bert_weights, pretrained
-from margin_jax.train import attacks, optimizers, schema
+from margin_jax.models import pretrained
+from margin_jax.train import attacks, optimizers, schema, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
-from margin_jax.train.checkpoints import FOLDER
-from margin_jax.train.spec import LargeMargin, Selection, StepSpec, Trimming
+from margin_jax.train.spec import LossTerm, Selection, StepSpec, Trimming
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
-TRIMMING_SIZES = 4
+BACKWARD_SIZES = 4
 
 
-def steps_per_call(
+def load(
   config: ml_collections.ConfigDict,
-  platform: str,
-  start: int = 0,
-  chained: bool = True,
-) -> int:
-  """How many steps one call runs.
+  rule: selection.RuleFunction | None,
+  training: bool = True,
+  workdir: str | None = None,
+) -> tuple[devices_lib.Devices, data.Dataset]:
+  """Checks the config against itself, the data and, to train, the devices.
 
-  One on CPU: XLA:CPU runs the gradients of convolutions inside a loop an order
-  of magnitude slower (jax-ml/jax#12868), and a call costs well under a
-  millisecond. On accelerators the largest divisor of the run's intervals up to
-  100, so that no call has another length and nothing is compiled twice. It also
-  divides `start`, where a continued run begins, or the run would step over its
-  end. And one where steps are not `chained`.
+  Args:
+    config: of the run.
+    rule: a rule of the caller's own, or None.
+    training: whether steps will be run, and not only examples measured.
+    workdir: of the run, where it may keep its vocabulary.
 
   Raises:
-    ConfigError: an explicit `steps_per_call` does not divide `start`.
+    ConfigError: a field is bad, or does not fit the data or the devices.
+    DatasetError: the dataset is missing or broken.
   """
-  if config.steps_per_call is not None:
-    if not chained and config.steps_per_call != 1:
-      raise ConfigError(
-        f'steps_per_call={config.steps_per_call} is not allowed: it must be 1 '
-        f'or None with data.name={config.data.name!r}, fed step by step'
-      )
-    if start % config.steps_per_call:
-      raise ConfigError(
-        f'steps_per_call={config.steps_per_call} is not allowed: it must be a '
-        f'divisor of {start}, the step at which the workdir stopped'
-      )
-    return config.steps_per_call
-  if platform == 'cpu' or not chained:
-    return 1
-  common = math.gcd(
-    start,
-    config.steps,
-    config.log_every,
-    config.eval_every,
-    config.checkpoint_every,
+  schema.validate(config)
+  _check_custom_rule(config, rule)
+  try:
+    devices = devices_lib.Devices(config.devices)
+    if training:
+      schema.validate_devices(config, devices.total)
+    dataset = _dataset(config, workdir)
+  except pretrained.PretrainedError as error:
+    raise ConfigError(f'model.pretrained: {error}') from error
+  except ValueError as error:  # what only the machine or the data can tell
+    raise ConfigError(str(error)) from error
+  schema.validate_data(config, dataset.counts['train'], dataset.input_shape)
+  return devices, dataset
+
+
+def _check_custom_rule(
+  config: ml_collections.ConfigDict, rule: selection.RuleFunction | None
+) -> None:
+  if rule is None:
+    return
+  registry.check_rule('train(rule=...)', rule)
+  if config.selection.rule == UNIFORM:
+    raise ConfigError(
+      "selection.rule='uniform' is not allowed with a rule of your own, which "
+      "needs a pool: set it to another, 'random' say"
+    )
+  if config.selection.ramp or config.selection.rule == 'selective_backprop':
+    raise ConfigError(
+      f'selection.rule={config.selection.rule!r} with ramp='
+      f'{config.selection.ramp} is not allowed with a rule of your own, whose '
+      "scores are ranked as they are: use 'random' and no ramp"
+    )
+
+
+def _dataset(
+  config: ml_collections.ConfigDict, workdir: str | None
+) -> data.Dataset:
+  scores = config.selection.rule != UNIFORM
+  fields = config.data.to_dict()
+  fields['widths'] = fields.pop('buckets')
+  fields['vocabulary'] = vocabulary.find(config, workdir)
+  sample_size = config.pool_size if scores else config.batch_size
+  return data.load(
+    fields.pop('name'), seed=config.seed, sample_size=sample_size, **fields
   )
-  top = min(common, MAX_STEPS_PER_CALL)
-  return max(k for k in range(1, top + 1) if common % k == 0)
 
 
-def chained(dataset: data.Dataset) -> bool:
-  """Whether one program can run several steps on the data of one call."""
-  return dataset.most_steps_per_call > 1
+def make_spec(
+  config: ml_collections.ConfigDict,
+  dataset: data.Dataset,
+  device_count: int,
+  rule: selection.RuleFunction | None = None,
+) -> StepSpec:
+  """Returns the static description of the train step that `config` asks for.
+
+  Args:
+    config: validated.
+    dataset: of the examples.
+    device_count: over all processes.
+    rule: a rule of the caller's own, in place of `config.selection.rule`.
+
+  Raises:
+    ConfigError: the model or its layers do not fit the data.
+  """
+  model, proxy = _models(config, dataset)
+  learning_rate = optimizers.learning_rate(
+    config.optimizer.learning_rates,
+    config.optimizer.boundaries,
+    warmup=config.optimizer.warmup,
+    end=config.steps if config.optimizer.decay == 'linear' else None,
+  )
+  alpha = _alpha(config)
+  has_large_margin = bool(config.large_margin.weight)
+  return StepSpec(
+    model=model,
+    optimizer=optimizers.make(
+      config.optimizer.name,
+      learning_rate,
+      momentum=config.optimizer.momentum,
+      nesterov=config.optimizer.nesterov,
+      weight_decay=config.optimizer.weight_decay,
+      weight_decay_mask=config.optimizer.weight_decay_mask,
+      epsilon=config.optimizer.epsilon,
+      clip_norm=config.optimizer.clip_norm,
+    ),
+    dataset=dataset,
+    batch_size=config.batch_size,
+    selection=_selection(
+      config, rule, proxy or model, dataset.num_classes, device_count
+    ),
+    trimming=_trimming(config, dataset.counts['train'], device_count),
+    proxy=proxy,
+    risk=losses.find(config.loss.risk),
+    risk_weight=config.large_margin.cross_entropy if has_large_margin else None,
+    terms=_loss_terms(config, alpha, model, dataset),
+    learning_rate=learning_rate,
+    alpha=alpha,
+    axis_name=devices_lib.AXIS,
+    average_batch_stats=config.model.batch_norm == 'device',
+    on_nonfinite=config.on_nonfinite,
+  )
 
 
 def _models(
   config: ml_collections.ConfigDict, dataset: data.Dataset
 ) -> tuple[nn.Module, nn.Module | None]:
-  """The model, and the proxy, whose own options are the defaults."""
+  """Returns the model, and the proxy, whose own options are the defaults."""
 
-  def build(name: str, **options: Any) -> nn.Module:
+  def build(field: str, name: str, **options: Any) -> nn.Module:
     synchronized = config.model.batch_norm == 'global'
-    return models.build(
+    module = models.build(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
-      variant=config.model.variant if models.has_variants(name) else 'he',
+      variant=config.model.variant,
       dtype=config.model.dtype,
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
       **options,
     )
+    if name in models.REGISTERED:
+      unmet = models.unmet_requirement(
+        models.REGISTERED[name],
+        module,
+        input_shapes(dataset),
+        dataset.num_classes,
+      )
+      require(not unmet, field, name, f'a model that {unmet}')
+    return module
 
   model = build(
+    'model.name',
     config.model.name,
     dropout=config.model.dropout,
     stem=config.model.stem,
     width=config.model.width,
   )
-  _check_own('model.name', config.model.name, model, dataset)
   if config.selection.proxy is None:
     return model, None
-  proxy = build(config.selection.proxy)
-  _check_own('selection.proxy', config.selection.proxy, proxy, dataset)
-  return model, proxy
+  return model, build('selection.proxy', config.selection.proxy)
 
 
-def _check_own(
-  field: str, name: str, model: nn.Module, dataset: data.Dataset
-) -> None:
-  """Raises a ConfigError unless a registered model is what a model must be."""
-  if name in models.own.MODELS:
-    lacks = models.own.lacks(
-      name, model, input_shapes(dataset), dataset.num_classes
-    )
-    require(not lacks, field, name, f'a model that {lacks}')
-
-
-def _arrange(
-  config: ml_collections.ConfigDict, num_classes: int, lanes: int
-) -> selection.Arrange | None:
-  """What the rule does with the scores of the whole pool, if anything."""
-  if config.selection.rule == 'selective_backprop':
-    return functools.partial(
-      selection.percentile_draw, beta=config.selection.beta
-    )
-  if config.selection.ramp:
-    shares = lanes if config.selection.scope == 'device' else 1
-    return functools.partial(
-      selection.balanced_ramp,
-      k=config.batch_size * config.selection.reuse // shares,
-      growth=config.selection.ramp,
-      num_classes=num_classes,
-      batches=config.selection.reuse,
-    )
-  return None
+def _alpha(config: ml_collections.ConfigDict) -> optax.Schedule | None:
+  """Returns step -> the weight of MMR, or None without it."""
+  alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
+  if not alpha and not alpha_end:
+    return None
+  return optimizers.linear(alpha, alpha_end, config.steps)
 
 
 def _selection(
   config: ml_collections.ConfigDict,
-  rule: selection.Rule | None,
-  model: nn.Module,
-  proxy: nn.Module | None,
+  rule: selection.RuleFunction | None,
+  scorer: nn.Module,
   num_classes: int,
-  lanes: int,
+  device_count: int,
 ) -> Selection | None:
   if rule is None and config.selection.rule == UNIFORM:
     return None
-  scorer = model if proxy is None else proxy
   if config.selection.score_dtype is not None:
     scorer = scorer.clone(dtype=jnp.dtype(config.selection.score_dtype))
+  custom = rule and selection.Rule(rule)
   return Selection(
-    rule=rule or selection.find(config.selection.rule),
-    arrange=None if rule else _arrange(config, num_classes, lanes),
+    rule=custom or selection.find(config.selection.rule),
+    transform=_score_transform(config, num_classes, device_count),
     pool_size=config.pool_size,
     scope=config.selection.scope,
     reuse=config.selection.reuse,
@@ -164,13 +223,33 @@ def _selection(
     stop=config.selection.stop,
     scorer=scorer,
     resolution=config.selection.score_resolution,
-    rows=cpu.scored_rows(config.pool_size // lanes),
+    chunk_size=cpu.chunk_size(config.pool_size // device_count),
     pool_statistics=config.selection.batch_stats == 'pool',
   )
 
 
+def _score_transform(
+  config: ml_collections.ConfigDict, num_classes: int, device_count: int
+) -> selection.ScoreTransform | None:
+  """Returns what the rule does with the scores of a whole pool, or None."""
+  if config.selection.rule == 'selective_backprop':
+    return functools.partial(
+      selection.loss_percentile_sampler, beta=config.selection.beta
+    )
+  if config.selection.rule == 'loss' and config.selection.ramp:
+    shards = device_count if config.selection.scope == 'device' else 1
+    return functools.partial(
+      selection.balanced_ramp,
+      k=config.batch_size * config.selection.reuse // shards,
+      growth=config.selection.ramp,
+      num_classes=num_classes,
+      batches=config.selection.reuse,
+    )
+  return None
+
+
 def _trimming(
-  config: ml_collections.ConfigDict, examples: int, lanes: int
+  config: ml_collections.ConfigDict, examples: int, device_count: int
 ) -> Trimming | None:
   """p is linear in the epoch, r = max(round(p * M), 1) half to even."""
   size = config.batch_size
@@ -178,79 +257,80 @@ def _trimming(
     return None
   steps_per_epoch = examples // size
   epochs = math.ceil(config.steps / steps_per_epoch)
-  shares = np.linspace(config.trimming.first, config.trimming.last, epochs)
-  sizes = {
-    math.ceil(size * i / TRIMMING_SIZES / lanes) * lanes
-    for i in range(1, TRIMMING_SIZES + 1)
-  }
-  return Trimming(
-    keep=tuple(max(round(float(p) * size), 1) for p in shares),
-    steps_per_epoch=steps_per_epoch,
-    kept_only=config.trimming.backward == 'kept',
-    sizes=tuple(sorted(sizes)),
-  )
+  fractions = np.linspace(config.trimming.first, config.trimming.last, epochs)
+  keep = tuple(max(round(float(p) * size), 1) for p in fractions)
+  backward_sizes = None
+  if config.trimming.backward == 'kept':
+    # A few sizes, each with a program of its own, that the devices divide.
+    multiples = [
+      math.ceil(size * i / BACKWARD_SIZES / device_count) * device_count
+      for i in range(1, BACKWARD_SIZES + 1)
+    ]
+    backward_sizes = tuple(min(x for x in multiples if x >= k) for k in keep)
+  return Trimming(keep, steps_per_epoch, backward_sizes)
 
 
-def _large_margin(
-  config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Dataset
-) -> LargeMargin | None:
-  """Raises a ConfigError where the model or the data do not fit."""
-  if not config.large_margin.weight:
-    return None
-  known = layer_shapes(model, dataset)
-  check_layers('large_margin.layers', config.large_margin.layers, known)
-  _check_normalize_by_size(config, known, dataset)
-  if config.large_margin.top_k >= dataset.num_classes:
-    raise ConfigError(
-      f'large_margin.top_k={config.large_margin.top_k} is not allowed: it '
-      f'must be at most {dataset.num_classes - 1}, the number of wrong classes'
-    )
-  return LargeMargin(
-    weight=config.large_margin.weight,
-    cross_entropy=config.large_margin.cross_entropy,
-    layers=tuple(config.large_margin.layers),
-    options={
-      'gamma': config.large_margin.gamma,
-      'alpha': config.large_margin.alpha,
-      'norm': config.large_margin.norm,
-      'top_k': config.large_margin.top_k,
-      'worst_case': config.large_margin.worst_case,
-      'difference': config.large_margin.difference,
-      'epsilon': config.large_margin.epsilon,
-      'normalize_by_size': config.large_margin.normalize_by_size,
-      'second_order': config.large_margin.second_order,
-    },
-  )
-
-
-def _check_normalize_by_size(
+def _loss_terms(
   config: ml_collections.ConfigDict,
-  known: dict[str, tuple[int, ...]],
+  alpha: optax.Schedule | None,
+  model: nn.Module,
   dataset: data.Dataset,
-) -> None:
-  """Raises where a layer's size is that of the padding."""
-  if not (config.large_margin.normalize_by_size and dataset.vocabulary):
-    return
-  for name in config.large_margin.layers:
-    if len(known[name]) > 2:
+) -> tuple[LossTerm, ...]:
+  """Returns the losses beside the risk; MMR is measured in any case."""
+  terms = []
+  if config.large_margin.weight:
+    options = _large_margin_options(config, model, dataset)
+    loss = functools.partial(losses.find('large_margin'), **options)
+    weight = optax.constant_schedule(config.large_margin.weight)
+    terms.append(LossTerm('large_margin', loss, weight))
+  mmr = functools.partial(
+    losses.find('mmr'),
+    reduction=config.mmr.reduction,
+    stop_feature_gradient=config.mmr.stop_feature_gradient,
+  )
+  terms.append(LossTerm('penalty', mmr, alpha))
+  for name, weight in zip(config.loss.names, config.loss.weights, strict=True):
+    schedule = optax.constant_schedule(weight)
+    terms.append(LossTerm(name, losses.find(name), schedule))
+  return tuple(terms)
+
+
+def _large_margin_options(
+  config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Dataset
+) -> dict[str, Any]:
+  """Raises a ConfigError where the model or the data do not fit."""
+  options = config.large_margin.to_dict()
+  del options['weight'], options['cross_entropy']
+  options['layers'] = tuple(options['layers'])
+  shapes = layer_shapes(model, dataset)
+  check_layers('large_margin.layers', options['layers'], shapes)
+  if options['top_k'] >= dataset.num_classes:
+    raise ConfigError(
+      f'large_margin.top_k={options["top_k"]} is not allowed: it must be at '
+      f'most {dataset.num_classes - 1}, the number of wrong classes'
+    )
+  sentences = dataset.vocabulary is not None
+  for name in options['layers']:
+    if options['normalize_by_size'] and sentences and len(shapes[name]) > 2:
       raise ConfigError(
         'large_margin.normalize_by_size=True is not allowed with '
-        f'large_margin.layers={config.large_margin.layers}: {name!r} has a '
-        'row for every token, padding too, so that its size says how far a '
-        'sentence was padded'
+        f'large_margin.layers={options["layers"]}: {name!r} has a row for '
+        'every token, padding too, so that its size says how far a sentence '
+        'was padded'
       )
+  return options
 
 
 def layer_shapes(
   model: nn.Module, dataset: data.Dataset
 ) -> dict[str, tuple[int, ...]]:
-  """The layers of a model that reads this data, for a batch of one."""
+  """Returns the layers of a model that reads this data, for a batch of one."""
   variables, inputs = shapes(model, dataset)
   return linearized.layer_shapes(model, variables, inputs)
 
 
 def shapes(model: nn.Module, dataset: data.Dataset) -> tuple[Any, Any]:
-  """Those of the model's variables and of a batch of one; nothing computed."""
+  """Returns those of the model's variables and of a batch of one."""
   inputs = input_shapes(dataset)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
@@ -258,7 +338,7 @@ def shapes(model: nn.Module, dataset: data.Dataset) -> tuple[Any, Any]:
 
 
 def input_shapes(dataset: data.Dataset) -> Any:
-  """Those of a batch of one, as the model reads it."""
+  """Returns those of a batch of one, as the model reads it."""
   stored = jax.ShapeDtypeStruct((1, *dataset.input_shape), dataset.input_dtype)
   return jax.eval_shape(dataset.prepare, stored)
 
@@ -278,7 +358,7 @@ def check_layers(
 
 
 def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
-  """The attack that the test split is evaluated under, or None."""
+  """Returns the attack that the test split is evaluated under, or None."""
   if config.attack.name is None:
     return None
   if config.attack.name == 'fgsm':
@@ -286,80 +366,48 @@ def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
   return functools.partial(attacks.pgd, steps=config.attack.steps)
 
 
-def make_spec(
+def steps_per_call(
   config: ml_collections.ConfigDict,
+  platform: str,
   dataset: data.Dataset,
-  lanes: int,
-  rule: selection.Rule | None = None,
-) -> StepSpec:
-  """The static description of the train step that `config` asks for.
+  start: int = 0,
+) -> int:
+  """Returns how many steps one call runs.
 
-  Args:
-    config: validated.
-    dataset: of the examples.
-    lanes: number of devices.
-    rule: a rule of the caller's own, in place of `config.selection.rule`.
+  One on CPU: XLA:CPU runs the gradients of convolutions inside a loop an order
+  of magnitude slower (jax-ml/jax#12868), and a call costs well under a
+  millisecond. On accelerators the largest divisor of the run's intervals up to
+  100, so that no call has another length and nothing is compiled twice. It also
+  divides `start`, where a continued run begins, or the run would step over its
+  end. At most so many as the dataset has data for in one call.
+
+  Raises:
+    ConfigError: an explicit `steps_per_call` does not divide `start`.
   """
-  classes = dataset.num_classes
-  model, proxy = _models(config, dataset)
-  learning_rate = optimizers.learning_rate(
-    config.optimizer.learning_rates,
-    config.optimizer.boundaries,
-    warmup=config.optimizer.warmup,
-    end=config.steps if config.optimizer.decay == 'linear' else None,
+  if config.steps_per_call is not None:
+    if config.steps_per_call > dataset.most_steps_per_call:
+      raise ConfigError(
+        f'steps_per_call={config.steps_per_call} is not allowed: it must be '
+        f'{dataset.most_steps_per_call} or None with data.name='
+        f'{config.data.name!r}, fed step by step'
+      )
+    if start % config.steps_per_call:
+      raise ConfigError(
+        f'steps_per_call={config.steps_per_call} is not allowed: it must be a '
+        f'divisor of {start}, the step at which the workdir stopped'
+      )
+    return config.steps_per_call
+  if platform == 'cpu':
+    return 1
+  common = math.gcd(
+    start,
+    config.steps,
+    config.log_every,
+    config.eval_every,
+    config.checkpoint_every,
   )
-  alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
-  return StepSpec(
-    model=model,
-    optimizer=optimizers.make(
-      config.optimizer.name,
-      learning_rate,
-      momentum=config.optimizer.momentum,
-      nesterov=config.optimizer.nesterov,
-      weight_decay=config.optimizer.weight_decay,
-      weight_decay_mask=config.optimizer.weight_decay_mask,
-      epsilon=config.optimizer.epsilon,
-      clip_norm=config.optimizer.clip_norm,
-    ),
-    sample=dataset.sample,
-    fit=dataset.fit,
-    prepare=dataset.prepare,
-    num_classes=classes,
-    batch_size=config.batch_size,
-    selection=_selection(config, rule, model, proxy, classes, lanes),
-    trimming=_trimming(config, dataset.counts['train'], lanes),
-    proxy=proxy,
-    alpha=(
-      optimizers.linear(alpha, alpha_end, config.steps)
-      if alpha or alpha_end
-      else None
-    ),
-    mmr={
-      'reduction': config.mmr.reduction,
-      'stop_feature_gradient': config.mmr.stop_feature_gradient,
-    },
-    large_margin=_large_margin(config, model, dataset),
-    learning_rate=learning_rate,
-    lanes=lanes,
-    axis=devices_lib.AXIS,
-    average_batch_stats=config.model.batch_norm == 'device',
-    on_nonfinite=config.on_nonfinite,
-    f1=dataset.f1,
-  )
-
-
-def _pretrained(
-  config: ml_collections.ConfigDict, dataset: data.Dataset, model: nn.Module
-) -> dict[tuple[str, ...], np.ndarray]:
-  """What `config.model.pretrained` has for the model, by path."""
-  path = config.model.pretrained
-  if path is None:
-    return {}
-  expected, _ = shapes(model, dataset)
-  try:
-    return pretrained.read(path, config.model.name, expected)
-  except pretrained.PretrainedError as error:
-    raise ConfigError(f'model.pretrained: {error}') from error
+  top = min(common, MAX_STEPS_PER_CALL, dataset.most_steps_per_call)
+  return max(k for k in range(1, top + 1) if common % k == 0)
 
 
 def init_state(
@@ -369,7 +417,7 @@ def init_state(
   *,
   restoring: bool = False,
 ) -> step_lib.TrainState:
-  """The state before the first step.
+  """Returns the state before the first step.
 
   Args:
     config: validated.
@@ -381,145 +429,24 @@ def init_state(
   Raises:
     ConfigError: the pretrained weights cannot be read, or do not fit.
   """
-  weights = {} if restoring else _pretrained(config, dataset, spec.model)
-  examples = dataset.counts['train']
+  weights = None
+  if config.model.pretrained is not None and not restoring:
+    expected, _ = shapes(spec.model, dataset)
+    try:
+      weights = pretrained.read(
+        config.model.pretrained, config.model.name, expected
+      )
+    except pretrained.PretrainedError as error:
+      raise ConfigError(f'model.pretrained: {error}') from error
   state = step_lib.init_state(
     spec,
-    dataset.state(),
     config.seed,
     np.zeros((1, *dataset.input_shape), dataset.input_dtype),
-    examples if config.selection.log_counts else None,
+    dataset.counts['train'] if config.selection.log_counts else None,
   )
-  if not weights:
+  if weights is None:
     return state
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = pretrained.put(variables, weights)
   opt_state = spec.optimizer.init(variables['params'])
   return state.replace(opt_state=opt_state, **variables)
-
-
-def load(
-  config: ml_collections.ConfigDict,
-  rule: selection.Rule | None,
-  training: bool = True,
-  workdir: str | None = None,
-) -> tuple[devices_lib.Devices, data.Dataset]:
-  """Checks the config against itself, the data and, to train, the devices.
-
-  Args:
-    config: of the run.
-    rule: a rule of the caller's own, or None.
-    training: whether steps will be run, and not only examples measured.
-    workdir: of the run, where it may keep its vocabulary.
-
-  Raises:
-    ConfigError: a field is bad, or does not fit the data or the devices.
-    DatasetError: the dataset is missing or broken.
-  """
-  schema.validate(config)
-  _check_rule(config, rule)
-  try:
-    devices = devices_lib.Devices(config.devices)
-    if training:
-      schema.validate_devices(config, devices.total)
-    dataset = _source(config, workdir)
-  except pretrained.PretrainedError as error:
-    raise config_lib.ConfigError(f'model.pretrained: {error}') from error
-  except ValueError as error:  # what only the machine or the data can tell
-    raise config_lib.ConfigError(str(error)) from error
-  schema.validate_data(config, dataset.counts['train'], dataset.input_shape)
-  return devices, dataset
-
-
-def _source(
-  config: ml_collections.ConfigDict, workdir: str | None
-) -> data.Dataset:
-  scored = config.selection.rule != config_lib.UNIFORM
-  return data.load(
-    **{**config.data, 'vocabulary': vocabulary(config, workdir)},
-    seed=config.seed,
-    sample_size=config.pool_size if scored else config.batch_size,
-  )
-
-
-def _check_rule(
-  config: ml_collections.ConfigDict, rule: selection.Rule | None
-) -> None:
-  if rule is not None and config.selection.rule == config_lib.UNIFORM:
-    raise config_lib.ConfigError(
-      "selection.rule='uniform' is not allowed with a rule of your own, which "
-      "needs a pool: set it to another, 'random' say"
-    )
-  arranged = config.selection.rule == 'selective_backprop'
-  if rule is not None and (config.selection.ramp or arranged):
-    raise config_lib.ConfigError(
-      f'selection.rule={config.selection.rule!r} with ramp='
-      f'{config.selection.ramp} is not allowed with a rule of your own, whose '
-      "scores are ranked as they are: use 'random' and no ramp"
-    )
-
-
-def vocabulary(
-  config: ml_collections.ConfigDict, workdir: str | None
-) -> str | None:
-  """The vocab.txt that sentences are read with, None where none is needed.
-
-  The one that `data.vocabulary` names, else that of `model.pretrained`; where
-  they are gone, the copy that a run with checkpoints has in its workdir, so
-  that it outlives its sources.
-
-  Raises:
-    ValueError: there are two, and they differ.
-    PretrainedError: the weights' folder is missing.
-    DatasetError: one cannot be read, or the weights are of cased words.
-  """
-  if config.data.name not in data.VOCABULARY_NEEDED:
-    return None
-  named, weights = config.data.vocabulary, config.model.pretrained
-  kept = _kept(workdir)
-  found = {}
-  if named is not None and not (kept and _gone(named)):
-    found['data.vocabulary'] = os.path.expanduser(named)
-  if weights is not None and not (kept and _gone(weights)):
-    folder = bert_weights.resolve(weights)
-    tokenization.check_words(folder)
-    path = folder / bert_weights.VOCABULARY
-    if path.is_file() or not (named or kept):
-      found['model.pretrained'] = str(path)
-  if kept:
-    found['the workdir'] = kept
-  digests = {
-    tokenization.fingerprint(tokenization.read_vocab(path))
-    for path in found.values()
-  }
-  if len(digests) > 1:
-    raise ValueError(
-      f'the tokens of {" and ".join(found)} must be the same: they differ '
-      f'between {" and ".join(found.values())}'
-    )
-  return next(iter(found.values()), None)
-
-
-def _gone(path: str) -> bool:
-  """Whether there is no such file, or it would have to be downloaded."""
-  return not os.path.exists(os.path.expanduser(path))
-
-
-def _kept(workdir: str | None) -> str | None:
-  """The copy in the workdir, of a run that has begun: what else is there may
-  be of a start that came to nothing."""
-  path = pathlib.Path(workdir or '', bert_weights.VOCABULARY)
-  folder = pathlib.Path(workdir or '', FOLDER)
-  if workdir is None or not (path.is_file() and folder.is_dir()):
-    return None
-  begun = any(entry.name.isdigit() for entry in folder.iterdir())
-  return str(path) if begun else None
-
-
-def keep_vocabulary(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Copies the vocabulary into the workdir."""
-  path = vocabulary(config, workdir)
-  kept = pathlib.Path(workdir, bert_weights.VOCABULARY)
-  if path is not None and path != str(kept):
-    with files.whole(kept) as aside:
-      shutil.copyfile(path, aside)

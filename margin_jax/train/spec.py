@@ -1,30 +1,39 @@
-"""What a train step does: the static description that it is compiled from."""
+"""The static description that a train step is compiled from."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import enum
+from typing import NamedTuple
 
 import flax.linen as nn
+import numpy as np
 import optax
 from jax import Array
 
-from margin_jax import selection
+from margin_jax import losses, selection
+from margin_jax.data import Dataset
 from margin_jax.train import guard
 
-PyTree = Any
+# A step, or many: functions of a step hold for host integers, NumPy arrays and
+# traced arrays alike.
+Step = int | np.ndarray | Array
 
-# What a step does with the pool, by `StepSpec.branch_of(step)`.
-PLAIN, FRESH, AGAIN = 0, 1, 2
+
+class StepKind(enum.IntEnum):
+  """Where a step's batch comes from."""
+
+  PLAIN = 0  # b examples, sampled
+  SCORE = 1  # the lowest of a pool of B examples, scored
+  REUSE = 2  # the buffer of examples that an earlier pool left
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-  """How the batch is chosen from a pool.
+  """How the batch is selected from a pool.
 
   Attributes:
-    rule: (logits, kernel, labels, keys) -> scores, of this device's examples.
-    arrange: (scores, labels, draws, key, epoch) -> scores, of the whole pool:
-      what some rules do with all scores at once; or None.
+    rule: scores the examples.
+    transform: changes the scores of the whole pool before the lowest are
+      selected; or None.
     pool_size: B, over all devices.
     scope: 'global' ranks over all devices, 'device' within each.
     reuse: how many steps one scored pool feeds, best ranks first.
@@ -34,13 +43,14 @@ class Selection:
     scorer: the module that scores: the model itself, in `score_dtype`, or the
       proxy.
     resolution: side of the images that are scored, or None for their own.
-    rows: how many rows of a device's share are scored at a time; None is all.
+    chunk_size: how many examples of a device's shard are scored at a time;
+      None is all.
     pool_statistics: whether BatchNorm's running statistics follow the pool:
       scoring is then one train-mode forward, without dropout.
   """
 
   rule: selection.Rule
-  arrange: selection.Arrange | None
+  transform: selection.ScoreTransform | None
   pool_size: int
   scope: str
   reuse: int
@@ -49,8 +59,22 @@ class Selection:
   stop: int | None
   scorer: nn.Module
   resolution: int | None
-  rows: int | None
+  chunk_size: int | None
   pool_statistics: bool
+
+  def kind_of(self, step: Step) -> Step:
+    """Returns the `StepKind` of a step."""
+    since = step - self.start
+    active = since >= 0
+    if self.stop is not None:
+      active = active & (step < self.stop)
+    score = active & (since % (self.every * self.reuse) == 0)
+    reuse = active & (since % self.reuse != 0)
+    return score * StepKind.SCORE.value + reuse * StepKind.REUSE.value
+
+  def batch_in_buffer(self, step: Step) -> Step:
+    """Returns which of the `reuse` batches of a pool a step trains on."""
+    return (step - self.start) % self.reuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,40 +82,51 @@ class Trimming:
   """Mini-batch trimming: the loss is over the hardest part of the batch.
 
   Attributes:
-    keep: how many examples are kept, by epoch.
+    keep: how many examples count, by epoch.
     steps_per_epoch: of the batches.
-    kept_only: whether the backward pass runs on the kept part only. It then
-      has one of `sizes`, the smallest that holds it.
-    sizes: increasing; each divisible by the number of devices.
+    backward_sizes: how many examples the backward pass runs on, by epoch: at
+      least those that count, selected by an eval-mode forward; None runs it on
+      the whole batch.
   """
 
   keep: tuple[int, ...]
   steps_per_epoch: int
-  kept_only: bool
-  sizes: tuple[int, ...]
+  backward_sizes: tuple[int, ...] | None
 
-  def epoch(self, step: int | Array) -> int | Array:
-    """The epoch of a step, the last one at the latest."""
+  def epoch(self, step: Step) -> Step:
+    """Returns the epoch of a step, the last one at the latest."""
     last = len(self.keep) - 1
     epoch = step // self.steps_per_epoch
     return epoch - (epoch > last) * (epoch - last)
 
 
 @dataclasses.dataclass(frozen=True)
-class LargeMargin:
-  """The large-margin loss as part of the loss.
+class LossTerm:
+  """A loss beside the risk.
 
   Attributes:
-    weight: of the large-margin loss.
-    cross_entropy: weight of cross-entropy beside it; 0 is none.
-    layers: names of the layers at which it asks for margins.
-    options: the other keyword arguments of `large_margin_loss`.
+    metric: the name of its metric.
+    loss: of `losses.Outputs`; returns (b,), whose mean is taken, or ().
+    weight: step -> its weight in the total; None only measures it.
   """
 
-  weight: float
-  cross_entropy: float
-  layers: tuple[str, ...]
-  options: dict[str, Any]
+  metric: str
+  loss: losses.Loss
+  weight: optax.Schedule | None
+
+
+class Variant(NamedTuple):
+  """What tells the compiled programs of a run apart.
+
+  Attributes:
+    kind: where the batch comes from.
+    backward_size: how many examples the backward pass runs on.
+    bucket: the bucket of the dataset that the examples come from.
+  """
+
+  kind: StepKind
+  backward_size: int
+  bucket: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,119 +134,107 @@ class StepSpec:
   """What a train step does, all of it static.
 
   Attributes:
-    model: returns (logits, features); its head is called `head`.
+    model: returns (logits, features); its last layer is called `head`.
     optimizer: applied to the mean gradient over devices.
-    sample: `Dataset.sample`.
-    fit: `Dataset.fit`.
-    prepare: inputs as stored -> inputs of the model.
-    num_classes: C.
+    dataset: samples the examples, and prepares them for the model.
     batch_size: b, over all devices.
-    selection: how the batch is chosen; None is plain training.
+    selection: how the batch is selected; None is plain training.
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
-    alpha: step -> weight of MMR, or None for no MMR in the loss.
-    mmr: keyword arguments of `mmr_penalty`.
-    large_margin: the large-margin loss, or None.
+    risk: the loss of an example: cross-entropy or hinge.
+    risk_weight: of the risk in the total; None is 1.
+    terms: the other losses, added in this order.
     learning_rate: step -> learning rate, for the metrics.
-    lanes: number of devices.
-    axis: name of the mapped axis.
+    alpha: step -> weight of MMR, for the metrics; None is 0.
+    axis_name: of the mapped axis of the devices.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
     on_nonfinite: what a step does where a number is not finite.
-    f1: whether an evaluation counts what F1 needs.
-    branch: which branch to compile alone; None compiles a switch of all.
+    variant: the only variant to compile; None compiles a switch between all.
   """
 
   model: nn.Module
   optimizer: optax.GradientTransformation
-  sample: Callable
-  fit: Callable
-  prepare: Callable[[PyTree], PyTree]
-  num_classes: int
+  dataset: Dataset
   batch_size: int
   selection: Selection | None
   trimming: Trimming | None
   proxy: nn.Module | None
-  alpha: optax.Schedule | None
-  mmr: dict[str, Any]
-  large_margin: LargeMargin | None
+  risk: losses.Loss
+  risk_weight: float | None
+  terms: tuple[LossTerm, ...]
   learning_rate: optax.Schedule
-  lanes: int
-  axis: str
+  alpha: optax.Schedule | None
+  axis_name: str
   average_batch_stats: bool
   on_nonfinite: str = guard.STOP
-  f1: bool = False
-  branch: int | None = None
+  variant: Variant | None = None
 
-  def at(self, branch: int | None) -> 'StepSpec':
-    """The spec of the steps that take this branch."""
-    return dataclasses.replace(self, branch=branch)
+  def specialize(self, variant: Variant | None) -> 'StepSpec':
+    """Returns the spec of the steps of this variant alone."""
+    return dataclasses.replace(self, variant=variant)
 
-  def at_once(self) -> 'StepSpec':
-    """The spec that scores all rows at a time; with the same results."""
-    if self.selection is None or self.selection.rows is None:
+  def unchunked(self) -> 'StepSpec':
+    """Returns the spec that scores all examples at once, to the same results.
+
+    Its FLOPs are those of the pool: XLA counts the body of a loop once.
+    """
+    if self.selection is None or self.selection.chunk_size is None:
       return self
-    whole = dataclasses.replace(self.selection, rows=None)
+    whole = dataclasses.replace(self.selection, chunk_size=None)
     return dataclasses.replace(self, selection=whole)
 
-  def sizes(self, steps: int) -> list[int]:
-    """How many examples each step of a run samples."""
-    return [self.examples_drawn(self.branch_of(s)) for s in range(steps)]
+  def unweighted(self) -> tuple[str, ...]:
+    """Returns the metrics of losses that are only measured."""
+    return tuple(term.metric for term in self.terms if term.weight is None)
 
-  def branches(self) -> tuple[int, ...]:
-    """The branches that some step takes."""
-    if self.trimming is not None and self.trimming.kept_only:
-      sizes = self.trimming.sizes
-      used = {_smallest(sizes, keep) for keep in self.trimming.keep}
-      return tuple(sorted(used))
-    chosen = self.selection
-    if chosen is None:
-      return (PLAIN,)
-    used = [FRESH]
-    if chosen.every > 1 or chosen.start or chosen.stop is not None:
-      used.insert(0, PLAIN)
-    if chosen.reuse > 1:
-      used.append(AGAIN)
-    return tuple(used)
+  def kind_of(self, step: Step) -> Step:
+    """Returns the `StepKind` of a step."""
+    if self.selection is None:
+      return 0 * step
+    return self.selection.kind_of(step)
 
-  def branch_of(self, step: int | Array) -> int | Array:
-    """Which branch a step takes; for host integers and traced ones alike."""
-    if self.trimming is not None and self.trimming.kept_only:
-      table = [_smallest(self.trimming.sizes, k) for k in self.trimming.keep]
-      epoch = self.trimming.epoch(step)
-      if isinstance(step, int):
-        return table[epoch]
-      return sum((epoch == i) * branch for i, branch in enumerate(table))
-    chosen = self.selection
-    if chosen is None:
-      return PLAIN
-    since = step - chosen.start
-    active = since >= 0
-    if chosen.stop is not None:
-      active = active & (step < chosen.stop)
-    fresh = active & (since % (chosen.every * chosen.reuse) == 0)
-    again = active & (since % chosen.reuse != 0)
-    return fresh * FRESH + again * AGAIN
+  def kinds(self) -> tuple[StepKind, ...]:
+    """Returns the kinds that some step of a long run has."""
+    selected = self.selection
+    if selected is None:
+      return (StepKind.PLAIN,)
+    kinds = [StepKind.SCORE]
+    if selected.every > 1 or selected.start or selected.stop is not None:
+      kinds.insert(0, StepKind.PLAIN)
+    if selected.reuse > 1:
+      kinds.append(StepKind.REUSE)
+    return tuple(kinds)
 
-  def examples_drawn(self, branch: int) -> int:
-    """How many examples a step of this branch draws."""
-    if self.selection is None or branch == PLAIN:
+  def backward_size(self, step: Step) -> Step:
+    """Returns how many examples the backward pass of a step runs on."""
+    if self.trimming is None or self.trimming.backward_sizes is None:
+      return 0 * step + self.batch_size
+    epoch = self.trimming.epoch(step)
+    sizes = self.trimming.backward_sizes
+    return sum((epoch == i) * size for i, size in enumerate(sizes))
+
+  def backward_sizes(self) -> tuple[int, ...]:
+    """Returns the sizes that some step has, increasing."""
+    if self.trimming is None or self.trimming.backward_sizes is None:
+      return (self.batch_size,)
+    return tuple(sorted({*self.trimming.backward_sizes}))
+
+  def examples_sampled(self, step: Step) -> Step:
+    """Returns how many new examples a step reads, over all devices."""
+    kind = self.kind_of(step)
+    pool_size = 0 if self.selection is None else self.selection.pool_size
+    plain = (kind == StepKind.PLAIN) * self.batch_size
+    return plain + (kind == StepKind.SCORE) * pool_size
+
+  def sizes(self, steps: int) -> np.ndarray:
+    """Returns how many new examples each step of a run reads, (steps,)."""
+    return self.examples_sampled(np.arange(steps))
+
+  def examples_scored(self, variant: Variant) -> int:
+    """Returns how many examples a step of this variant scores."""
+    if variant.backward_size < self.batch_size:
       return self.batch_size
-    return self.selection.pool_size if branch == FRESH else 0
-
-  def examples_scored(self, branch: int) -> int:
-    """How many examples a step of this branch scores."""
-    if self.trimming is not None and self.trimming.kept_only:
-      # The largest size needs no scores: nothing is left out.
-      return self.batch_size if branch + 1 < len(self.trimming.sizes) else 0
-    return self.selection.pool_size if branch == FRESH else 0
-
-  def examples_trained(self, branch: int) -> int:
-    """How many examples the backward pass of this branch runs on."""
-    if self.trimming is not None and self.trimming.kept_only:
-      return self.trimming.sizes[branch]
-    return self.batch_size
-
-
-def _smallest(sizes: tuple[int, ...], keep: int) -> int:
-  return next(i for i, size in enumerate(sizes) if size >= keep)
+    if variant.kind == StepKind.SCORE:
+      return self.selection.pool_size
+    return 0

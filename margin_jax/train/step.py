@@ -1,11 +1,14 @@
-"""The per-device train step: score -> select -> update.
+"""The train step: selective sampling (MMS) and multi-margin regularization.
 
-Pure functions of (state, data), meant to be mapped over devices under
-`spec.axis`; nothing here knows how many hosts there are or where arrays live.
+`train_step` is the algorithm. It runs on every device, and what it calls stands
+below it, in the order in which it is called. `train/devices.py` maps it over
+the devices, so that it is one program under one `pmap`; nothing here knows how
+many hosts there are, or where arrays lie.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -14,34 +17,37 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax.train import gradients, guard, pool
-from margin_jax.train.spec import PLAIN, StepSpec
+from margin_jax import linearized, losses, selection
+from margin_jax.train import dropout, guard
+from margin_jax.train import metrics as metrics_lib
+from margin_jax.train import proxy as proxy_lib
+from margin_jax.train.spec import StepKind, StepSpec
 
 PyTree = Any
 Metrics = dict[str, Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything a step reads and writes, and all that a checkpoint must hold.
+  """Everything that a step reads and writes, and that a checkpoint must hold.
 
   Attributes:
     step: () int32, steps done.
     seed: () uint32: batches are a pure function of (seed, step).
-    stream: the place in the data.
-    reserve: selected examples that later steps train on; {} without reuse.
+    sampler: the dataset's sampler state.
+    buffer: selected examples that later steps train on; {} without reuse.
     params, batch_stats: the model's variables.
     opt_state: the optimizer's.
     proxy: the same three of the proxy model; {} without one.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
-    nonfinite: () int32, what has stopped the run, see `guard.guard`; 0
-      while all is well.
+    nonfinite: () int32, what has stopped the run, see `guard.guard`; 0 while
+      all is well.
   """
 
   step: Array
   seed: Array
-  stream: PyTree
-  reserve: PyTree
+  sampler: PyTree
+  buffer: PyTree
   params: PyTree
   batch_stats: PyTree
   opt_state: PyTree
@@ -50,31 +56,492 @@ class TrainState(flax.struct.PyTreeNode):
   nonfinite: Array
 
 
-def init_state(
-  spec: StepSpec,
-  stream: PyTree,
-  seed: int,
-  inputs: PyTree,
-  counted: int | None,
-) -> TrainState:
-  """The state before the first step.
+def train_step(
+  spec: StepSpec, state: TrainState, data: PyTree
+) -> tuple[TrainState, Metrics]:
+  """Samples a pool, scores it, selects the batch and trains on it.
 
   Args:
-    spec: the spec.
-    stream: the data's stream before its first draw.
+    spec: what to do; static.
+    state: the same on all devices.
+    data: what the dataset's loader has for the step.
+
+  Returns:
+    The new state and the metrics, both equal on all devices; see
+    `metrics_lib.DESCRIPTIONS`.
+  """
+  before, key = state, jax.random.key(state.seed)
+  step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
+
+  sampled = next_batch(spec, state, data, key)
+  batch = sampled.batch
+  state = state.replace(
+    sampler=sampled.sampler,
+    buffer=sampled.buffer,
+    batch_stats=sampled.batch_stats,
+  )
+  gradient, batch_stats, metrics = batch_gradient(spec, state, batch, step_key)
+  updates, opt_state = spec.optimizer.update(
+    gradient, state.opt_state, state.params
+  )
+  proxy, proxy_metrics = proxy_lib.train(spec, state.proxy, batch)
+  state = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    proxy=proxy,
+    counts=count(spec, state.counts, batch),
+  )
+  metrics |= metrics_lib.of_update(spec, before.step, gradient, updates, state)
+  metrics |= sampled.metrics | proxy_metrics
+  return guard.guard(
+    spec.on_nonfinite, before, state, metrics, spec.unweighted()
+  )
+
+
+class Sampled(NamedTuple):
+  """A step's batch, and what has changed by sampling it.
+
+  Attributes:
+    batch: this device's shard: 'inputs', 'label', 'index'.
+    sampler, buffer, batch_stats: of the new state.
+    metrics: of the selection; {} without one.
+  """
+
+  batch: PyTree
+  sampler: PyTree
+  buffer: PyTree
+  batch_stats: PyTree
+  metrics: Metrics
+
+
+def next_batch(
+  spec: StepSpec, state: TrainState, data: PyTree, key: Array
+) -> Sampled:
+  """Returns the batch of a step, by the step's kind; `key` is the run's."""
+  table = {
+    StepKind.PLAIN: plain_batch,
+    StepKind.SCORE: selected_batch,
+    StepKind.REUSE: buffered_batch,
+  }
+  return switch(
+    spec.variant and spec.variant.kind,
+    spec.kind_of(state.step),
+    {
+      kind: functools.partial(table[kind], spec, state, data, key)
+      for kind in spec.kinds()
+    },
+  )
+
+
+def plain_batch(
+  spec: StepSpec, state: TrainState, data: PyTree, key: Array
+) -> Sampled:
+  """Samples b examples."""
+  sampler, batch = sample(spec, state, data, spec.batch_size, key)
+  return Sampled(
+    batch, sampler, state.buffer, state.batch_stats, metrics_lib.no_scores(spec)
+  )
+
+
+def selected_batch(
+  spec: StepSpec, state: TrainState, data: PyTree, key: Array
+) -> Sampled:
+  """Samples B examples, scores them, and selects the lowest reuse * b.
+
+  The first b of them are the batch, the others wait in the buffer.
+  """
+  rule_key = jax.random.fold_in(jax.random.fold_in(key, 3), state.step)
+  sampler, pool = sample(spec, state, data, spec.selection.pool_size, key)
+  scored, batch_stats = score(spec, state, pool, rule_key)
+  scores = rule_scores(spec, scored)
+  ranked = transform(spec, scores, scored, rule_key, sampler.epoch)
+  wrong = jnp.argmax(scored.logits, axis=1) != pool['label']
+  selected = select(spec, ranked, {**pool, 'wrong': wrong})
+  metrics = metrics_lib.of_selection(spec, pool, scores, wrong, selected)
+  buffer, batch = {}, selected
+  if spec.selection.reuse > 1:
+    buffer = jax.lax.all_gather(selected, spec.axis_name, tiled=True)
+    batch = from_buffer(spec, buffer, jnp.int32(0))
+    buffer = spec.dataset.fit(buffer, state.buffer)
+  metrics['batch_error'] = jax.lax.pmean(
+    jnp.mean(batch.pop('wrong'), dtype=jnp.float32), spec.axis_name
+  )
+  return Sampled(batch, sampler, buffer, batch_stats, metrics)
+
+
+def buffered_batch(
+  spec: StepSpec, state: TrainState, data: PyTree, key: Array
+) -> Sampled:
+  """Takes the next b examples of the last pool from the buffer."""
+  del key
+  position = spec.selection.batch_in_buffer(state.step)
+  batch = from_buffer(spec, state.buffer, position)
+  batch = spec.dataset.fit(batch, data)
+  del batch['wrong']
+  return Sampled(
+    batch,
+    state.sampler,
+    state.buffer,
+    state.batch_stats,
+    metrics_lib.no_scores(spec),
+  )
+
+
+def sample(
+  spec: StepSpec, state: TrainState, data: PyTree, size: int, key: Array
+) -> tuple[PyTree, PyTree]:
+  """Returns the new sampler state and this device's shard of new examples."""
+  return spec.dataset.sample(
+    state.sampler,
+    data,
+    size,
+    key=jax.random.fold_in(key, 2),
+    step=state.step,
+    axis_name=spec.axis_name,
+  )
+
+
+def score(
+  spec: StepSpec, state: TrainState, pool: PyTree, key: Array
+) -> tuple[selection.Scored, PyTree]:
+  """Runs the scoring forward on this device's shard of the pool.
+
+  It is in evaluation mode and leaves the running statistics alone, unless they
+  are to follow the pool.
+
+  Returns:
+    What the rule reads, and the model's batch_stats.
+  """
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  if spec.proxy is not None:
+    variables = {x: state.proxy[x] for x in ('params', 'batch_stats')}
+  scorer, batch_stats = spec.selection.scorer, state.batch_stats
+
+  def forward(inputs: Array) -> tuple[Array, Array]:
+    return scorer.apply(variables, scorer_inputs(spec, inputs), train=False)
+
+  if spec.selection.pool_statistics:
+    with nn.intercept_methods(dropout.off):
+      (logits, features), updates = scorer.apply(
+        variables,
+        scorer_inputs(spec, pool['inputs']),
+        train=True,
+        mutable=['batch_stats'],
+      )
+    batch_stats = updates.get('batch_stats', {})
+    if spec.average_batch_stats:
+      batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
+  else:
+    logits, features = in_chunks(
+      forward, pool['inputs'], spec.selection.chunk_size
+    )
+  rows = logits.shape[0]
+  positions = jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
+  scored = selection.Scored(
+    logits=logits.astype(jnp.float32),
+    features=features,
+    kernel=head_kernel(variables['params']),
+    labels=pool['label'],
+    index=pool['index'],
+    keys=jax.vmap(jax.random.fold_in, (None, 0))(key, positions),
+  )
+  return scored, batch_stats
+
+
+def scorer_inputs(spec: StepSpec, inputs: PyTree) -> PyTree:
+  """Returns what the scorer reads of inputs as stored."""
+  inputs = spec.dataset.prepare(inputs)
+  side = spec.selection.resolution
+  if side is None:
+    return inputs
+  shape = (inputs.shape[0], side, side, inputs.shape[-1])
+  return jax.image.resize(inputs, shape, 'linear')
+
+
+def in_chunks(function: Callable, inputs: PyTree, size: int | None) -> PyTree:
+  """Returns `function(inputs)`, computed for `size` examples at a time."""
+  if size is None:
+    return function(inputs)
+  chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), inputs)
+  outputs = jax.lax.map(function, chunks)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def head_kernel(params: PyTree) -> Array:
+  """Returns the kernel of the last layer, (D, C) float32."""
+  return params['head']['kernel'].astype(jnp.float32)
+
+
+def rule_scores(spec: StepSpec, scored: selection.Scored) -> Array:
+  """Returns the rule's scores of this device's examples, (n,) float32.
+
+  What has no finite logits has no score, whatever the rule reads.
+  """
+  rule, rows = spec.selection.rule, scored.labels.shape[0]
+  read, expected = scored, rows
+  whole = rule.whole_pool and spec.selection.scope == 'global'
+  if whole:
+    shared = scored._replace(kernel=None)
+    read = jax.lax.all_gather(shared, spec.axis_name, tiled=True)
+    read = read._replace(kernel=scored.kernel)
+    expected = read.labels.shape[0]
+  scores = jnp.asarray(rule.score(read))
+  if scores.shape != (expected,):
+    raise ValueError(
+      f'selection.rule must return scores of shape ({expected},), got '
+      f'{scores.shape}'
+    )
+  # A registered rule may return integers, or bfloat16.
+  scores = scores.astype(jnp.float32)
+  if whole:
+    scores = own_shard(spec, scores, rows)
+  bad = ~jnp.all(jnp.isfinite(scored.logits), axis=1)
+  return jnp.where(bad, jnp.nan, scores)
+
+
+def own_shard(spec: StepSpec, gathered: Array, rows: int) -> Array:
+  """Returns this device's rows of an array gathered from all devices."""
+  start = jax.lax.axis_index(spec.axis_name) * rows
+  return jax.lax.dynamic_slice_in_dim(gathered, start, rows)
+
+
+def transform(
+  spec: StepSpec,
+  scores: Array,
+  scored: selection.Scored,
+  key: Array,
+  epoch: Array,
+) -> Array:
+  """Applies the score transform to the pool that is ranked together."""
+  function = spec.selection.transform
+  if function is None:
+    return scores
+  uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(
+    scored.keys
+  )
+  if spec.selection.scope == 'device':
+    key = jax.random.fold_in(key, jax.lax.axis_index(spec.axis_name))
+    return function(scores, scored.labels, uniforms, key, epoch)
+  gathered = jax.lax.all_gather(
+    (scores, scored.labels, uniforms), spec.axis_name, tiled=True
+  )
+  return own_shard(spec, function(*gathered, key, epoch), scores.shape[0])
+
+
+def select(spec: StepSpec, scores: Array, examples: PyTree) -> PyTree:
+  """Returns this device's shard of the reuse * b lowest-scored examples."""
+  count, axis_name = spec.selection.reuse * spec.batch_size, spec.axis_name
+  if spec.selection.scope == 'device':
+    count, axis_name = count // jax.lax.axis_size(axis_name), None
+  return selection.take_lowest(scores, examples, count, axis_name)
+
+
+def from_buffer(spec: StepSpec, buffer: PyTree, position: Array) -> PyTree:
+  """Returns this device's shard of a batch in the buffer: the position-th."""
+  device = jax.lax.axis_index(spec.axis_name)
+  rows = spec.batch_size // jax.lax.axis_size(spec.axis_name)
+  if spec.selection.scope == 'device':
+    start = (device * spec.selection.reuse + position) * rows
+  else:
+    start = position * spec.batch_size + device * rows
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), buffer
+  )
+
+
+def batch_gradient(
+  spec: StepSpec, state: TrainState, batch: PyTree, key: Array
+) -> tuple[PyTree, PyTree, Metrics]:
+  """Returns the mean gradient over devices, the new batch_stats, and metrics.
+
+  With a short backward pass of trimming, all three are of the examples that it
+  runs on.
+  """
+  keep = None
+  if spec.trimming is not None:
+    table = jnp.array(spec.trimming.keep, jnp.int32)
+    keep = table[spec.trimming.epoch(state.step)]
+
+  def of_hardest(size: int) -> tuple[PyTree, PyTree, Metrics]:
+    examples = hardest(spec, state, batch, size)
+    return gradient_of(spec, state, examples, key, keep)
+
+  gradient, batch_stats, metrics = switch(
+    spec.variant and spec.variant.backward_size,
+    spec.backward_size(state.step),
+    {n: functools.partial(of_hardest, n) for n in spec.backward_sizes()},
+  )
+  if spec.selection is not None and spec.selection.pool_statistics:
+    # Where a pool was scored, or its examples are used again, the running
+    # statistics are the pool's already.
+    plain = spec.kind_of(state.step) == StepKind.PLAIN.value
+    batch_stats = jax.tree.map(
+      lambda new, old: jnp.where(plain, new, old),
+      batch_stats,
+      state.batch_stats,
+    )
+  return gradient, batch_stats, metrics
+
+
+def hardest(
+  spec: StepSpec, state: TrainState, batch: PyTree, size: int
+) -> PyTree:
+  """Returns the `size` examples of largest loss, by an eval-mode forward."""
+  if size == spec.batch_size:
+    return batch
+  logits, _ = spec.model.apply(
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    spec.dataset.prepare(batch['inputs']),
+    train=False,
+  )
+  examples = optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), batch['label']
+  )
+  # NaN counts as hardest: it must reach the loss, and stop the run.
+  examples = jnp.where(jnp.isnan(examples), jnp.inf, examples)
+  return selection.take_lowest(-examples, batch, size, spec.axis_name)
+
+
+def gradient_of(
+  spec: StepSpec, state: TrainState, batch: PyTree, key: Array, keep
+) -> tuple[PyTree, PyTree, Metrics]:
+  """Differentiates the loss of the batch; see `batch_gradient`."""
+
+  def loss_function(params: PyTree):
+    outputs, batch_stats = forward(spec, params, state.batch_stats, batch, key)
+    risks = spec.risk(outputs)
+    total = mean_risk(spec, risks, keep)
+    if spec.risk_weight is not None:
+      total = spec.risk_weight * total
+    means = {'loss': jnp.mean(risks)}
+    for term in spec.terms:
+      value = term.loss(outputs)
+      value = jnp.mean(value) if value.ndim else value
+      means[term.metric] = value
+      if term.weight is not None:
+        total = total + term.weight(state.step) * value
+    return total, (batch_stats, outputs.logits, risks, means)
+
+  gradient, (batch_stats, logits, risks, means) = jax.grad(
+    loss_function, has_aux=True
+  )(state.params)
+  gradient = jax.lax.pmean(gradient, spec.axis_name)
+  if spec.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
+  metrics = metrics_lib.of_batch(
+    spec, batch['label'], logits, head_kernel(state.params), means
+  )
+  if keep is not None:
+    metrics['trimmed_loss'] = mean_risk(spec, risks, keep)
+  return gradient, batch_stats, metrics
+
+
+def forward(
+  spec: StepSpec, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array
+) -> tuple[losses.Outputs, PyTree]:
+  """Runs the model in training mode; returns its outputs and batch_stats."""
+  variables = {'params': params, 'batch_stats': batch_stats}
+  inputs = spec.dataset.prepare(batch['inputs'])
+  device = jax.lax.axis_index(spec.axis_name)
+  with nn.intercept_methods(dropout.by_position(device)):
+    (logits, features), updates = spec.model.apply(
+      variables,
+      inputs,
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': key},
+    )
+  batch_stats = updates.get('batch_stats', {})
+
+  def linearize(layers: tuple[str, ...]):
+    statistics = linearized.batch_statistics(
+      spec.model, variables, inputs, batch_stats
+    )
+    fixed = {**variables, 'batch_stats': statistics}
+    return linearized.at_layers(spec.model, fixed, inputs, layers)
+
+  outputs = losses.Outputs(
+    logits=logits.astype(jnp.float32),
+    features=features,
+    kernel=head_kernel(params),
+    labels=batch['label'],
+    index=batch['index'],
+    linearize=linearize,
+    axis_name=spec.axis_name,
+  )
+  return outputs, batch_stats
+
+
+def mean_risk(spec: StepSpec, risks: Array, keep: Array | None) -> Array:
+  """Returns the mean risk, or that of the `keep` largest over all devices."""
+  if keep is None:
+    return jnp.mean(risks)
+  gathered = jax.lax.all_gather(risks, spec.axis_name, tiled=True)
+  return losses.trimmed_mean(gathered, keep)
+
+
+def count(spec: StepSpec, counts: PyTree, batch: PyTree) -> PyTree:
+  """Counts the examples of the batch, where they are counted."""
+  if isinstance(counts, tuple):
+    return counts
+  index = jax.lax.all_gather(batch['index'], spec.axis_name, tiled=True)
+  return counts.at[index].add(1)
+
+
+def switch(
+  fixed: int | None, current: Array, branches: dict[int, Callable]
+) -> PyTree:
+  """Runs the branch that the program is compiled for, or else the step's own.
+
+  Args:
+    fixed: the branch to compile alone; None compiles all.
+    current: () int32, the branch of the step.
+    branches: functions without arguments.
+  """
+  keys = list(branches)
+  if fixed is not None or len(keys) == 1:
+    return branches[keys[0] if fixed is None else fixed]()
+  position = sum((current == key) * i for i, key in enumerate(keys))
+  return jax.lax.switch(position, [branches[key] for key in keys])
+
+
+def repeat(step: Callable, times: int) -> Callable:
+  """Runs `times` steps in a call; metrics get a leading axis of steps."""
+
+  def many(state: TrainState, data: PyTree):
+    return jax.lax.scan(
+      lambda carry, _: step(carry, data), state, None, length=times
+    )
+
+  def one(state: TrainState, data: PyTree):
+    state, metrics = step(state, data)
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  return one if times == 1 else many
+
+
+def init_state(
+  spec: StepSpec, seed: int, inputs: PyTree, counted: int | None
+) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    spec: the step's.
     seed: of everything random in the run.
     inputs: a batch of one, as stored; only shapes count.
-    counted: the number of training examples, to count their selections.
+    counted: the number of training examples, to count how often each is in a
+      batch; None does not count.
   """
-  example = spec.prepare(inputs)
+  example = spec.dataset.prepare(inputs)
 
-  def variables(model: Any, key: Array) -> dict[str, PyTree]:
-    found = model.init({'params': key}, example, train=False)
-    params = found['params']
+  def variables(model: nn.Module, key: Array) -> dict[str, PyTree]:
+    initial = model.init({'params': key}, example, train=False)
     return {
-      'params': params,
-      'batch_stats': found.get('batch_stats', {}),
-      'opt_state': spec.optimizer.init(params),
+      'params': initial['params'],
+      'batch_stats': initial.get('batch_stats', {}),
+      'opt_state': spec.optimizer.init(initial['params']),
     }
 
   @jax.jit
@@ -88,8 +555,8 @@ def init_state(
   return TrainState(
     step=jnp.int32(0),
     seed=seed,
-    stream=stream,
-    reserve=pool.empty_reserve(spec, inputs),
+    sampler=spec.dataset.state(),
+    buffer=empty_buffer(spec, inputs),
     proxy=proxy,
     counts=() if counted is None else jnp.zeros(counted, jnp.int32),
     nonfinite=jnp.int32(0),
@@ -97,150 +564,33 @@ def init_state(
   )
 
 
-def _train_proxy(
-  spec: StepSpec, state: TrainState, batch: PyTree
-) -> tuple[PyTree, Metrics]:
-  """One cross-entropy step of the proxy on the same batch; its loss."""
-  proxy = state.proxy
-  if spec.proxy is None:
-    return proxy, {}
-
-  def loss_function(params: PyTree):
-    variables = {'params': params, 'batch_stats': proxy['batch_stats']}
-    # A proxy is small, and has no key to drop anything by.
-    with nn.intercept_methods(pool.without_dropout):
-      (logits, _), updates = spec.proxy.apply(
-        variables,
-        spec.prepare(batch['inputs']),
-        train=True,
-        mutable=['batch_stats'],
-      )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32), batch['label']
-    )
-    return jnp.mean(losses), updates.get('batch_stats', {})
-
-  (loss, batch_stats), gradient = jax.value_and_grad(
-    loss_function, has_aux=True
-  )(proxy['params'])
-  gradient = jax.lax.pmean(gradient, spec.axis)
-  norm = optax.tree.norm(gradient)
-  if spec.average_batch_stats:
-    batch_stats = jax.lax.pmean(batch_stats, spec.axis)
-  change, opt_state = spec.optimizer.update(
-    gradient, proxy['opt_state'], proxy['params']
-  )
-  proxy = {
-    'params': optax.apply_updates(proxy['params'], change),
-    'batch_stats': batch_stats,
-    'opt_state': opt_state,
+def empty_buffer(spec: StepSpec, inputs: PyTree) -> PyTree:
+  """Returns the buffer before the first pool: zeros, or {} without reuse."""
+  if spec.selection is None or spec.selection.reuse == 1:
+    return {}
+  rows = spec.selection.reuse * spec.batch_size
+  return {
+    'inputs': jax.tree.map(
+      lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), inputs
+    ),
+    'label': jnp.zeros(rows, jnp.int32),
+    'index': jnp.zeros(rows, jnp.int32),
+    'wrong': jnp.zeros(rows, bool),
   }
-  loss = jax.lax.pmean(loss, spec.axis)
-  return proxy, {'proxy_loss': loss, 'proxy_gradient_norm': norm}
 
 
-def _update(
-  spec: StepSpec, state: TrainState, batch: PyTree, key: Array, lane: Array
-) -> tuple[TrainState, Metrics]:
-  """One gradient step on the batch, averaged over devices."""
-  gradient, batch_stats, metrics = gradients.of_batch(
-    spec, state, batch, key, lane
-  )
-  if spec.selection is not None and spec.selection.pool_statistics:
-    # Where a pool was scored, or its examples are used again, the running
-    # statistics are the pool's already.
-    plain = spec.branch_of(state.step) == PLAIN
-    batch_stats = jax.tree.map(
-      lambda new, old: jnp.where(plain, new, old),
-      batch_stats,
-      state.batch_stats,
-    )
-  alpha = 0.0 if spec.alpha is None else spec.alpha(state.step)
-  metrics['gradient_norm'] = optax.tree.norm(gradient)
-  metrics['bad_gradient'] = guard.first_bad_leaf(gradient)
-  metrics['learning_rate'] = jnp.float32(spec.learning_rate(state.step))
-  metrics['alpha'] = jnp.float32(alpha)
-  change, opt_state = spec.optimizer.update(
-    gradient, state.opt_state, state.params
-  )
-  metrics['update_norm'] = optax.tree.norm(change)
-  proxy, proxy_metrics = _train_proxy(spec, state, batch)
-  metrics |= proxy_metrics
-  state = state.replace(
-    step=state.step + 1,
-    proxy=proxy,
-    params=optax.apply_updates(state.params, change),
-    batch_stats=batch_stats,
-    opt_state=opt_state,
-  )
-  statistics = batch_stats, proxy.get('batch_stats', {})
-  if jax.tree.leaves(statistics):
-    metrics['statistics_norm'] = optax.tree.norm(statistics)
-  return state, metrics
+def examples_of_step(spec: StepSpec, state: TrainState, data: PyTree) -> PyTree:
+  """Returns the examples that a step reads, of all devices: its pool or batch.
 
-
-def train_step(
-  spec: StepSpec, state: TrainState, data: PyTree
-) -> tuple[TrainState, Metrics]:
-  """Forward on the pool, scores, lowest b, gradient step on those.
-
-  Args:
-    spec: what to do; static.
-    state: replicated.
-    data: the training split, replicated.
-
-  Returns:
-    The new state and float32 metrics, both equal on all devices. Of every
-    step: 'loss' (mean cross-entropy of the batch, train-mode), 'penalty'
-    (MMR, never part of 'loss'), with a large-margin loss 'large_margin' (nor is
-    that), 'accuracy', 'mean_mms' (the ten smallest MMS
-    of the batch, from the train-mode forward, so that every rule and plain
-    training have the same quantity), 'gradient_norm', 'update_norm' (of the
-    change of the parameters), 'learning_rate', 'alpha', with trimming
-    'trimmed_loss', with a proxy 'proxy_loss' and 'proxy_gradient_norm', with
-    BatchNorm 'statistics_norm' (of its running statistics). Two
-    integers: 'bad_gradient', the place of the first parameter whose gradient is
-    not finite, or -1, and 'nonfinite', see `guard.guard`. With a selection
-    also 'scored' (0 or 1) and, 0 where nothing was scored: 'pool_error' and
-    'batch_error' (shares misclassified by the scoring forward, that is by the
-    proxy if there is one), 'nan_scores', quantiles of the rule's scores without
-    NaN, and (C,) 'pool_classes' and 'batch_classes': examples of each class in
-    the pool, and in the reuse * b selected from it.
-
-    With a short backward pass of trimming, 'loss', 'penalty', 'accuracy' and
-    'mean_mms' are over the part of the batch that it runs on.
+  For replay: `spec` is specialized to the step's variant.
   """
-  before = state
-  lane = jax.lax.axis_index(spec.axis)
-  key = jax.random.key(state.seed)
-  step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-  choice = pool.next_batch(spec, state, data, key, lane)
-  state = state.replace(
-    stream=choice.stream,
-    reserve=choice.reserve,
-    batch_stats=choice.batch_stats,
-  )
-  if not isinstance(state.counts, tuple):
-    chosen = jax.lax.all_gather(choice.batch['index'], spec.axis, tiled=True)
-    state = state.replace(counts=state.counts.at[chosen].add(1))
-  state, metrics = _update(spec, state, choice.batch, step_key, lane)
-  if spec.selection is not None:
-    metrics |= choice.metrics
-  # Without MMR nothing depends on the penalty.
-  free = ('penalty',) if spec.alpha is None else ()
-  return guard.guard(spec.on_nonfinite, before, state, metrics, free)
-
-
-def repeat(step: Callable, times: int) -> Callable:
-  """`times` steps in one call; metrics get a leading axis of that length."""
-
-  def many(state: TrainState, data: PyTree):
-    return jax.lax.scan(
-      lambda carry, _: step(carry, data), state, None, length=times
-    )
-
-  def one(state: TrainState, data: PyTree):
-    state, metrics = step(state, data)
-    return state, jax.tree.map(lambda x: x[None], metrics)
-
-  return one if times == 1 else many
+  if spec.variant.kind == StepKind.REUSE:
+    position = spec.selection.batch_in_buffer(state.step)
+    examples = from_buffer(spec, state.buffer, position)
+  else:
+    size = spec.batch_size
+    if spec.variant.kind == StepKind.SCORE:
+      size = spec.selection.pool_size
+    key = jax.random.key(state.seed)
+    _, examples = sample(spec, state, data, size, key)
+  return jax.lax.all_gather(examples, spec.axis_name, tiled=True)

@@ -42,7 +42,7 @@ def values(name: str) -> strategies.SearchStrategy:
   """What a field is set to."""
   if name in SMALL:
     return strategies.sampled_from(SMALL[name])
-  choices = [x for x in schema.CHOICES.get(name, ()) if x is not None]
+  choices = schema.choices(name)
   default = config_lib.flatten(helpers.small_config())[name]
   # Half of the time something that is allowed by itself.
   return strategies.one_of(

@@ -1,0 +1,135 @@
+"""What one value may be: a test of it, and the words for a message."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A test of a value, and the words for it.
+
+  Attributes:
+    holds: value -> whether it is allowed.
+    allowed: () -> what would be, to follow 'it must be'.
+    type: of values other than None.
+    choices: () -> the names to choose from, where a value is a name.
+  """
+
+  holds: Callable[[Any], bool]
+  allowed: Callable[[], str]
+  type: type
+  choices: Callable[[], tuple[str, ...]] = tuple
+
+
+def flag() -> Check:
+  """True or False."""
+  return Check(
+    lambda value: isinstance(value, bool), lambda: 'True or False', bool
+  )
+
+
+def integer(least: int, *, bits: int = 31) -> Check:
+  """An integer in [least, 2**bits)."""
+
+  def holds(value: Any) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and least <= value < 2**bits
+
+  allowed = f'an integer, at least {least} and below 2**{bits}'
+  return Check(holds, lambda: allowed, int)
+
+
+def number(
+  *,
+  least: float | None = None,
+  above: float | None = None,
+  most: float | None = None,
+  below: float | None = None,
+) -> Check:
+  """A finite number; each bound may be left out."""
+  bounds = {
+    'at least': (least, lambda value: value >= least),
+    'above': (above, lambda value: value > above),
+    'at most': (most, lambda value: value <= most),
+    'below': (below, lambda value: value < below),
+  }
+  given = {
+    f'{words} {bound:g}': test
+    for words, (bound, test) in bounds.items()
+    if bound is not None
+  }
+
+  def holds(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (
+      is_number
+      and all(test(value) for test in given.values())
+      and math.isfinite(value)
+    )
+
+  allowed = f'a finite number, {" and ".join(given)}'
+  return Check(holds, lambda: allowed, float)
+
+
+def string() -> Check:
+  """A string that is not empty."""
+  return Check(
+    lambda value: isinstance(value, str) and value != '',
+    lambda: 'a string that is not empty',
+    str,
+  )
+
+
+def one_of(*names: str) -> Check:
+  """One of these strings."""
+  return known(lambda: names)
+
+
+def known(choices: Callable[[], Iterable[str]]) -> Check:
+  """One of the strings that there are by then: some can be registered."""
+
+  def names() -> tuple[str, ...]:
+    return tuple(choices())
+
+  return Check(
+    lambda value: isinstance(value, str) and value in names(),
+    lambda: f'one of {names()}',
+    str,
+    names,
+  )
+
+
+def optional(check: Check) -> Check:
+  """None, or what `check` allows."""
+  return dataclasses.replace(
+    check,
+    holds=lambda value: value is None or check.holds(value),
+    allowed=lambda: f'None or {check.allowed()}',
+  )
+
+
+def several(each: Check, *, order: str = '', least: int = 0) -> Check:
+  """A tuple of at least so many values; `each` allows every one of them.
+
+  Args:
+    each: of the values.
+    order: '' for any, or 'different' or 'increasing'.
+    least: how many there must be.
+  """
+  count = 'one or more' if least == 1 else f'{least} or more' if least else ''
+  words = ' '.join(filter(None, [count, order, 'values']))
+
+  def holds(values: Any) -> bool:
+    return (
+      isinstance(values, tuple)
+      and len(values) >= least
+      and all(map(each.holds, values))
+      and (not order or len({*values}) == len(values))
+      and (order != 'increasing' or [*values] == sorted(values))
+    )
+
+  return Check(
+    holds, lambda: f'a tuple of {words}, each {each.allowed()}', tuple
+  )

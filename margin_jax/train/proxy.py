@@ -1,0 +1,64 @@
+"""The proxy: a small model that is trained along on the batches, and scores."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from margin_jax.train import dropout
+from margin_jax.train.spec import StepSpec
+
+PyTree = Any
+
+
+def train(
+  spec: StepSpec, proxy: PyTree, batch: PyTree
+) -> tuple[PyTree, dict[str, jax.Array]]:
+  """Makes one cross-entropy step of the proxy on this device's batch.
+
+  Args:
+    spec: the step's.
+    proxy: its 'params', 'batch_stats' and 'opt_state'; {} without a proxy.
+    batch: 'inputs' and 'label'.
+
+  Returns:
+    The new variables, and metrics.
+  """
+  if spec.proxy is None:
+    return proxy, {}
+
+  def loss_function(params: PyTree):
+    variables = {'params': params, 'batch_stats': proxy['batch_stats']}
+    # A proxy is small, and has no key to drop anything by.
+    with nn.intercept_methods(dropout.off):
+      (logits, _), updates = spec.proxy.apply(
+        variables,
+        spec.dataset.prepare(batch['inputs']),
+        train=True,
+        mutable=['batch_stats'],
+      )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits.astype(jnp.float32), batch['label']
+    )
+    return jnp.mean(losses), updates.get('batch_stats', {})
+
+  (loss, batch_stats), gradient = jax.value_and_grad(
+    loss_function, has_aux=True
+  )(proxy['params'])
+  gradient = jax.lax.pmean(gradient, spec.axis_name)
+  if spec.average_batch_stats:
+    batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
+  updates, opt_state = spec.optimizer.update(
+    gradient, proxy['opt_state'], proxy['params']
+  )
+  proxy = {
+    'params': optax.apply_updates(proxy['params'], updates),
+    'batch_stats': batch_stats,
+    'opt_state': opt_state,
+  }
+  return proxy, {
+    'proxy_loss': jax.lax.pmean(loss, spec.axis_name),
+    'proxy_gradient_norm': optax.tree.norm(gradient),
+  }
