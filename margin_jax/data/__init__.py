@@ -75,7 +75,7 @@ def load(
   workers: int = 8,
   undecodable: str = 'stop',
   max_length: int = 128,
-  widths: Sequence[int] = (32, 64),
+  buckets: Sequence[int] = (32, 64),
   vocabulary: str | None = None,
   sample_size: int = 1,
 ) -> Dataset:
@@ -101,8 +101,8 @@ def load(
     undecodable: 'stop' at a JPEG that cannot be decoded, or 'skip' it.
     max_length: the most tokens that an example of `SENTENCES` has; GLUE's
       longer ones are cut.
-    widths: increasing, below `max_length`: those of the narrower buckets that
-      sentences are put into by length.
+    buckets: increasing widths, below `max_length`: those of the narrower
+      buckets that sentences are put into by length.
     vocabulary: the path of a vocab.txt, for those of `VOCABULARY_NEEDED`.
     sample_size: how many training examples a step samples, at most; no bucket
       has fewer.
@@ -185,7 +185,7 @@ def load(
       buckets={
         split: bucketed.assign(
           tokens.lengths(x['inputs']),
-          (*widths, max_length),
+          (*buckets, max_length),
           sample_size if split == 'train' else 1,
         )
         for split, x in arrays.items()

@@ -90,7 +90,6 @@ def _dataset(
 ) -> data.Dataset:
   scores = config.selection.rule != UNIFORM
   fields = config.data.to_dict()
-  fields['widths'] = fields.pop('buckets')
   fields['vocabulary'] = vocabulary.find(config, workdir)
   sample_size = config.pool_size if scores else config.batch_size
   return data.load(
