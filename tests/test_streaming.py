@@ -207,7 +207,6 @@ def test_steps_of_streamed_data_are_called_one_by_one():
     setup_lib.steps_per_call(streamed_config(steps_per_call=3), 'gpu', dataset)
 
 
-
 def sample(folder):
   """The folder with a hundred images; the test skips where there is none."""
   if not (folder / 'tfds_sample').is_dir():
