@@ -11,8 +11,8 @@ Cases that read real data run where MARGIN_JAX_TEST_DATA is set.
 
     python tests/golden.py --stable /tmp/before.json
 
-writes what does not depend on the machine from there into tests/golden.json, for
-tests/test_golden.py: once with each version of jax, whose FLOPs may differ.
+writes what does not depend on the machine from there into tests/golden.json,
+for tests/test_golden.py: once with each version of jax, whose FLOPs may differ.
 """
 
 import argparse

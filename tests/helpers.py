@@ -9,6 +9,7 @@ import socket
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import data, selection
@@ -20,6 +21,11 @@ from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def slow(*values):
+  """Parameters of a test with which it is slow."""
+  return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def small_config(**fields):

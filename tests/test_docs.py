@@ -115,6 +115,7 @@ def check_config(given, folder):
 @pytest.mark.parametrize(
   'path', PAGES, ids=lambda path: str(path.relative_to(DOCS))
 )
+@pytest.mark.slow
 def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
   """In their order, in one folder; those marked `parsed` are only checked."""
   monkeypatch.chdir(tmp_path)
@@ -215,6 +216,7 @@ def _site(tmp_path_factory):
   return pages
 
 
+@pytest.mark.slow
 def test_every_link_resolves(site):
   """To a file of the site and an anchor in it; others have the right form."""
   external = set()
@@ -239,6 +241,7 @@ def test_every_link_resolves(site):
   assert len(external) > 10
 
 
+@pytest.mark.slow
 def test_pages_need_no_network(site):
   """Whatever a page loads lies beside it."""
   for path in site:

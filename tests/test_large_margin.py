@@ -125,6 +125,7 @@ def test_jvp_and_vjp_agree(norm):
 
 
 @pytest.mark.parametrize('second_order', [False, True])
+@pytest.mark.slow
 def test_flax_models_with_batch_norm(second_order):
   """A small step against the gradient lowers the loss; bfloat16 is finite."""
   inputs = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))

@@ -13,7 +13,7 @@ from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
 from margin_jax.train.loop import Trainer
 from tests import helpers
-from tests.helpers import ROOT, Interrupted, read_csv, saved_state, train
+from tests.helpers import ROOT, Interrupted, read_csv, saved_state, slow, train
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def test_same_command_on_a_complete_run_changes_nothing(finished):
   assert 'starting at step 20' in lines[0]
 
 
-@pytest.mark.parametrize('at', [10, 15])
+@pytest.mark.parametrize('at', [*slow(10), 15])
 def test_interrupted_run_ends_bit_identical(finished, tmp_path, at):
   workdir, result, _ = finished
   with pytest.raises(Interrupted):
@@ -88,6 +88,7 @@ def test_interrupted_run_ends_bit_identical(finished, tmp_path, at):
   assert steps == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_fits_any_number_of_devices(finished, tmp_path):
   workdir, _, _ = finished
   with pytest.raises(Interrupted):
@@ -127,6 +128,7 @@ def test_another_config_is_refused(finished):
   assert (workdir / 'result.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
   with pytest.raises(guard.NonFiniteError, match=r'is (nan|inf) at step \d+'):
     train(
@@ -156,12 +158,14 @@ def test_bad_config_stops_before_anything_is_written(tmp_path):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_without_validation_there_is_no_best(tmp_path):
   result, _ = train(tmp_path, **{'data.validation_examples': 0}, steps=5)
   assert result['best'] is None
   assert 'validation' not in result
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path):
   def error_of(*arguments):
     process = subprocess.run(
@@ -198,6 +202,7 @@ def test_command_line_errors_are_one_line(tmp_path):
   assert 'margin_jax.data.prepare cifar10' in message
 
 
+@pytest.mark.slow
 def test_cifar10_trains(data_dir, tmp_path):
   """The real 45,000 images: scored, selected, evaluated on all 10,000."""
   result, lines = train(
@@ -224,6 +229,7 @@ def test_cifar10_trains(data_dir, tmp_path):
   assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reaches_its_end_with_several_steps_a_call(tmp_path):
   intervals = {'log_every': 5, 'eval_every': 5, 'checkpoint_every': 5}
   train(tmp_path, steps=15, **intervals)
@@ -235,6 +241,7 @@ def test_a_resumed_run_reaches_its_end_with_several_steps_a_call(tmp_path):
   assert int(saved_state(tmp_path)[0].step) == 40
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_result_writes_it(tmp_path):
   first, _ = train(tmp_path, steps=5)
   (tmp_path / 'result.json').unlink()
@@ -266,6 +273,7 @@ def test_unusable_workdir_is_a_config_error(tmp_path):
     train(tmp_path / 'file')
 
 
+@pytest.mark.slow
 def test_python_stays_a_few_calls_ahead_of_the_devices(monkeypatch, tmp_path):
   """A hundred waiting calls deadlock XLA:CPU's collectives."""
   ahead = []
