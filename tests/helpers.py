@@ -240,11 +240,3 @@ def free_port():
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))
     return listener.getsockname()[1]
-
-
-def small_network(weights, inputs, perturbation=0.0):
-  """The network of `references.network_logits`, in JAX."""
-  hidden = inputs @ weights['w1'] + weights['b1'][None]
-  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
-  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
-  return hidden @ weights['w2'] + weights['b2'][None]

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from margin_jax import at_layers, large_margin_loss, models
 from tests import references
-from tests.helpers import small_network
+from tests.custom import small_network
 
 DEFAULTS = {
   'gamma': 2.0, 'alpha': 3.0, 'norm': 'l2', 'top_k': 1, 'worst_case': False,

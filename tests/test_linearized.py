@@ -16,7 +16,7 @@ from margin_jax import (
   signed_margins,
 )
 from tests import references
-from tests.helpers import small_network
+from tests.custom import small_network
 
 NORMS = ('l1', 'l2', 'l_inf')
 
