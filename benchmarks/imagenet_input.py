@@ -45,7 +45,7 @@ def piped(data_dir: str, images: int, workers: int) -> Iterator[float]:
   )
   # Two more to start with: what the workers read ahead is not counted.
   steps = images // BATCH + 3
-  batches = dataset.training([BATCH] * steps, 0, 0, devices_lib.Share(0, 1))
+  batches = dataset.training([BATCH] * steps, 0, 0, devices_lib.Shard(0, 1))
   for step, _ in enumerate(batches):
     if step >= 2:
       yield time.perf_counter()

@@ -49,24 +49,24 @@ VARIANTS = {
 STEPS = 10
 
 
-def make_source(examples: int = 6400) -> data.Source:
+def make_source(examples: int = 6400) -> data.InMemory:
   """Random images with CIFAR-10's shape and augmentation."""
   rng = np.random.default_rng(0)
   split = {
     'inputs': rng.integers(0, 256, (examples, 32, 32, 3)).astype(np.uint8),
     'label': rng.integers(0, 10, examples).astype(np.int32),
   }
-  return data.Source(
+  return data.InMemory(
     name='random',
     num_classes=10,
     splits={'train': split, 'test': split},
     rows={'train': np.arange(examples), 'test': np.arange(examples)},
     augment=data.augment.compose(('crop', 'flip'), 4),
-    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalizer(split['inputs'], 'dataset'),
   )
 
 
-def make_run(fields: dict, model: str, dataset: data.Source):
+def make_run(fields: dict, model: str, dataset: data.Dataset):
   """A function that takes `STEPS` steps and waits for them."""
   config = config_lib.default()
   config.model.name = model

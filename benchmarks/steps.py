@@ -44,7 +44,7 @@ VARIANTS = {
 }
 
 
-def make_sentences(examples: int) -> data.Source:
+def make_sentences(examples: int) -> data.Bucketed:
   """Random tokens without padding."""
   rng = np.random.default_rng(0)
   inputs = np.zeros((examples, LENGTH, 2), np.uint16)
@@ -55,14 +55,14 @@ def make_sentences(examples: int) -> data.Source:
     'label': rng.integers(0, 2, examples).astype(np.int32),
   }
   rows = np.arange(examples)
-  return data.Source(
+  return data.Bucketed(
     name='random',
     num_classes=2,
     splits={'train': split, 'test': split},
     rows={'train': rows, 'test': rows},
     augment=lambda key, sentence: sentence,
     prepare=data.tokens.unpack,
-    parts={'train': [(LENGTH, rows)], 'test': [(LENGTH, rows)]},
+    buckets={'train': [(LENGTH, rows)], 'test': [(LENGTH, rows)]},
     vocabulary=WORDS,
   )
 
@@ -100,7 +100,7 @@ def make_config(
 class Fused:
   """Steps of the trainer's own program."""
 
-  def __init__(self, config: ml_collections.ConfigDict, dataset: data.Source):
+  def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
     """Compiles them."""
     self.devices = devices_lib.Devices(1)
     self.spec = setup_lib.make_spec(config, dataset, 1)

@@ -103,14 +103,18 @@ def _augmentation(name: str) -> Need:
   )
 
 
-def _model(words: str, met: Callable[[str], bool]) -> Need:
-  return Need(words, lambda config: met(config['model.name']), 'model.name')
+def _model(words: str, option: str) -> Need:
+  return Need(
+    words,
+    lambda config: option in models.find(config['model.name']).options,
+    'model.name',
+  )
 
 
 def _any_batch_norm(config: Flat) -> bool:
   proxy = config['selection.proxy'] if SCORING.met(config) else None
   names = config['model.name'], proxy
-  return any(name and models.has_batch_norm(name) for name in names)
+  return any(name and models.find(name).batch_norm for name in names)
 
 
 def _is_images(name: str) -> bool:
@@ -167,7 +171,9 @@ RISKS = ('cross_entropy', 'hinge')
 DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
 RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
 MODEL = Check(
-  models.exists, lambda: f'one of {models.allowed()}', str
+  lambda name: models.find(name) is not None,
+  lambda: f'one of {models.names()}',
+  str,
 )  # there is no end of them
 DTYPE = one_of(*models.DTYPES)
 
@@ -356,13 +362,13 @@ FIELDS: dict[str, Field] = {
     'he',
     one_of(*models.VARIANTS),
     "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
-    needs=[_model('a model with variants', models.has_variants)],
+    needs=[_model('a model with variants', 'variant')],
   ),
   'model.dtype': Field(
     'float32',
     DTYPE,
     'Of the computation; parameters and the head stay float32.',
-    needs=[_model('a model with a field dtype', models.has_dtypes)],
+    needs=[_model('a model with a field dtype', 'dtype')],
   ),
   'model.batch_norm': Field(
     'global',
@@ -377,20 +383,20 @@ FIELDS: dict[str, Field] = {
     'Fraction of the activations that is dropped: inside a block of wide '
     "ResNets; of BERT's embeddings, sublayers, attention and features "
     '(published: 0.1).',
-    needs=[_model('a model with dropout', models.has_dropout)],
+    needs=[_model('a model with dropout', 'dropout')],
   ),
   'model.stem': Field(
     'imagenet',
     one_of(*models.STEMS),
     "First layers of ImageNet ResNets and DenseNets; 'small' is for images "
     'of 32x32.',
-    needs=[_model('a model with stems', models.has_stems)],
+    needs=[_model('a model with stems', 'stem')],
   ),
   'model.width': Field(
     1.0,
     POSITIVE,
     "Multiplier of MobileNet's numbers of channels.",
-    needs=[_model('a model with a width multiplier', models.has_widths)],
+    needs=[_model('a model with a width multiplier', 'width')],
   ),
   'model.pretrained': Field(
     None,

@@ -43,7 +43,7 @@ def export(
   steps = None if step is None else [step]
   with runs.open_run(workdir, steps, data_dir) as run:
     config_lib.require(
-      models.reads_sentences(run.config.model.name), 'model.name',
+      models.find(run.config.model.name).reads == 'sentences', 'model.name',
       run.config.model.name, 'a BERT to be exported',
     )  # fmt: skip
     state = run.restore(step)

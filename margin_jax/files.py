@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, locks, the cache folder."""
 
 import contextlib
 import csv
@@ -14,6 +14,14 @@ try:
   import fcntl
 except ImportError:  # Windows
   fcntl = None
+
+
+def cache_dir() -> pathlib.Path:
+  """Returns $XDG_CACHE_HOME/margin_jax, or the same under ~/.cache."""
+  base = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(base):  # as the XDG specification demands
+    base = os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'margin_jax'
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 A registered name is a value of a config field, like the built-in ones.
 """
 
+import dataclasses
 import inspect
 
 import flax.linen as nn
@@ -93,7 +94,7 @@ def _problem_of(function: object, argument: str) -> str | None:
 def register_model(
   name: str, module: type[nn.Module], *, any_size: bool = False
 ) -> None:
-  """Makes a Flax module of your own a model: a `model.name`, or a proxy.
+  """Registers a Flax module as a model: a `model.name`, or a proxy.
 
   Registered again, a name stands for the new module.
 
@@ -112,8 +113,26 @@ def register_model(
     TypeError: `module` is no such class.
     ValueError: the name is taken.
   """
-  taken = name not in models.own.MODELS and models.exists(name)
-  models.own.add(name, module, any_size=any_size, taken=taken)
+  if name not in models.REGISTERED and models.find(name):
+    raise ValueError(f'model {name!r} is there already; take another name')
+  if not (isinstance(module, type) and issubclass(module, nn.Module)):
+    raise TypeError(
+      f'model {name!r} must be a class that is a flax.linen.Module, got '
+      f'{module!r}'
+    )
+  fields = {field.name for field in dataclasses.fields(module)}
+  if 'num_classes' not in fields:
+    raise TypeError(
+      f'model {name!r} must have a field num_classes: {module.__name__} has '
+      'none'
+    )
+  models.REGISTERED[name] = models.Model(
+    make=module,
+    options=frozenset(fields & {'dtype', 'dropout', 'width'}),
+    any_shape=True,
+    batch_norm='batch_norm_axis' in fields,
+    any_size=any_size,
+  )
 
 
 def register_dataset(

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from margin_jax.data import in_memory, streaming
+from margin_jax.data import normalization, streaming
 from margin_jax.train import devices as devices_lib
 from tests.helpers import small_config
 
@@ -161,7 +161,7 @@ def streamed(workers=0, examples=30):
     return Records({'image': jpeg(rng, y), 'label': int(y)} for y in labels)
 
   rows = {'train': np.arange(examples), 'test': np.arange(11)}
-  return streaming.Streamed(
+  return streaming.Streaming(
     name='made',
     num_classes=4,
     records={'train': records(examples), 'test': records(11)},
@@ -170,7 +170,9 @@ def streamed(workers=0, examples=30):
     image_size=16,
     workers=workers,
     augment=lambda key, image: image,
-    prepare=in_memory.normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'),
+    prepare=normalization.normalizer(
+      np.zeros((1, 1, 1, 3), np.uint8), 'imagenet'
+    ),
   )
 
 

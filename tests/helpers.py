@@ -74,13 +74,13 @@ def noise():
   inputs = rng.integers(0, 200, (96, 12, 12, 3))
   inputs += 50 * label.reshape(-1, 1, 1, 1)
   split = {'inputs': inputs.astype(np.uint8), 'label': label}
-  return data.Source(
+  return data.InMemory(
     name='noise',
     num_classes=2,
     splits={'train': split, 'test': split},
     rows={'train': np.arange(96), 'test': np.arange(96)},
     augment=lambda key, image: image,
-    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalizer(split['inputs'], 'dataset'),
   )
 
 
@@ -97,8 +97,9 @@ class Setup:
     self._steps_per_call = steps_per_call
     self._state = setup_lib.init_state(self.config, self.dataset, self.spec)
     self.first = jax.tree.map(np.array, jax.device_get(self._state))
-    sizes = self.spec.examples_sampled(np.arange(self.config.steps))
+    sizes = self.spec.sizes(self.config.steps)
     self.loader = self.dataset.loader(self.devices, sizes, 0, self.config.seed)
+    self.data = self.loader(0)
 
   @functools.cached_property
   def program(self):
@@ -124,30 +125,33 @@ class Setup:
     return jax.device_get(state), stacked
 
 
-def first_pool(setup):
-  """The 32 examples that the first step of seed 0 scores."""
-  _, pool = on_one_device(
-    functools.partial(
-      setup.dataset.sample, size=32, step=0, axis_name=devices_lib.AXIS
-    )
-  )(
-    setup.first.sampler,
-    setup.dataset.splits['train'],
-    key=jax.random.fold_in(jax.random.key(0), 2),
-  )
-  return pool
+def sampler(dataset, size, devices=1):
+  """Samples as so many devices do: (state, data, key, step) -> state, all."""
+
+  @jax.jit
+  def sample(state, data, key, step):
+    def per_device():
+      return dataset.sample(
+        state, data, size, key=key, step=step, axis_name='device'
+      )
+
+    return jax.vmap(per_device, axis_name='device', axis_size=devices)()
+
+  def run(state, data, key, step):
+    states, shards = sample(state, data, key, jnp.int32(step))
+    for state in jax.tree.leaves(states):
+      np.testing.assert_array_equal(state, state[:1].repeat(devices, 0))
+    first = jax.tree.map(lambda x: x[0], states)
+    return first, jax.tree.map(lambda x: np.concatenate([*x]), shards)
+
+  return run
 
 
-def on_one_device(function):
-  """The per-device function, under a mapped axis of length 1."""
-
-  def mapped(*args, **kwargs):
-    result = jax.vmap(
-      lambda unread: function(*args, **kwargs), axis_name=devices_lib.AXIS
-    )(jnp.zeros(1))
-    return jax.tree.map(lambda x: x[0], result)
-
-  return mapped
+def first_pool(setup, size=32):
+  """The examples that the first step of seed 0 scores, or trains on."""
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  state = setup.dataset.state()
+  return sampler(setup.dataset, size)(state, setup.data, key, 0)[1]
 
 
 def scored(logits, kernel, labels, keys, features=None):

@@ -9,9 +9,8 @@ import pytest
 
 from margin_jax import analyze, data, linearized, mms_scores, signed_margins
 from margin_jax import config as config_lib
-from margin_jax.train import evaluation, loop
-from margin_jax.train import setup as setup_lib
-from margin_jax.train.checkpoints import Checkpoints
+from margin_jax.analyze.__main__ import main
+from margin_jax.train import evaluation, loop, runs
 from tests import helpers
 
 NOISY = {
@@ -44,15 +43,9 @@ def column(rows, name):
 
 
 def restored(workdir, step):
-  config = helpers.small_config(**NOISY)
-  dataset = setup_lib.load(config, None)[1]
-  method = setup_lib.make_spec(config, dataset, 1)
-  checkpoints = Checkpoints(str(workdir))
-  state, _ = checkpoints.restore(
-    setup_lib.init_state(config, dataset, method), step
-  )
-  checkpoints.close()
-  return dataset, method, state
+  """Returns dataset, step spec and state of a run."""
+  with runs.open_run(workdir, [step]) as run:
+    return run.dataset, run.spec, run.restore(step)
 
 
 def test_flipped_labels_have_the_most_negative_margins(run):
@@ -70,9 +63,9 @@ def test_flipped_labels_have_the_most_negative_margins(run):
 def test_every_example_is_ranked_with_its_own_margin(run, split):
   workdir, folder, _ = run
   rows = read(folder / f'{split}.csv')
-  dataset, method, state = restored(workdir, 200)
+  dataset, spec, state = restored(workdir, 200)
   examples = dataset.splits[split]
-  logits, _ = method.model.apply(
+  logits, _ = spec.model.apply(
     {'params': state.params}, dataset.prepare(examples['inputs']), train=False
   )
   kernel = state.params['head']['kernel']
@@ -103,9 +96,9 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
     'normalized margin at conv2', 'normalized margin at features',
   }  # fmt: skip
   last = [row for row in rows if row['step'] == '200']
-  dataset, method, state = restored(workdir, 200)
+  dataset, spec, state = restored(workdir, 200)
   train = dataset.splits['train']
-  _, features = method.model.apply(
+  _, features = spec.model.apply(
     {'params': state.params}, dataset.prepare(train['inputs']), train=False
   )
   ranked = column(read(folder / 'train.csv'), 'margin')
@@ -128,23 +121,23 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
   assert any('step 200' in line for line in lines)
 
 
-def test_signatures_and_the_picture_are_written(run):
+def test_signatures_and_the_plot_are_written(run):
   rows = read(run[1] / 'signatures.csv')
   assert len(rows) == 5 * 2 * 3 * 2  # steps, splits, layers, kinds
   for row in rows:
     numbers = column([row], 's1'), column([row], 's5')
     assert 0 < numbers[0] < numbers[1]
-  picture = (run[1] / 'margins.png').read_bytes()
-  assert picture.startswith(b'\x89PNG')
-  assert len(picture) > 20_000
+  plot = (run[1] / 'margins.png').read_bytes()
+  assert plot.startswith(b'\x89PNG')
+  assert len(plot) > 20_000
 
 
 def test_the_number_of_devices_does_not_matter(run, tmp_path):
   """The run was analyzed on all eight; devices=1 is the saved config's."""
   assert jax.device_count() == 8
-  dataset, method, state = restored(run[0], 200)
+  dataset, spec, state = restored(run[0], 200)
   label = dataset.splits['train']['label']
-  logits, _ = method.model.apply(
+  logits, _ = spec.model.apply(
     {'params': state.params},
     dataset.prepare(dataset.splits['train']['inputs']),
     train=False,
@@ -204,13 +197,13 @@ def test_the_layers_variation_is_exact_far_from_zero():
     'params': {**this.first.params, 'hidden': hidden}, 'batch_stats': {}
   }  # fmt: skip
   measurer = evaluation.Measurer(
-    this.method,
-    evaluation.make_splits(this.devices, this.dataset, ('test',), 100),
+    this.spec,
+    this.dataset.chunks(this.devices, ('test',), 100, whole=True),
     {'hidden': (1, 128), 'features': (1, 128)},
   )
   inputs = this.dataset.prepare(this.dataset.splits['test']['inputs'])
   found = linearized.activations_at(
-    this.method.model, variables, inputs, ('hidden',)
+    this.spec.model, variables, inputs, ('hidden',)
   )
   wide = np.asarray(found['hidden'], np.float64)
   expected = np.trace(np.cov(wide.T, bias=True))
@@ -242,7 +235,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     (['--workdir', str(run[0]), '--out', str(file)], 'out=.*File exists'),
   ):
     with pytest.raises(SystemExit, match=words):
-      analyze.main(argv)
+      main(argv)
   assert [*tmp_path.iterdir()] == [file]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import margin_jax
 from margin_jax import selection
+from tests import helpers
 
 B, C, D, DEVICES = 8, 5, 3, 2
 
@@ -92,8 +93,9 @@ def test_annotations_hold_under_vmap_and_pmap():
 def test_annotations_hold_for_rules_and_the_fit():
   logits, kernel, labels, _ = example()
   keys = jax.random.split(jax.random.key(0), B)
+  scored = helpers.scored(logits, kernel, labels, keys)
   for rule in selection.RULES.values():
-    assert checked(rule)(logits, kernel, labels, keys).shape == (B,)
+    assert checked(rule.score)(scored).shape == (B,)
   rng = np.random.default_rng(0)
   fit = API['fit_generalization_gap'](rng.uniform(1, 2, (6, 2)), np.ones(6))
   assert fit.coefficients.shape == (2,)

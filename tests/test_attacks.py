@@ -114,15 +114,15 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
   this = helpers.Setup(devices=devices, **{'selection.rule': 'uniform'})
   split = this.dataset.splits['test']
   evaluator = evaluation.Evaluator(
-    this.method,
-    evaluation.make_splits(this.devices, this.dataset, ('test',), 101),
+    this.spec,
+    this.dataset.chunks(this.devices, ('test',), 101),
     attacks.fgsm,
   )
   params = this.first.params
 
   def logits_fn(pixels):
     prepared = this.dataset.prepare(pixels)
-    return this.method.model.apply({'params': params}, prepared, train=False)[0]
+    return this.spec.model.apply({'params': params}, prepared, train=False)[0]
 
   pixels = jnp.asarray(split['inputs'], jnp.float32)
   moved = attacks.fgsm(

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from margin_jax import data
-from margin_jax.data import augment, autoaugment, image_ops, in_memory
+from margin_jax.data import augment, autoaugment, image_ops
 from margin_jax.data.autoaugment import IDENTITY, MAGNITUDES, OPERATIONS, POLICY
+from tests import helpers
 
 GREY = (128, 128, 128)
 # What the paper's table of operations gives for ten magnitudes; (24, 20) is
@@ -275,11 +276,11 @@ def test_cutout_covers_every_square_equally_often(size):
 @pytest.mark.parametrize('normalization', ['dataset', 'imagenet'])
 def test_cutout_fills_with_what_normalisation_maps_to_zero(normalization):
   raw = pictures()
-  prepare = in_memory.normalizer(raw, normalization)
-  pixel = in_memory.zero_pixel(prepare, 3)
-  mean = 255 * in_memory.statistics(raw)[0]
+  prepare = normalization.normalizer(raw, normalization)
+  pixel = normalization.zero_pixel(prepare, 3)
+  mean = 255 * normalization.statistics(raw)[0]
   if normalization == 'imagenet':
-    mean = 255 * np.array(in_memory.IMAGENET_MEAN)
+    mean = 255 * np.array(normalization.IMAGENET_MEAN)
   np.testing.assert_array_equal(pixel, np.round(mean))
   step = np.asarray(prepare(jnp.asarray([[1, 1, 1]], jnp.uint8)))
   step = step - prepare(jnp.zeros((1, 3), jnp.uint8))
@@ -355,27 +356,29 @@ def test_a_resized_crop_is_pillows_resize_of_a_box():
 
 
 @pytest.mark.slow
-def test_pixels_do_not_depend_on_the_number_of_lanes():
+def test_pixels_do_not_depend_on_the_number_of_devices():
   names = ('random_resized_crop', 'autoaugment', 'cutout')
-  function = augment.compose(names, 2, 5, 99)
   split = {
-    'inputs': jnp.tile(IMAGES, (2, 1, 1, 1)),
-    'label': jnp.arange(2 * len(IMAGES)),
+    'inputs': np.tile(IMAGES, (2, 1, 1, 1)),
+    'label': np.arange(2 * len(IMAGES)),
   }
+  dataset = data.InMemory(
+    name='made',
+    num_classes=2 * len(IMAGES),
+    splits={'train': split},
+    rows={'train': split['label']},
+    augment=augment.compose(names, 2, 5, 99),
+    prepare=lambda inputs: inputs,
+  )
   found = []
-  for lanes in (1, 2, 4):
-
-    @jax.jit
-    def draw(lane, step, lanes=lanes):
-      return data.draw(
-        data.Stream.create(16), split, 8, key=jax.random.key(0), step=step,
-        lane=lane, lanes=lanes, augment=function,
-      )[1]['inputs']  # fmt: skip
-
-    shares = [draw(jnp.int32(i), jnp.int32(7)) for i in range(lanes)]
-    found.append(np.concatenate(shares))
-    other = draw(jnp.int32(0), jnp.int32(8))
-    assert (other != shares[0]).any()
+  for devices in (1, 2, 4):
+    sample = helpers.sampler(dataset, 8, devices)
+    pixels, other = (
+      sample(dataset.state(), split, jax.random.key(0), step)[1]['inputs']
+      for step in (7, 8)
+    )
+    assert (other != pixels).any()
+    found.append(pixels)
   assert found[0].dtype == np.uint8
   for pixels in found[1:]:
     np.testing.assert_array_equal(pixels, found[0])

@@ -12,7 +12,6 @@ from flax import traverse_util
 
 from margin_jax import layer_margins, linearized, signed_margins
 from margin_jax.models import bert
-from margin_jax.train import gradients
 
 TINY = {
   'num_classes': 3, 'vocab_size': 50, 'layers': 2, 'width': 12, 'heads': 3,
@@ -23,9 +22,9 @@ TINY = {
 def make_inputs(lengths=(7, 16, 3), width=16):
   """Pairs of random sentences, padded to `width`."""
   rng = np.random.default_rng(0)
-  rows, places = (len(lengths), width), np.arange(width)
-  mask = places[None] < np.array(lengths)[:, None]
-  second = places[None] >= np.array(lengths)[:, None] // 2
+  rows, positions = (len(lengths), width), np.arange(width)
+  mask = positions[None] < np.array(lengths)[:, None]
+  second = positions[None] >= np.array(lengths)[:, None] // 2
   return {
     'ids': np.where(mask, rng.integers(1, 50, rows), 0).astype(np.int32),
     'segments': np.where(mask, second, 0).astype(np.int32),
@@ -49,12 +48,12 @@ def random_params():
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def apply(inputs, train=False, key=0, lane=0, **fields):
+def apply(inputs, train=False, key=0, device=0, **fields):
   """Logits and features, in training with the masks of the train step."""
   model = bert.Bert(**{**TINY, **fields})
 
   def forward(variables, inputs, key):
-    with nn.intercept_methods(gradients.dropout_by_place(lane)):
+    with nn.intercept_methods(dropout_lib.by_position(device)):
       return model.apply(variables, inputs, train=train, rngs={'dropout': key})
 
   forward = jax.jit(forward) if train else forward
@@ -191,7 +190,7 @@ def test_padding_changes_nothing():
   assert np.isfinite(apply(empty)[0]).all()
 
 
-def test_segments_and_places_count():
+def test_segments_and_positions_count():
   inputs = make_inputs()
   logits, _ = apply(inputs)
   other, _ = apply({**inputs, 'segments': 1 - inputs['segments']})
@@ -232,14 +231,14 @@ def test_dropout_is_of_training_only():
   assert np.abs(dropped - other).max() > 0.1
 
 
-def test_dropout_masks_are_of_the_place_in_the_batch():
+def test_dropout_masks_are_of_the_index_in_the_batch():
   inputs = make_inputs((5, 5, 5, 5))
   same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), inputs)
   logits, features = apply(same, train=True, dropout=0.3)
   assert len(np.unique(np.asarray(logits)[:, 0])) == 4
   # Another device's share.
   share = jax.tree.map(lambda x: x[2:], same)
-  others = apply(share, train=True, dropout=0.3, lane=1)
+  others = apply(share, train=True, dropout=0.3, device=1)
   np.testing.assert_allclose(others[0], logits[2:], 1e-5, 1e-5)
   np.testing.assert_allclose(others[1], features[2:], 1e-5, 1e-5)
 

@@ -13,7 +13,8 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from margin_jax.models import bert, bert_weights, pretrained
+from margin_jax import models
+from margin_jax.models import bert, bert_weights, pretrained, weights
 from margin_jax.models.pretrained import PretrainedError
 
 MODEL = bert.Bert(
@@ -72,12 +73,12 @@ def assert_read(folder, without=()):
   expected = traverse_util.flatten_dict(variables())
   found = bert_weights.read(folder, shapes(), NAME)
   assert {*found} == {*expected} - {*without}
-  for place, x in found.items():
+  for path, x in found.items():
     assert x.dtype == np.float32
-    np.testing.assert_array_equal(x, expected[place])
+    np.testing.assert_array_equal(x, expected[path])
 
 
-HEAD = (pretrained.HEAD_KERNEL, pretrained.HEAD_BIAS)
+HEAD = (weights.HEAD_KERNEL, weights.HEAD_BIAS)
 
 
 def test_what_is_written_is_read_back(folder):
@@ -122,8 +123,8 @@ def test_a_second_time_the_files_are_replaced(folder):
   bert_weights.write(str(folder), other, SIZES)
   found = bert_weights.read(folder, shapes())
   expected = traverse_util.flatten_dict(other)
-  for place, x in found.items():
-    np.testing.assert_array_equal(x, expected[place])
+  for path, x in found.items():
+    np.testing.assert_array_equal(x, expected[path])
   assert sorted(path.name for path in folder.iterdir()) == [
     'README.md', 'config.json', 'model.safetensors', 'tokenizer_config.json',
     'vocab.txt',
@@ -390,6 +391,6 @@ def test_without_a_network_the_message_says_what_to_give(monkeypatch):
 
 
 def test_which_models_have_weights():
-  assert pretrained.supports('bert_base')
-  assert pretrained.supports('bert6_384_12')
-  assert not pretrained.supports('bert6_384_11')
+  for name in ('bert_base', 'bert6_384_12'):
+    assert models.find(name).published is bert.PUBLISHED
+  assert models.find('bert6_384_11') is None

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from margin_jax import data
+from margin_jax import data, files
 from margin_jax.data import cache, tfds_images
 from tests import helpers
 from tests.datasets import image_of, write_dataset
@@ -208,7 +208,7 @@ def test_the_users_folder_without_xdg(monkeypatch, tmp_path, value):
     monkeypatch.delenv('XDG_CACHE_HOME')
   else:
     monkeypatch.setenv('XDG_CACHE_HOME', value)
-  assert cache.user_folder() == tmp_path / '.cache/margin_jax/data'
+  assert files.cache_dir() == tmp_path / '.cache/margin_jax'
 
 
 def test_the_second_start_does_not_import_tfds(tmp_path, decoded, monkeypatch):

@@ -12,12 +12,12 @@ import sys
 import pytest
 from PIL import Image
 
-from margin_jax import config as config_lib
 from margin_jax import files
 from margin_jax.compare import budgets, experiment, runs
 from margin_jax.compare.methods import Trial
 from margin_jax.config import ConfigError
 from margin_jax.train import guard, loop, process
+from margin_jax.train import runs as runs_lib
 from tests.helpers import ROOT, small_config
 
 COSTS = ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait')
@@ -71,7 +71,7 @@ class Pretended:
       'test': {'accuracy': 1 - error},
       'steps': config.steps, **costs, 'device': 'abacus', 'devices': 1,
       'skipped': 0, 'undecodable': 0, 'host_cores': 5,
-      'versions': {'jax': '7'}, 'config': config_lib.as_json(config),
+      'versions': {'jax': '7'}, 'config': runs_lib.to_save(config),
     }  # fmt: skip
     if config.data.validation_examples:
       worse = abs(config.mmr.alpha - 1e-4)

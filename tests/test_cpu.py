@@ -1,17 +1,18 @@
 """What is there for speed on CPUs changes no result."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from margin_jax import cpu, models
-from margin_jax.data import feeding
 from margin_jax.train import compiled as compiled_lib
-from margin_jax.train import pool
+from margin_jax.train import step as step_lib
 from tests import helpers
 
 
@@ -98,16 +99,16 @@ def _gradient():
 
 
 @pytest.mark.parametrize(
-  ('share', 'rows'),
+  ('shard', 'size'),
   [(640, 32), (320, 32), (160, 32), (80, 16), (40, None), (32, None)],
 )
-def test_how_many_rows_are_scored_at_a_time(share, rows):
-  assert cpu.scored_rows(share) == rows
+def test_how_many_examples_are_scored_at_a_time(shard, size):
+  assert cpu.chunk_size(shard) == size
 
 
 def test_accelerators_score_all_at_once(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert cpu.scored_rows(640) is None
+  assert cpu.chunk_size(640) is None
 
 
 @pytest.fixture(scope='module')
@@ -116,34 +117,47 @@ def large():
   return helpers.Setup(pool_size=96)
 
 
-def test_scores_do_not_depend_on_the_rows_at_a_time(large):
-  method = large.method
-  assert method.selection.rows == 32
+def logits_of(spec, state, inputs):
+  """What the scoring forward of a step computes."""
+
+  def score():
+    rows = jnp.zeros(len(inputs), jnp.int32)
+    pool = {'inputs': inputs, 'label': rows, 'index': rows}
+    scored, _ = step_lib.score(spec, state, pool, jax.random.key(0))
+    return scored.logits
+
+  mapped = jax.vmap(score, axis_name=spec.axis_name, axis_size=1)
+  return jax.jit(mapped)()[0]
+
+
+def test_scores_do_not_depend_on_the_chunk_size(large):
+  assert large.spec.selection.chunk_size == 32
   inputs = helpers.digits().splits['train']['inputs'][:96]
   logits = [
-    jax.jit(lambda x, m=m: pool._score(m, large.first, x)[0])(inputs)
-    for m in (method, method.at_once())
+    logits_of(spec, large.first, inputs)
+    for spec in (large.spec, large.spec.unchunked())
   ]
   np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_share_has_the_scores_that_it_has_in_the_whole():
+def test_a_shard_has_the_scores_that_it_has_in_the_whole():
   """To the bit: each device runs programs of the same shapes."""
   one = helpers.Setup(pool_size=128)
   inputs = helpers.digits().splits['train']['inputs'][:128]
-  score = jax.jit(lambda x: pool._score(one.method, one.first, x)[0])
-  shares = [score(inputs[:64]), score(inputs[64:])]
-  np.testing.assert_array_equal(score(inputs), np.concatenate(shares))
+  score = functools.partial(logits_of, one.spec, one.first)
+  shards = [score(inputs[:64]), score(inputs[64:])]
+  np.testing.assert_array_equal(score(inputs), np.concatenate(shards))
 
 
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
   whole = compiled_lib.Program(
-    large.method.at_once(),
+    large.spec.unchunked(),
     large.devices,
-    1,
+    large.loader,
     large.devices.replicate(large.first),
-    feeding.Resident(large.devices, large.dataset, large.method),
+    large.config.steps,
+    1,
   )
   assert large.program.cost(0, 3) == whole.cost(0, 3)
   compiled = large.program.programs[0].flops
@@ -164,11 +178,13 @@ def run(code, **environment):
 
 
 FLAGS = """
+import functools
 import os
 from margin_jax import cpu
 cpu.tune()
 print(os.environ['XLA_FLAGS'])
 import jax
+import jax.numpy as jnp
 assert jax.numpy.ones(3).sum() == 3
 """
 

@@ -16,7 +16,8 @@ from sklearn import datasets as sklearn_datasets
 from tensorflow_datasets.core.download import download_manager, util
 
 from margin_jax import data
-from margin_jax.data import augment, digits, in_memory, prepare
+from margin_jax.data import augment, digits, normalization, prepare
+from tests import helpers
 from tests.datasets import image_of, write_dataset
 from tests.helpers import command_of
 
@@ -24,38 +25,33 @@ CIFAR = (32, 32, 3)
 
 
 @functools.cache
-def pools(steps, size, examples, lanes=1, seed=0):
+def pools(steps, size, examples, devices=1, seed=0):
   """The pools of the first steps; arrays (steps, size, ...)."""
   split = {
-    'inputs': jnp.zeros((examples, 1), jnp.uint32),
-    'label': 100 + jnp.arange(examples),
+    'inputs': np.zeros((examples, 1), np.uint32),
+    'label': 100 + np.arange(examples),
   }
-
-  @jax.jit
-  def draw(stream, step, lane):
-    return data.draw(
-      stream, split, size, key=jax.random.key(seed), step=step, lane=lane,
-      lanes=lanes,
-      # What the key of an example is, in place of its pixels.
-      augment=lambda key, image: jax.random.bits(key, image.shape),
-    )  # fmt: skip
-
-  stream = data.Stream.create(examples)
-  found = []
+  dataset = data.InMemory(
+    name='made',
+    num_classes=10,
+    splits={'train': split},
+    rows={'train': np.arange(examples)},
+    # What the key of an example is, in place of its pixels.
+    augment=lambda key, image: jax.random.bits(key, image.shape),
+    prepare=lambda inputs: inputs,
+  )
+  sample = helpers.sampler(dataset, size, devices)
+  state, found = dataset.state(), []
   for step in range(steps):
-    drawn = [draw(stream, jnp.int32(step), jnp.int32(i)) for i in range(lanes)]
-    for other, _ in drawn[1:]:
-      jax.tree.map(np.testing.assert_array_equal, drawn[0][0], other)
-    stream = drawn[0][0]
-    shares = (share for _, share in drawn)
-    found.append(jax.tree.map(lambda *x: np.concatenate(x), *shares))
+    state, pool = sample(state, split, jax.random.key(seed), step)
+    found.append(pool)
   return jax.tree.map(lambda *x: np.stack(x), *found)
 
 
-@pytest.mark.parametrize('lanes', [1, 2, 4])
-def test_pools_do_not_depend_on_the_number_of_lanes(lanes):
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_pools_do_not_depend_on_the_number_of_devices(devices):
   expected = pools(5, 8, 23)
-  found = pools.__wrapped__(5, 8, 23, lanes)  # 1: computed again
+  found = pools.__wrapped__(5, 8, 23, devices)  # 1: computed again
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert found['index'].dtype == np.int32
   assert found['index'].shape == (5, 8)
@@ -131,10 +127,10 @@ def test_normalized_images_have_mean_0_and_variance_1(channels):
   raw = np.random.default_rng(0).normal(4, 1, (50, 6, 7, channels))
   raw = (raw * scale).astype(np.uint8)
   values = raw.reshape(-1, channels).astype(np.float64) / 255
-  mean, std = in_memory.statistics(raw)
+  mean, std = normalization.statistics(raw)
   np.testing.assert_allclose(mean, values.mean(axis=0), 1e-12)
   np.testing.assert_allclose(std, values.std(axis=0), 1e-12)
-  outputs = in_memory.normalizer(raw, 'dataset')(jnp.asarray(raw))
+  outputs = normalization.normalizer(raw, 'dataset')(jnp.asarray(raw))
   assert outputs.dtype == jnp.float32
   outputs = np.asarray(outputs, np.float64).reshape(-1, channels)
   np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-5)
@@ -143,7 +139,7 @@ def test_normalized_images_have_mean_0_and_variance_1(channels):
 
 def test_imagenet_normalization_has_imagenets_statistics():
   raw = image_of(0, (6, 7, 3))
-  outputs = in_memory.normalizer(raw[None], 'imagenet')(jnp.asarray(raw))
+  outputs = normalization.normalizer(raw[None], 'imagenet')(jnp.asarray(raw))
   expected = (raw / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   np.testing.assert_allclose(outputs, expected, 1e-5, 1e-5)
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from margin_jax import data
-from margin_jax.data import feeding, in_memory
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
@@ -39,7 +38,7 @@ RUN = (
 )
 TRACED = (
   ('glue_bert', 'mrpc'),
-  ('glue_bert', 'mnli,method=baseline'),
+  ('glue_bert', 'mnli,spec=baseline'),
   ('cifar100_wrn28_10', 'mms_mmr'),
   ('imagenet_mobilenet', 'mmr'),
   ('figures', 'figure5c'),
@@ -50,7 +49,7 @@ ROWS = 12
 
 
 def tiny(name, argument):
-  """The config with b=2 of B=6, its dataset's twin, and its method."""
+  """The config with b=2 of B=6, its dataset's twin, and its spec."""
   module = importlib.import_module(f'configs.{name}')
   config = module.get_config(*filter(None, [argument]))
   config.batch_size = 2
@@ -66,19 +65,19 @@ def tiny(name, argument):
     'inputs': rng.integers(0, 256, (ROWS, *shape)).astype(np.uint8),
     'label': rng.integers(0, classes, ROWS).astype(np.int32),
   }
-  dataset = data.Source(
+  dataset = data.InMemory(
     name=config.data.name,
     num_classes=classes,
     splits={'train': split, 'test': split},
     rows={'train': np.arange(ROWS), 'test': np.arange(ROWS)},
     augment=data.augment.compose(tuple(config.data.augmentations), 4, 16, 0),
-    prepare=in_memory.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalization.normalizer(split['inputs'], 'dataset'),
   )
   return config, dataset, setup_lib.make_spec(config, dataset, 1)
 
 
 def sentences(config, rng):
-  """Words at random, all of the full length, in one part."""
+  """Words at random, all of the full length, in one bucket."""
   classes = 3 if config.data.name == 'glue/mnli' else 2
   inputs = rng.integers(1, 100, (ROWS, config.data.max_length, 2))
   inputs[..., 1] = 1 + (np.arange(config.data.max_length) > 9)
@@ -87,14 +86,14 @@ def sentences(config, rng):
     'label': rng.integers(0, classes, ROWS).astype(np.int32),
   }
   everything = [(config.data.max_length, np.arange(ROWS))]
-  return data.Source(
+  return data.Bucketed(
     name=config.data.name,
     num_classes=classes,
     splits={'train': split, 'test': split},
     rows={'train': np.arange(ROWS), 'test': np.arange(ROWS)},
     augment=lambda key, sentence: sentence,
     prepare=data.tokens.unpack,
-    parts={'train': everything, 'test': everything},
+    buckets={'train': everything, 'test': everything},
     vocabulary=30_522,
   )
 
@@ -106,14 +105,14 @@ def test_every_config_is_here():
 
 @pytest.mark.parametrize(('name', 'argument'), RUN)
 def test_one_step_at_full_size(name, argument):
-  config, dataset, method = tiny(name, argument)
+  config, dataset, spec = tiny(name, argument)
   devices = devices_lib.Devices(1)
-  state = devices.replicate(setup_lib.init_state(config, dataset, method))
-  feed = feeding.Resident(devices, dataset, method)
+  state = devices.replicate(setup_lib.init_state(config, dataset, spec))
+  batch = dataset.loader(devices, spec.sizes(1), 0, 0)(0)
   compiled = devices.compile(
-    functools.partial(step_lib.train_step, method.at(None, 0)), state, feed(0)
+    functools.partial(step_lib.train_step, spec), state, batch
   )
-  state, metrics = jax.device_get(compiled(state, feed(0)))
+  state, metrics = jax.device_get(compiled(state, batch))
   assert int(state.step) == 1
   assert np.isfinite(metrics['loss'])
   assert np.isfinite(metrics['gradient_norm'])
@@ -121,23 +120,18 @@ def test_one_step_at_full_size(name, argument):
 
 @pytest.mark.parametrize(('name', 'argument'), TRACED)
 def test_one_step_has_the_shapes_of_the_state(name, argument):
-  config, dataset, method = tiny(name, argument)
-  state = jax.eval_shape(lambda: setup_lib.init_state(config, dataset, method))
-  batch = {
-    k: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    for k, x in dataset.parted('train')[0].items()
-  }
-  one = method.at(None, 0)
-  mapped = jax.pmap(
-    functools.partial(step_lib.train_step, one),
+  config, dataset, spec = tiny(name, argument)
+  state = jax.eval_shape(lambda: setup_lib.init_state(config, dataset, spec))
+  batch = dataset.loader(devices_lib.Devices(1), spec.sizes(1), 0, 0)(0)
+  mapped = jax.vmap(
+    functools.partial(step_lib.train_step, spec),
     axis_name=devices_lib.AXIS,
-    in_axes=(None, None, 0),
-    out_axes=None,
-    devices=jax.devices()[:1],
+    axis_size=1,
+    in_axes=None,
   )
-  lane = jax.ShapeDtypeStruct((1,), np.int32)
-  after, metrics = jax.eval_shape(mapped, state, batch, lane)
+  after, metrics = jax.eval_shape(mapped, state, batch)
+  # With an axis of one device.
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), state
+    lambda x: ((1, *x.shape), x.dtype), state
   )
-  assert metrics['loss'].shape == ()
+  assert metrics['loss'].shape == (1,)

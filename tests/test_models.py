@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from margin_jax import models
+from margin_jax.models import resnet
 
 BATCH = 3
-RESNETS = [name for name in models.NAMES if models.has_variants(name)]
+RESNETS = list(resnet.MODELS)
 
 
 def shapes(model, inputs=(BATCH, 32, 32, 3), **kwargs):
@@ -55,10 +56,10 @@ def test_sizes_are_the_published_ones(depth, millions):
 
 def test_names():
   depths = [int(name.removeprefix('resnet')) for name in RESNETS]
-  assert models.NAMES[:2] == ('cnn', 'mnist_cnn')
+  assert models.names()[:2] == ('cnn', 'mnist_cnn')
   assert depths == [*range(8, 111, 6)]
   for name in ('resnet', 'resnet18', 'vgg', 'CNN', 'wrn28', 'wrn29_2', None):
-    words = re.escape(f'{name!r}; there are {models.ALLOWED}')
+    words = re.escape(f'{name!r}; there are {models.names()}')
     with pytest.raises(ValueError, match=words):
       models.build(name, 10)
 

@@ -8,7 +8,7 @@ import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import models, selection
-from margin_jax.train import loop
+from margin_jax.train import loop, runs
 from tests import helpers
 from tests.helpers import slow
 
@@ -297,20 +297,20 @@ def test_class_rates_count_all_that_a_pool_feeds():
   'fields', [{'selection.ramp': 0.3}, {'selection.rule': 'selective_backprop'}]
 )
 @pytest.mark.slow
-def test_score_quantiles_are_of_the_rule_whatever_the_arrangement(fields):
+def test_score_quantiles_are_of_the_rule_whatever_the_transform(fields):
   names = ['score_min', 'score_q25', 'score_median', 'score_q75', 'score_max']
   _, plain = run(1, **{'selection.rule': 'loss'})
-  _, arranged = run(1, **{'selection.rule': 'loss', **fields})
+  _, transformed = run(1, **{'selection.rule': 'loss', **fields})
   for name in names:
-    np.testing.assert_allclose(plain[name], arranged[name], 1e-6)
+    np.testing.assert_allclose(plain[name], transformed[name], 1e-6)
 
 
 @pytest.mark.slow
-def test_an_own_rule_may_give_any_numbers():
+def test_a_custom_rule_may_give_any_numbers():
   """Every branch of the switch has one dtype of metrics."""
   for dtype in (np.int32, jax.numpy.bfloat16):
     this = helpers.Setup(
-      rule=lambda *args, dtype=dtype: -args[2].astype(dtype),
+      rule=lambda scored, dtype=dtype: -scored.labels.astype(dtype),
       steps_per_call=2,
       log_every=2,
       eval_every=2,
@@ -321,9 +321,9 @@ def test_an_own_rule_may_give_any_numbers():
     assert metrics['score_min'][0] == -9
 
 
-def own_rule(logits, kernel, labels, keys):
+def own_rule(scored):
   """Prefers high labels."""
-  return -labels.astype(np.float32)
+  return -scored.labels.astype(np.float32)
 
 
 def test_a_rule_of_ones_own(tmp_path):
@@ -342,10 +342,10 @@ def test_a_rule_of_ones_own(tmp_path):
     with pytest.raises(config_lib.ConfigError, match='rule of your own'):
       loop.train(config, str(tmp_path / 'b'), rule=own_rule)
   partial = functools.partial(functools.partial(own_rule))
-  assert loop._name(partial) == 'own_rule'
+  assert runs._name(partial) == 'own_rule'
 
-  def bad_rule(logits, kernel, labels, keys):
-    return logits
+  def bad_rule(scored):
+    return scored.logits
 
   with pytest.raises(ValueError, match=r'scores of shape \(32,\), got'):
     helpers.Setup(rule=bad_rule).program  # noqa: B018

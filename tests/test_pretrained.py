@@ -15,8 +15,8 @@ from margin_jax.train import loop
 from margin_jax.train import setup as setup_lib
 from tests import helpers
 
-# VGG-11's convolutions, by their places in torchvision's sequence.
-PLACES = {
+# VGG-11's convolutions, by their indices in torchvision's sequence.
+CONVOLUTIONS = {
   0: (64, 3), 4: (128, 64), 8: (256, 128), 11: (256, 256), 15: (512, 256),
   18: (512, 512), 22: (512, 512), 25: (512, 512),
 }  # fmt: skip
@@ -26,12 +26,12 @@ def state_dict(classes=10, biases=False):
   """A VGG-11's, random."""
   rng = np.random.default_rng(0)
   shapes = {'classifier.weight': (classes, 512), 'classifier.bias': (classes,)}
-  for place, (outputs, inputs) in PLACES.items():
-    shapes[f'features.{place}.weight'] = (outputs, inputs, 3, 3)
+  for index, (outputs, inputs) in CONVOLUTIONS.items():
+    shapes[f'features.{index}.weight'] = (outputs, inputs, 3, 3)
     if biases:
-      shapes[f'features.{place}.bias'] = (outputs,)
+      shapes[f'features.{index}.bias'] = (outputs,)
     for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
-      shapes[f'features.{place + 1}.{leaf}'] = (outputs,)
+      shapes[f'features.{index + 1}.{leaf}'] = (outputs,)
   state = {
     name: rng.standard_normal(shape, np.float32)
     for name, shape in shapes.items()
@@ -52,7 +52,7 @@ def path(tmp_path):
   return str(tmp_path / 'weights.safetensors')
 
 
-def test_every_tensor_has_its_place(path):
+def test_every_tensor_has_its_variable(path):
   state = state_dict()
   save_file(state, path)
   loaded = pretrained.load(path, 'vgg11', variables())
@@ -138,7 +138,7 @@ def test_one_message_lists_all_that_does_not_fit(path):
 
 @pytest.mark.parametrize('name', ['cnn', 'resnet50', 'wrn28_10'])
 def test_models_that_nobody_publishes(name, path):
-  assert not pretrained.supports(name)
+  assert models.find(name).published is None
   with pytest.raises(pretrained.PretrainedError, match=f'known of {name!r}'):
     pretrained.load(path, name, {})
 
@@ -197,11 +197,11 @@ def dataset():
     'inputs': rng.integers(0, 255, (40, 32, 32, 3)).astype(np.uint8),
     'label': rng.integers(0, 10, 40).astype(np.int32),
   }
-  return data.Source(
+  return data.InMemory(
     name='noise', num_classes=10, splits={'train': split, 'test': split},
     rows={'train': np.arange(40), 'test': np.arange(40)},
     augment=lambda key, image: image,
-    prepare=data.images.normalizer(split['inputs'], 'dataset'),
+    prepare=data.normalizer(split['inputs'], 'dataset'),
   )  # fmt: skip
 
 
@@ -214,24 +214,24 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
     setup_lib.step_lib,
     'init_state',
     lambda *args: setup_lib.step_lib.TrainState(
-      step=0, seed=0, stream=(), reserve={}, proxy={}, counts=(),
+      step=0, seed=0, sampler=(), buffer={}, proxy={}, counts=(),
       opt_state=(), nonfinite=0, **zeros,
     ),
   )  # fmt: skip
   chosen = vgg_config(path)
-  method = setup_lib.make_spec(chosen, images, 1)
-  state = setup_lib.init_state(chosen, images, method)
+  spec = setup_lib.make_spec(chosen, images, 1)
+  state = setup_lib.init_state(chosen, images, spec)
   expected = pretrained.load(path, 'vgg11', variables())
   helpers.assert_trees_equal(state.params, expected['params'])
   helpers.assert_trees_equal(state.batch_stats, expected['batch_stats'])
-  structure = jax.tree.structure(method.optimizer.init(state.params))
+  structure = jax.tree.structure(spec.optimizer.init(state.params))
   assert jax.tree.structure(state.opt_state) == structure
   # A run that continues does not need the file any more.
   chosen = vgg_config('/nowhere/weights.safetensors')
-  state = setup_lib.init_state(chosen, images, method, restoring=True)
+  state = setup_lib.init_state(chosen, images, spec, restoring=True)
   assert not any(np.any(x) for x in jax.tree.leaves(state.params))
   with pytest.raises(config.ConfigError, match=r'^model.pretrained: .*no file'):
-    setup_lib.init_state(chosen, images, method)
+    setup_lib.init_state(chosen, images, spec)
 
 
 def test_the_trainer_stops_before_anything_is_compiled(

@@ -1,4 +1,4 @@
-"""Rules, models and datasets of the user's own, by name."""
+"""Registered rules, models and datasets."""
 
 import unittest.mock
 
@@ -13,7 +13,7 @@ from margin_jax.train import loop
 from tests import helpers
 from tests.custom import Mlp, rings
 
-MODELS, DATASETS = models.own.MODELS, data.own.DATASETS
+MODELS, DATASETS = models.REGISTERED, data.REGISTERED
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
 
 @pytest.mark.usefixtures('registered')
 @pytest.mark.slow
-def test_statistics_of_an_own_model_do_not_depend_on_devices():
+def test_statistics_of_a_registered_model_do_not_depend_on_devices():
   """Its BatchNorm is told the axis, and its fields are those of the config."""
   fields = {
     'model.name': 'normed',
@@ -156,9 +156,50 @@ def test_statistics_of_an_own_model_do_not_depend_on_devices():
     'mmr.alpha': 0.0,
   }
   made = assert_one_device_is_two(**fields)
-  model = made.method.model
+  model = made.spec.model
   assert (model.width, model.dropout) == (2.0, 0.1)
-  assert made.method.selection.scorer.dtype == jnp.bfloat16
+  assert made.spec.selection.scorer.dtype == jnp.bfloat16
+
+
+def test_registered_models_have_the_fields_of_built_in_ones():
+  registry.register_model('normed', Normed, any_size=True)
+  registry.register_model('mlp', Mlp)
+  for name, options, batch_norm, any_size in (
+    ('normed', {'dtype', 'dropout', 'width'}, True, True),
+    ('mlp', set(), False, False),
+    ('mobilenet', {'dtype', 'width'}, True, True),
+    ('cnn', {'dtype'}, False, False),
+  ):
+    model = models.find(name)
+    assert isinstance(model, models.Model)
+    assert name in models.names()
+    assert model.options == options
+    assert (model.batch_norm, model.any_size) == (batch_norm, any_size)
+    assert model.reads == 'images'
+    assert model.any_shape == (name in models.REGISTERED)
+    # They are built alike; what a model does not take is ignored.
+    module = models.build(
+      name, 3, dropout=0.1, width=2.0, dtype='bfloat16', variant='authors',
+      batch_norm_axis='device',
+    )  # fmt: skip
+    assert module.num_classes == 3
+    expected = {
+      'dtype': jnp.bfloat16, 'dropout': 0.1, 'width': 2.0,
+    }  # fmt: skip
+    for option in options:
+      assert getattr(module, option) == expected[option]
+    if batch_norm:
+      assert module.batch_norm_axis == 'device'
+
+
+def test_fields_that_are_no_options_are_left_alone():
+  class Stemmed(Mlp):
+    stem: str = 'mine'
+    variant: int = 7
+
+  registry.register_model('stemmed', Stemmed)
+  module = models.build('stemmed', 3, stem='small', variant='authors')
+  assert (module.stem, module.variant) == ('mine', 7)
 
 
 def assert_one_device_is_two(**fields):
@@ -182,7 +223,7 @@ def assert_one_device_is_two(**fields):
   'fields', [{'selection.batch_stats': 'pool'}, {'selection.proxy': 'tokens'}]
 )
 @pytest.mark.slow
-def test_masks_of_an_own_model_do_not_depend_on_devices(fields):
+def test_masks_of_a_registered_model_do_not_depend_on_devices(fields):
   registry.register_dataset('rings', train=rings(0), test=rings(1, 100))
   registry.register_model('tokens', Tokens)
   assert_one_device_is_two(**{'model.name': 'tokens', **fields})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from margin_jax import margins, select_lowest, selection, take_lowest
-from tests import references
+from tests import helpers, references
 
 INF, NAN = np.inf, np.nan
 POOL = 16
@@ -261,7 +261,7 @@ def example_keys(size, seed=0):
 @jax.jit
 def all_scores(logits, kernel, labels, keys):
   return {
-    name: rule(logits, kernel, labels, keys)
+    name: rule.score(helpers.scored(logits, kernel, labels, keys))
     for name, rule in selection.RULES.items()
   }
 
@@ -309,7 +309,8 @@ def test_mms_rule_ignores_labels():
   _, logits, kernel, labels = references.random_head((6, 5, 4))
   rule, mms_scores = jax.jit(selection.mms), jax.jit(margins.mms_scores)
   scores = [
-    rule(logits, kernel, (labels + i) % 5, example_keys(6)) for i in range(2)
+    rule(helpers.scored(logits, kernel, (labels + i) % 5, example_keys(6)))
+    for i in range(2)
   ]
   np.testing.assert_array_equal(*scores)
   np.testing.assert_array_equal(scores[0], mms_scores(logits, kernel))
@@ -320,19 +321,19 @@ def test_rules_of_infinite_and_extreme_logits():
     [[1, -INF, 2], [-INF, -INF, 0], [0, 1e30, 0], [0, -300, 300]], jnp.float32
   )
   labels = jnp.array([0, 0, 0, 1])
-  keys = example_keys(4)
-  scores = jax.jit(selection.entropy)(logits, None, labels, keys)
+  scored = helpers.scored(logits, None, labels, example_keys(4))
+  scores = jax.jit(selection.entropy)(scored)
   assert np.isfinite(scores).all()
   np.testing.assert_allclose(
     scores, references.entropy_scores(logits), 1e-5, 1e-6
   )
   np.testing.assert_allclose(
-    jax.jit(selection.loss)(logits, None, labels, keys),
+    jax.jit(selection.loss)(scored),
     references.loss_scores(logits, labels),
     1e-5,
   )
   np.testing.assert_allclose(
-    jax.jit(selection.margin)(logits, None, labels, keys),
+    jax.jit(selection.margin)(scored),
     references.margin_scores(logits),
     1e-5,
   )
@@ -342,7 +343,10 @@ def test_random_rule_depends_on_nothing_but_the_key_of_the_example():
   logits = jnp.zeros((64, 3))
   labels = jnp.zeros(64, jnp.int32)
   keys = example_keys(64)
-  rule = jax.jit(selection.random)
+
+  def rule(*args):
+    return jax.jit(selection.random)(helpers.scored(*args))
+
   scores = rule(logits, None, labels, keys)
   assert scores.shape == (64,)
   assert jnp.issubdtype(scores.dtype, jnp.floating)

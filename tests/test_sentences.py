@@ -1,4 +1,4 @@
-"""Sentences in the trainer: parts, exact selection, F1, resuming."""
+"""Sentences in the trainer: buckets, exact selection, F1, resuming."""
 
 import contextlib
 import dataclasses
@@ -35,14 +35,14 @@ FIELDS = {
 
 @functools.cache
 def dataset():
-  """395 of the training pairs in two parts, 100 for validation."""
-  return data.load_sentences(
+  """395 of the training pairs in two buckets, 100 for validation."""
+  return data.load(
     'entailment',
     validation_examples=100,
     fraction=0.05,
     max_length=48,
     widths=(24,),
-    draw_size=32,
+    sample_size=32,
   )
 
 
@@ -62,24 +62,17 @@ def setup(**fields):
 
 
 def whole_pool(this, step, state=None):
-  """The pool of a step, drawn by one lane, from its state or the first."""
-  part = this.method.part_of(step)
-  _, pool = this.method.at(None, part).draw(
-    (state or this.first).stream,
-    dataset().parted('train')[part],
-    32,
-    key=jax.random.fold_in(jax.random.key(0), 2),
-    step=step,
-    lane=0,
-    lanes=1,
-  )
-  return pool
+  """The pool of a step, sampled by one device, from its state or the first."""
+  sampler_state = dataset().state() if state is None else state.stream
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  sample = helpers.sampler(dataset(), 32)
+  return sample(sampler_state, this.loader(step), key, step)[1]
 
 
 def score_pool(this, pool, state=None):
   """MMS scores of a pool, outside any compiled step."""
   params = (state or this.first).params
-  logits, _ = this.method.model.apply(
+  logits, _ = this.spec.model.apply(
     {'params': params}, dataset().prepare(pool['inputs']), train=False
   )
   return np.asarray(mms_scores(logits, params['head']['kernel']))
@@ -93,25 +86,26 @@ def assert_no_rank_is_rounding(this, steps):
     assert scores[8] - scores[7] > 1e-5 * scores[8]
 
 
-def test_every_pair_is_in_one_part_that_holds_it():
+def test_every_pair_is_in_one_bucket_that_holds_it():
   assert dataset().widths == (24, 48)
   split = dataset().splits['train']
   seen = []
-  for part in dataset().parted('train'):
-    seen.extend(part['row'])
-    width = part['inputs'].shape[1]
+  for bucket in dataset().arrays('train'):
+    rows = bucket['row']
+    seen.extend(rows)
+    width = bucket['inputs'].shape[1]
     np.testing.assert_array_equal(
-      part['inputs'], split['inputs'][part['row'], :width]
+      bucket['inputs'], split['inputs'][rows, :width]
     )
-    assert not split['inputs'][part['row'], width:].any()
-    np.testing.assert_array_equal(part['label'], split['label'][part['row']])
+    assert not split['inputs'][rows, width:].any()
+    np.testing.assert_array_equal(bucket['label'], split['label'][rows])
   assert sorted(seen) == list(range(dataset().counts['train']))
 
 
 def test_a_step_selects_the_lowest_of_a_pool_of_one_width():
   this = setup()
   pool = whole_pool(this, 0)
-  width = dataset().widths[this.method.part_of(0)]
+  width = dataset().widths[this.loader.bucket(0)]
   assert pool['inputs'].shape == (32, width, 2)
   scores = score_pool(this, pool)
   counted = setup(**{'selection.log_counts': True})
@@ -166,12 +160,10 @@ def test_a_reserve_keeps_sentences_whole():
 
 
 @pytest.mark.parametrize('devices', [1, *slow(4)])
-def test_an_evaluation_in_parts_is_that_of_the_whole(devices):
+def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
   this = setup(devices=devices, **{'selection.rule': 'uniform'})
-  method = dataclasses.replace(this.method, f1=True)
-  splits = evaluation.make_splits(
-    this.devices, dataset(), ('test', 'validation'), 64
-  )
+  method = dataclasses.replace(this.spec, f1=True)
+  splits = dataset().chunks(this.devices, ('test', 'validation'), 64)
   evaluator = evaluation.Evaluator(method, splits)
   for name in ('test', 'validation'):
     split = dataset().splits[name]
@@ -213,12 +205,11 @@ def test_f1_is_of_the_whole_split(devices, positive):
 
   inputs = np.zeros((101, 4, 2), np.uint16)
   inputs[:, 0, 0] = predicted
-  splits = evaluation.ResidentSplits(
-    this.devices,
-    {'test': [{'inputs': inputs, 'label': label, 'row': np.arange(101)}]},
-    16,
+  told = dataclasses.replace(
+    dataset(), splits={'test': {'inputs': inputs, 'label': label}}
   )
-  method = dataclasses.replace(this.method, f1=True, model=Told)
+  splits = told.chunks(this.devices, ('test',), 16, whole=True)
+  method = dataclasses.replace(this.spec, f1=True, model=Told)
   found = evaluation.Evaluator(method, splits)('test', this.first)
   expected = sklearn_metrics.f1_score(label, predicted, zero_division=0)
   assert found['f1'] == pytest.approx(expected)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,8 @@ import pytest
 
 from margin_jax import models
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import evaluation, gradients
+from margin_jax.train import evaluation
+from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import setup as setup_lib
 from tests import helpers, references
 from tests.helpers import slow
@@ -63,7 +65,7 @@ def test_one_step_equals_its_parts():
   """Pool, scores, choice, gradient and update, each by other means."""
   this = setup()
   state, metrics = this.run(1)
-  first, method = this.first, this.method
+  first, method = this.first, this.spec
   pool = helpers.first_pool(this)
   apply = functools.partial(method.model.apply, train=False)
   inputs = this.dataset.prepare(pool['inputs'])
@@ -105,7 +107,7 @@ def test_four_devices_agree_with_one(rule):
   one, metrics_one = helpers.Setup(**fields, devices=1).run(20)
   four, metrics_four = helpers.Setup(**fields, devices=4).run(20)
   helpers.assert_trees_close(one.params, four.params, 1e-5)
-  helpers.assert_trees_equal(one.stream, four.stream)
+  helpers.assert_trees_equal(one.sampler, four.sampler)
   for name, values in metrics_one.items():
     np.testing.assert_allclose(
       values, metrics_four[name], rtol=1e-4, atol=1e-5, err_msg=name
@@ -157,9 +159,7 @@ def test_flops_count_the_forward_on_the_pool():
   """B=32, b=8: one forward on 32, and about three forwards' worth on 8."""
   this = setup()
   forward = jax.jit(
-    lambda params, x: this.method.model.apply(
-      {'params': params}, x, train=False
-    )
+    lambda params, x: this.spec.model.apply({'params': params}, x, train=False)
   ).lower(this.first.params, np.zeros((32, 8, 8, 1), np.float32))
   flops = forward.cost_analysis()['flops']
   assert 1.6 * flops < this.program.cost(0, 1).flops < 1.9 * flops
@@ -170,14 +170,12 @@ def test_evaluation_counts_every_example_once(devices):
   this = setup(devices=devices)
   splits = {k: v for k, v in this.dataset.splits.items() if k != 'train'}
   evaluator = evaluation.Evaluator(
-    this.method,
-    evaluation.make_splits(
-      devices_lib.Devices(devices), this.dataset, tuple(splits), 101
-    ),
+    this.spec,
+    this.dataset.chunks(devices_lib.Devices(devices), tuple(splits), 101),
   )
   for name, split in splits.items():
     result = evaluator(name, this.first)
-    logits, _ = this.method.model.apply(
+    logits, _ = this.spec.model.apply(
       {'params': this.first.params},
       this.dataset.prepare(split['inputs']),
       train=False,
@@ -199,22 +197,26 @@ def test_devices_out_of_range_are_refused():
 
 
 def test_steps_per_call_divides_every_interval():
+  def steps_per_call(config, platform, start=0):
+    dataset = helpers.digits()
+    return setup_lib.steps_per_call(config, platform, dataset, start)
+
   config = helpers.small_config(
     steps=1200, log_every=300, eval_every=600, checkpoint_every=1200
   )
-  assert setup_lib.steps_per_call(config, 'gpu') == 100
+  assert steps_per_call(config, 'gpu') == 100
   config.log_every = 14
-  assert setup_lib.steps_per_call(config, 'tpu') == 2
-  assert setup_lib.steps_per_call(config, 'cpu') == 1
-  assert setup_lib.steps_per_call(config, 'gpu', start=7) == 1
+  assert steps_per_call(config, 'tpu') == 2
+  assert steps_per_call(config, 'cpu') == 1
+  assert steps_per_call(config, 'gpu', start=7) == 1
   config.steps_per_call = 3
-  assert setup_lib.steps_per_call(config, 'cpu') == 3
+  assert steps_per_call(config, 'cpu') == 3
 
 
 def test_batches_depend_on_the_seed():
   first, _ = setup().run(1)
   other, _ = setup(seed=1).run(1)
-  assert not np.array_equal(first.stream.order, other.stream.order)
+  assert not np.array_equal(first.sampler.order, other.sampler.order)
 
 
 def test_mean_mms_is_over_the_ten_smallest():
@@ -222,8 +224,12 @@ def test_mean_mms_is_over_the_ten_smallest():
   logits = rng.normal(size=(24, 5)).astype(np.float32)
   kernel = rng.normal(size=(3, 5)).astype(np.float32)
   expected = np.sort(references.mms_scores(logits, kernel))[:10].mean()
+  labels = jnp.zeros(6, jnp.int32)
+  spec = types.SimpleNamespace(axis_name='device')
   mean = jax.pmap(
-    lambda x: gradients._mean_mms(x, jnp.asarray(kernel), 'device'),
+    lambda x: metrics_lib.of_batch(spec, labels, x, jnp.asarray(kernel), {})[
+      'mean_mms'
+    ],
     axis_name='device',
   )(logits.reshape(4, 6, 5))
   np.testing.assert_allclose(mean, np.full(4, expected), rtol=1e-5)

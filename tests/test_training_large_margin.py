@@ -34,21 +34,13 @@ def setup(**fields):
 def test_one_step_equals_its_parts(cross_entropy):
   this = setup(**{'large_margin.cross_entropy': cross_entropy})
   state, metrics = this.run(1)
-  _, batch = this.method.draw(
-    this.first.stream,
-    this.dataset.splits['train'],
-    8,
-    key=jax.random.fold_in(jax.random.key(0), 2),
-    step=0,
-    lane=0,
-    lanes=1,
-  )
+  batch = helpers.first_pool(this, 8)
   inputs = this.dataset.prepare(batch['inputs'])
 
   def parts(params):
     variables = {'params': params}
-    logits, _ = this.method.model.apply(variables, inputs, train=True)
-    found = at_layers(this.method.model, variables, inputs, ('input', 'conv2'))
+    logits, _ = this.spec.model.apply(variables, inputs, train=True)
+    found = at_layers(this.spec.model, variables, inputs, ('input', 'conv2'))
     large_margin = jnp.mean(
       large_margin_loss(*found, batch['label'], gamma=2.0, top_k=2)
     )
@@ -77,12 +69,9 @@ def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
     **RESNET, 'large_margin.top_k': 1,
   })  # fmt: skip
   _, metrics = this.run(1)
-  _, batch = this.method.draw(
-    this.first.stream, this.dataset.splits['train'], 8,
-    key=jax.random.fold_in(jax.random.key(0), 2), step=0, lane=0, lanes=1,
-  )  # fmt: skip
+  batch = helpers.first_pool(this, 8)
   inputs = this.dataset.prepare(batch['inputs'])
-  model = this.method.model.clone(batch_norm_axis=None)
+  model = this.spec.model.clone(batch_norm_axis=None)
   variables = {
     'params': this.first.params, 'batch_stats': this.first.batch_stats
   }  # fmt: skip

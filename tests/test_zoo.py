@@ -12,7 +12,7 @@ import pytest
 
 from margin_jax import linearized, models
 from margin_jax.models import mobilenet
-from margin_jax.train import gradients, optimizers
+from margin_jax.train import optimizers
 from tests import helpers
 
 SMALL = {'stem': 'small'}
@@ -187,7 +187,7 @@ def test_the_stems():
 )
 def test_the_least_side_leaves_something(name, stem, last, left):
   model = models.build(name, 7, stem=stem)
-  least = models.least_side(name, stem)
+  least = models.find(name).least_side_with(stem)
   for side, expected in ((least, left), (least - 1, left - 1)):
     inputs, variables = abstract(model, side)
     shapes = linearized.layer_shapes(model, variables, inputs)
@@ -207,23 +207,45 @@ def test_unknown_options_are_refused(options, words):
     models.build('mobilenet', 10, **options)
 
 
-def test_what_is_known_of_the_names():
-  def which(function):
-    names = ('cnn', 'mnist_cnn', 'resnet50', 'imagenet_resnet50', 'wrn16_1')
-    names += ('vgg16', 'densenet121', 'mobilenet')
-    return {name for name in names if function(name)}
+def test_what_the_models_can_do():
+  names = ('cnn', 'mnist_cnn', 'resnet50', 'imagenet_resnet50', 'wrn16_1')
+  names += ('vgg16', 'densenet121', 'mobilenet', 'bert_base')
+  known = {name: models.find(name) for name in names}
+
+  def which(holds):
+    return {name for name, model in known.items() if holds(model)}
 
   deep = {'vgg16', 'densenet121', 'mobilenet', 'imagenet_resnet50'}
   deep |= {'resnet50', 'wrn16_1'}
-  assert which(models.has_variants) == {'resnet50'}
-  assert which(models.has_dropout) == {'wrn16_1'}
-  assert which(models.has_stems) == {'imagenet_resnet50', 'densenet121'}
-  assert which(models.has_widths) == {'mobilenet'}
-  assert which(models.takes_any_resolution) == deep
-  assert which(models.has_batch_norm) == {'mnist_cnn', *deep}
-  for name in ('wrn10_0', 'wrn010_1', 'wrn4_1', 'wrn12_1', 'wrn28_10x', 3, ()):
-    assert not models.exists(name)
-  assert models.exists('wrn1000_3')
+  stems = {'imagenet_resnet50', 'densenet121'}
+  assert which(lambda x: 'variant' in x.options) == {'resnet50'}
+  assert which(lambda x: 'dropout' in x.options) == {'wrn16_1', 'bert_base'}
+  assert which(lambda x: 'stem' in x.options) == stems
+  assert which(lambda x: 'width' in x.options) == {'mobilenet'}
+  assert which(lambda x: 'dtype' in x.options) == {*names}
+  assert which(lambda x: x.any_size) == deep
+  assert which(lambda x: x.batch_norm) == {'mnist_cnn', *deep}
+  assert which(lambda x: x.reads == 'sentences') == {'bert_base'}
+  assert which(lambda x: x.published) == {
+    'vgg16', 'mobilenet', 'bert_base', *stems,
+  }  # fmt: skip
+  assert {x: known[x].least_side_with('small') for x in names[:-1]} == {
+    'cnn': 2, 'mnist_cnn': 4, 'resnet50': 4, 'imagenet_resnet50': 4,
+    'wrn16_1': 4, 'vgg16': 32, 'densenet121': 8, 'mobilenet': 4,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name', ['wrn10_0', 'wrn010_1', 'wrn4_1', 'wrn12_1', 'wrn28_10x', 3, (), []]
+)
+def test_what_is_no_name(name):
+  assert models.find(name) is None
+
+
+def test_names_without_end():
+  assert models.build('wrn1000_3', 2).depth == 1000
+  patterns = [name for name in models.names() if '{' in name]
+  assert [name[:4] for name in patterns] == ['wrn{', 'bert']
 
 
 def masked(name, mask):
@@ -305,10 +327,10 @@ class Dropping(nn.Module):
     return drop(name='first')(x), drop(name='second')(x)
 
 
-def drop(x, lane=0, deterministic=False, **options):
+def drop(x, device=0, deterministic=False, **options):
   """What two layers return with the masks of the train step."""
   options = {'rate': 0.25, 'deterministic': deterministic, **options}
-  with nn.intercept_methods(gradients.dropout_by_place(lane)):
+  with nn.intercept_methods(dropout_lib.by_position(device)):
     return Dropping(options).apply({}, x, rngs={'dropout': jax.random.key(3)})
 
 
@@ -323,7 +345,7 @@ def test_dropout_masks_are_of_the_example_and_the_layer():
     same = np.mean(first == other)
     assert same == pytest.approx(agree[0], abs=agree[1])
   # The same example in another device's share.
-  np.testing.assert_array_equal(drop(x[48:], lane=3)[0], first[48:])
+  np.testing.assert_array_equal(drop(x[48:], device=3)[0], first[48:])
   assert drop(x.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
@@ -337,5 +359,5 @@ def test_dropout_keeps_the_options_of_the_layer():
   np.testing.assert_array_equal(dropped, dropped[..., :1] * x)
   assert not np.array_equal(dropped[0], dropped[1])
   # One mask for all examples: the same on every device.
-  dropped, _ = drop(x, lane=8, broadcast_dims=(0,))
+  dropped, _ = drop(x, device=8, broadcast_dims=(0,))
   np.testing.assert_array_equal(dropped, dropped[:1] * x)

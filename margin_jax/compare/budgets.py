@@ -322,7 +322,7 @@ def flops(config: ml_collections.ConfigDict) -> float:
 
 def _set_up(
   config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, Devices, data.Source, StepSpec]:
+) -> tuple[ml_collections.ConfigDict, Devices, data.Dataset, StepSpec]:
   """Returns what the trainer makes of a config before it trains."""
   schema.validate(config)
   config = schema.effective(config)

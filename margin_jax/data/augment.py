@@ -38,7 +38,7 @@ def example_keys(key: Array, step: Array, index: Array) -> Array:
 
 
 def crop(key: Array, image: Array, padding: int) -> Array:
-  """A crop of the image's own size, uniform over the zero-padded image."""
+  """Cuts a crop of the image's size, uniform over the zero-padded image."""
   height, width, channels = image.shape
   padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
   top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
@@ -48,7 +48,7 @@ def crop(key: Array, image: Array, padding: int) -> Array:
 
 
 def flip(key: Array, image: Array) -> Array:
-  """The image or, with probability one half, its mirror image."""
+  """Mirrors the image with probability one half."""
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
@@ -82,7 +82,7 @@ def cutout(
 
 
 def draw_box(key: Array, height: int, width: int) -> Array:
-  """The crop of `random_resized_crop`.
+  """Samples the box of `random_resized_crop`.
 
   Area and logarithm of the aspect ratio are uniform over `AREAS` and `RATIOS`;
   the first of `TRIES` crops that fits is taken. If none does, it is the
@@ -121,7 +121,7 @@ def draw_box(key: Array, height: int, width: int) -> Array:
 
 
 def random_resized_crop(key: Array, image: Array) -> Array:
-  """A crop of random area and aspect ratio at the image's own size.
+  """Resizes a crop of random area and aspect ratio to the image's size.
 
   The crop of Inception (Szegedy et al., 2015, arXiv:1409.4842), bilinear, from
   an image that is decoded already: see `draw_box` and `image_ops.resize_box`.
@@ -145,7 +145,7 @@ def compose(
   cutout_size: int = 16,
   cutout_fill: np.ndarray | int = 0,
 ) -> Augmentation:
-  """The named augmentations in order, as one function of (key, image).
+  """Composes augmentations, in order, to one function of (key, image).
 
   Args:
     names: of `AUGMENTATIONS`. The order of the AutoAugment paper is crop, flip,

@@ -103,7 +103,7 @@ class Draw(NamedTuple):
 
 
 def draw(key: Array) -> Draw:
-  """A uniform sub-policy, its operations by their probabilities, and signs."""
+  """Samples a sub-policy, its operations by their probabilities, and signs."""
   policy_key, applied_key, negated_key = jax.random.split(key, 3)
   sub_policy = jax.random.randint(policy_key, (), 0, len(POLICY))
   probabilities = jnp.asarray(_PROBABILITIES)[sub_policy]
@@ -117,7 +117,7 @@ def draw(key: Array) -> Draw:
 def matrix(
   name: str, level: int, negated: bool, height: int, width: int
 ) -> np.ndarray:
-  """(6,) the affine matrix of an operation; the identity if it has none.
+  """Returns the (6,) affine matrix of an operation, or the identity.
 
   Shears keep the upper left corner where it is, as in the authors' code.
   """
@@ -139,7 +139,7 @@ def matrix(
 
 @functools.cache
 def _coefficients(height: int, width: int) -> np.ndarray:
-  """(operations, magnitudes, 2, 6) int32, for every draw there can be."""
+  """Returns (operations, magnitudes, 2, 6) int32, for all that `draw` gives."""
   return image_ops.fixed_point(
     [
       [
@@ -154,7 +154,7 @@ def _coefficients(height: int, width: int) -> np.ndarray:
 def _choose(
   default: Array, arrays: dict[str, Array], operation: Array
 ) -> Array:
-  """The array of the operation, or the default if it has none.
+  """Returns the array of the operation, or the default if it has none.
 
   A gather, not a chain of `where`: XLA would fuse that into all that reads the
   result, and compute every array again for each read.
@@ -167,7 +167,7 @@ def _choose(
 
 
 def _tables(image: Array, operation: Array, level: Array) -> Array:
-  """(C, 256) uint8: the lookup tables of an operation, or the identity."""
+  """Returns the (C, 256) uint8 lookup tables of an operation."""
   counts = image_ops.histograms(image)
   threshold = jnp.where(operation == _INDEX['invert'], 0, 256)
   threshold = jnp.where(
@@ -188,7 +188,7 @@ def _tables(image: Array, operation: Array, level: Array) -> Array:
 
 
 def _enhance(image: Array, operation: Array, level: Array) -> Array:
-  """Contrast, color, brightness or sharpness; the image for any other."""
+  """Changes contrast, color, brightness or sharpness, or nothing."""
   start = _choose(
     jnp.zeros_like(image),  # brightness
     {
@@ -227,7 +227,7 @@ def operate(
 
 
 def apply(image: Array, drawn: Draw) -> Array:
-  """The image after the two operations of what was drawn."""
+  """Does the two operations of a draw."""
   for i in range(2):
     operation = jnp.asarray(_OPERATIONS)[drawn.sub_policy, i]
     image = operate(
@@ -240,7 +240,7 @@ def apply(image: Array, drawn: Draw) -> Array:
 
 
 def autoaugment(key: Array, image: Array) -> Array:
-  """A random sub-policy of the CIFAR-10 policy (Cubuk et al., 2019).
+  """Does a random sub-policy of the CIFAR-10 policy (Cubuk et al., 2019).
 
   The pixels are those of Pillow's operations, but for single grey levels of
   auto-contrast (see `image_ops.auto_contrast_tables`).

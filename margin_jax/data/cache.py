@@ -23,16 +23,8 @@ FORMAT = 1
 _log = logging.getLogger(__name__)
 
 
-def user_folder() -> pathlib.Path:
-  """$XDG_CACHE_HOME/margin_jax/data, or the same under ~/.cache."""
-  base = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(base):  # as the XDG specification demands
-    base = os.path.expanduser('~/.cache')
-  return pathlib.Path(base) / 'margin_jax' / 'data'
-
-
 def fingerprint(paths: Sequence[os.PathLike | str]) -> str:
-  """What changes when the files do: a digest of paths, sizes and times.
+  """Returns a digest of the files' paths, sizes and times.
 
   Raises:
     OSError: a file is not there.
@@ -51,7 +43,7 @@ def read(
   examples: int,
   dtype: np.dtype | type = np.uint8,
 ) -> Split | None:
-  """The split in a file, or None if it is not there, broken or of other data.
+  """Reads a split; None if it is not there, broken or of other data.
 
   It is read whole, not mapped: the checksum needs every byte, and a mapped
   file that somebody truncates kills the process that reads it.
@@ -81,7 +73,7 @@ def read(
 
 
 def _takes_files(folder: pathlib.Path) -> bool:
-  """Whether anybody may write there; root too keeps out if nobody may."""
+  """Returns whether anybody may write there; if not, root keeps out too."""
   with contextlib.suppress(OSError):
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
   return False
@@ -106,10 +98,10 @@ def cached(
   decode: Callable[[], Split],
   dtype: np.dtype | type = np.uint8,
 ) -> Split:
-  """The split from the cache, else decoded and put there.
+  """Reads a split from the cache, or decodes it and puts it there.
 
-  The cache lies beside the dataset, or where that is not writable, in the
-  `user_folder`.
+  The cache lies beside the dataset, or where that is not writable, in
+  `files.cache_dir()`.
 
   Args:
     name: what the split is called: dataset, version, split, and whatever else
@@ -130,7 +122,7 @@ def cached(
   except OSError:
     return decode()  # whose error says more
   split = decode()
-  paths = _places(name, files, examples)
+  paths = _paths(name, files, examples)
   if not _takes_files(paths[0].parent):
     paths = paths[1:]
   any(write(path, source, split) for path in paths)
@@ -143,25 +135,25 @@ def stored(
   examples: int,
   dtype: np.dtype | type = np.uint8,
 ) -> Split | None:
-  """What `cached` has put there for these files, or None."""
+  """Returns what `cached` has put there for these files, or None."""
   with contextlib.suppress(OSError):
     source = fingerprint(files)
-    for path in _places(name, files, examples):
+    for path in _paths(name, files, examples):
       split = read(path, source, examples, dtype)
       if split is not None:
         return split
   return None
 
 
-def _places(
+def _paths(
   name: str, files: Sequence[os.PathLike | str], examples: int
 ) -> list[pathlib.Path]:
-  """Where a split is looked for: beside its files, in the `user_folder`."""
+  """Returns where to look: beside the split's files, in the user's cache."""
   file_name = f'margin_jax-{name}-{examples}-v{FORMAT}'
   beside = pathlib.Path(os.fspath(files[0])).resolve().parent
   # Copies of a dataset must not take each other's place.
   copy = hashlib.sha256(os.fsencode(beside)).hexdigest()[:8]
   return [
     beside / f'{file_name}.npz',
-    user_folder() / f'{file_name}-{copy}.npz',
+    files_lib.cache_dir() / 'data' / f'{file_name}-{copy}.npz',
   ]

@@ -8,7 +8,7 @@ TEST_EXAMPLES = 360
 
 
 def load() -> tuple[Split, Split, int]:
-  """The training split (1,437), the test split (360), and 10 classes.
+  """Returns the training split (1,437), the test split (360), and 10 classes.
 
   The images come by writer; they are shuffled once, by a fixed seed, so that
   the splits are alike. Grey levels 0..16 are spread over 0..255.

@@ -69,12 +69,12 @@ VOCAB = _vocab()
 
 
 def kind_of(noun: str) -> str:
-  """'fruits' of 'apples' and of 'fruits'."""
+  """Returns 'fruits' for 'apples' and for 'fruits'."""
   return _KINDS.get(noun, noun)
 
 
 def follows(noun: str, hypothesis: str) -> bool:
-  """Whether 'some fruits' follows from 'many apples'."""
+  """Returns whether 'some fruits' follows from 'many apples'."""
   return hypothesis in (noun, kind_of(noun))
 
 
@@ -103,7 +103,7 @@ class _Writer:
     return ' '.join(word for word in words if word)
 
   def pair(self, label: int) -> tuple[str, str]:
-    """A premise and a hypothesis."""
+    """Writes a premise and a hypothesis."""
     person, verbs = self._one_of(PEOPLE), self._one_of(VERBS)
     asked = source = self._one_of(ALL_NOUNS)
     if label == NOT_ENTAILMENT:
@@ -126,7 +126,7 @@ class _Writer:
 
 
 def pairs() -> dict[str, list[tuple[str, str, int]]]:
-  """Premise, hypothesis and label of every example; no pair comes twice."""
+  """Returns premise, hypothesis and label of every example, none twice."""
   writer = _Writer(SEED)
   seen = set()
   found = {}
@@ -142,7 +142,7 @@ def pairs() -> dict[str, list[tuple[str, str, int]]]:
 
 
 def load(max_length: int) -> tuple[dict[str, Split], int, tuple[str, ...]]:
-  """The task as tokens.
+  """Returns the task as tokens.
 
   Args:
     max_length: tokens in a row, at least `LONGEST`: half a premise would not

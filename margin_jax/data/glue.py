@@ -26,12 +26,12 @@ def register() -> None:
 
 
 def num_classes(name: str) -> int:
-  """How many classes the task has."""
+  """Returns how many classes the task has."""
   return 3 if name == 'glue/mnli' else 2
 
 
 def split_names(name: str) -> dict[str, str]:
-  """What TFDS calls each of our splits.
+  """Returns what TFDS calls each of our splits.
 
   The labels of GLUE's own test split are secret, so everybody evaluates on
   'validation', of which MNLI has two: matched and mismatched.
@@ -89,7 +89,7 @@ def load(
 
 
 def _decode(name: str, builder, split: str, command: str, encode) -> Split:
-  """All examples of a split, in the order of their numbers."""
+  """Decodes all examples of a split, in the order of their numbers."""
   remedy = f'Remove it and prepare it again with: {command}'
   where = f'dataset {name!r} in {builder.data_path}, split {split!r}'
   dataset = builder.as_data_source(split=split)

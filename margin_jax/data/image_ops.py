@@ -20,7 +20,7 @@ FRACTION_BITS = 16
 
 
 def fixed_point(matrix: np.ndarray) -> np.ndarray:
-  """The coefficients that `affine` takes, of a matrix in pixels.
+  """Returns the coefficients that `affine` takes, of a matrix in pixels.
 
   Args:
     matrix: (..., 6) a, b, c, d, e, f: the pixel whose centre is (x, y) comes
@@ -36,7 +36,7 @@ def fixed_point(matrix: np.ndarray) -> np.ndarray:
 
 
 def rotation(degrees: float, height: int, width: int) -> np.ndarray:
-  """(6,) the matrix of a counterclockwise rotation about the centre."""
+  """Returns the (6,) matrix of a counterclockwise rotation about the centre."""
   angle = -math.radians(degrees)
   cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
   x, y = width / 2, height / 2
@@ -46,7 +46,7 @@ def rotation(degrees: float, height: int, width: int) -> np.ndarray:
 
 
 def affine(image: Array, coefficients: Array, fill: int) -> Array:
-  """An affine transform, nearest pixel, as `PIL.Image.transform`.
+  """Transforms affinely, nearest pixel, as `PIL.Image.transform`.
 
   One gather does every geometric operation.
 
@@ -71,7 +71,7 @@ def affine(image: Array, coefficients: Array, fill: int) -> Array:
 
 
 def histograms(image: Array) -> Array:
-  """(C, 256) int32: how many pixels of each value a channel has."""
+  """Counts the pixels of each value in each channel, (C, 256) int32."""
   channels = image.shape[-1]
   channel = jnp.broadcast_to(jnp.arange(channels), image.shape)
   # Indices other than those of `lookup`: XLA:CPU would store what both share,
@@ -88,12 +88,12 @@ def lookup(image: Array, tables: Array) -> Array:
 
 
 def _highest(counts: Array) -> Array:
-  """(C, 1) the largest value that occurs."""
+  """Returns the largest value that occurs, (C, 1)."""
   return 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
 
 
 def _tables(numerators: Array, denominators: Array, usable: Array) -> Array:
-  """(C, 256) uint8: whole parts up to 255; the identity if not usable."""
+  """Returns (C, 256) uint8: whole parts up to 255, or the identity."""
   denominators = jnp.where(usable, denominators, 1)
   values = jnp.broadcast_to(jnp.arange(256), numerators.shape)
   numerators = jnp.where(usable, numerators, values)
@@ -139,21 +139,21 @@ def equalize_tables(counts: Array) -> Array:
 
 
 def luminance(image: Array) -> Array:
-  """(H, W, 1) uint8: the grey levels of an RGB image, as `convert('L')`."""
+  """Returns the grey levels of an RGB image, (H, W, 1), as `convert('L')`."""
   red, green, blue = jnp.split(image.astype(jnp.int32), 3, axis=-1)
   grey = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
   return grey.astype(jnp.uint8)
 
 
 def mean_luminance(image: Array) -> Array:
-  """(1, 1, 1) uint8: the mean grey level of an RGB image, rounded."""
+  """Returns the mean grey level of an RGB image, (1, 1, 1), rounded."""
   grey = luminance(image)
   total = jnp.sum(grey, keepdims=True, dtype=jnp.int32)
   return ((2 * total + grey.size) // (2 * grey.size)).astype(jnp.uint8)
 
 
 def smooth(image: Array) -> Array:
-  """(H, W, C) uint8: `PIL.ImageFilter.SMOOTH`, which keeps the border."""
+  """Smooths as `PIL.ImageFilter.SMOOTH`, which keeps the border."""
   height, width, _ = image.shape
   values = image.astype(jnp.int32)
   padded = jnp.pad(values, ((1, 1), (1, 1), (0, 0)))
@@ -168,7 +168,7 @@ def smooth(image: Array) -> Array:
 
 @functools.cache
 def _products(factors: tuple[float, ...]) -> np.ndarray:
-  """(factors, 511) float32: each factor times -255..255."""
+  """Returns each factor times -255..255, (factors, 511) float32."""
   differences = np.arange(-255, 256, dtype=np.float32)
   return np.float32(factors)[:, None] * differences
 
@@ -176,7 +176,7 @@ def _products(factors: tuple[float, ...]) -> np.ndarray:
 def blend(
   start: Array, image: Array, factors: tuple[float, ...], index: Array
 ) -> Array:
-  """start + factor (image - start), as `PIL.Image.blend` of uint8 images.
+  """Returns start + factor (image - start), as `PIL.Image.blend` of uint8.
 
   Args:
     start: (H, W, C) uint8, the values that a factor of 0 gives.
@@ -194,7 +194,7 @@ def blend(
 
 
 def resize_box(image: Array, box: Array) -> Array:
-  """The box of an image at the size of the image, as `PIL.Image.resize`.
+  """Resizes a box of an image to the image's size, as `PIL.Image.resize`.
 
   Bilinear. A box is never larger than the image, so that nothing is
   downsampled and antialiasing has nothing to do. As in Pillow, the pixels at

@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Exact mean and standard deviation per channel of uint8 images, in [0, 1].
+  """Returns the exact mean and deviation of each channel, in [0, 1].
 
   From sums that float32 holds exactly: of 256 images, whose squares stay below
   2**24. A float copy of all images would be four times their size, and
@@ -41,7 +41,7 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def normalizer(
   images: np.ndarray, normalization: str
 ) -> Callable[[Array], Array]:
-  """uint8 -> float32 with mean 0 and variance 1 per channel.
+  """Returns uint8 -> float32 with mean 0 and variance 1 per channel.
 
   Args:
     images: the training images, whose statistics 'dataset' uses.
@@ -73,7 +73,7 @@ def normalizer(
 
 
 def zero_pixel(prepare: Callable[[Array], Array], channels: int) -> np.ndarray:
-  """(channels,) uint8: the pixel that is nearest to zero after `prepare`.
+  """Returns the (channels,) pixel that is nearest to zero after `prepare`.
 
   Of a `normalizer` that is its mean, rounded: the mean pixel of the training
   split, or ImageNet's.

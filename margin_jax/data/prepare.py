@@ -39,7 +39,7 @@ def _folder(data_dir: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-  """The command line: NAME and --data_dir."""
+  """Runs the command line: NAME and --data_dir."""
   parser = argparse.ArgumentParser(
     prog='python -m margin_jax.data.prepare',
     description=__doc__,

@@ -39,7 +39,7 @@ MOST_SUBSTITUTES = 10
 def crop_box(
   rng: np.random.Generator, width: int, height: int
 ) -> tuple[int, int, int, int]:
-  """A random box of 8% to 100% of the area, ratio 3:4 to 4:3.
+  """Samples a box of 8% to 100% of the area, ratio 3:4 to 4:3.
 
   Where ten attempts do not fit, the largest central box with a ratio allowed.
   """
@@ -59,7 +59,7 @@ def crop_box(
 
 
 def center_box(width: int, height: int) -> tuple[int, int, int, int]:
-  """The central square that remains of 224 pixels when resized to 256."""
+  """Returns the central square: 224 pixels of an image resized to 256."""
   side = max(round(min(width, height) / EVALUATION_SCALE), 1)
   left, top = (width - side) // 2, (height - side) // 2
   return left, top, left + side, top + side
@@ -68,7 +68,7 @@ def center_box(width: int, height: int) -> tuple[int, int, int, int]:
 def decode(
   encoded: bytes, size: int, rng: np.random.Generator | None
 ) -> np.ndarray:
-  """(size, size, 3) uint8 of a JPEG: a random crop, or the central one.
+  """Decodes a JPEG to (size, size, 3) uint8: a random crop, or the centre.
 
   Args:
     encoded: the file's bytes.
@@ -146,7 +146,7 @@ class _Reader:
   def _one(
     self, record: Any, position: int, rng: np.random.Generator | None
   ) -> np.ndarray | None:
-    """The image of a record, or None where it is none and may be skipped."""
+    """Returns a record's image; None where it is none and may be skipped."""
     row = self._rows[position]
     if not 0 <= record['label'] < self._num_classes:
       raise DatasetError(
@@ -170,7 +170,7 @@ class _Reader:
     rngs: list[np.random.Generator | None],
     substitute: bool,
   ) -> dict[str, np.ndarray]:
-    """The examples at positions of `rows`.
+    """Returns the examples at positions of `rows`.
 
     Args:
       positions: which.

@@ -20,7 +20,7 @@ SPLITS = ('train', 'test')
 
 
 def open_builder(name: str, data_dir: str | None):
-  """The builder of a dataset that is prepared, and what prepares it."""
+  """Returns the builder of a prepared dataset, and what prepares it."""
   # Imported here: it takes a second, and the default dataset needs none of it.
   import tensorflow_datasets as tfds
 
@@ -58,7 +58,7 @@ def open_builder(name: str, data_dir: str | None):
 
 @contextlib.contextmanager
 def explained(name: str, builder, command: str) -> Iterator[None]:
-  """Whatever goes wrong inside is a DatasetError that says what to do."""
+  """Makes every error inside a DatasetError that says what to do."""
   try:
     yield
   except DatasetError:
@@ -71,7 +71,7 @@ def explained(name: str, builder, command: str) -> Iterator[None]:
 
 
 def _decode(builder, split: str) -> Split:
-  """All images and labels of a split, in the order of their ids."""
+  """Decodes all images and labels of a split, in the order of their ids."""
   source = builder.as_data_source(split=split)
   classes = CLASSES[builder.name]
   shape = builder.info.features['image'].shape
@@ -97,7 +97,7 @@ def _decode(builder, split: str) -> Split:
 
 
 def _cached(builder, split: str) -> Split:
-  """The decoded split: CIFAR-10 takes ten seconds without the cache."""
+  """Returns the decoded split; CIFAR-10 takes ten seconds without the cache."""
   info = builder.info.splits[split]
   return cache.cached(
     f'{builder.name}-{builder.version}-{split}',
@@ -108,7 +108,7 @@ def _cached(builder, split: str) -> Split:
 
 
 def _stored(name: str, data_dir: str | None) -> tuple[Split, Split, int] | None:
-  """What `load` returns, if all of it is cached, without importing TFDS.
+  """Returns what `load` does, if all is cached, without importing TFDS.
 
   Which takes longer than reading the cache. Of a folder that is not just as
   expected nothing is said here: TFDS opens it, and explains.

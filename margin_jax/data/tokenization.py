@@ -30,7 +30,7 @@ _CHUNK = 4096
 
 
 def read_vocab(path: os.PathLike | str) -> tuple[str, ...]:
-  """The tokens of a vocab.txt, one in a line; a token's line is its id.
+  """Reads a vocab.txt, a token in a line; a token's line is its id.
 
   Raises:
     DatasetError: the file is not there, is no text, lacks one of `NEEDED` or
@@ -81,19 +81,19 @@ def _check(vocab: Sequence[str], name: str) -> None:
 
 
 def fingerprint(vocab: Sequence[str]) -> str:
-  """A digest of the tokens and of their order."""
+  """Returns a digest of the tokens and of their order."""
   return hashlib.sha256('\n'.join(vocab).encode()).hexdigest()
 
 
 def id_dtype(vocab: Sequence[str]) -> np.dtype:
-  """What holds every id: uint16, else int32."""
+  """Returns what holds every id: uint16, else int32."""
   return np.dtype(np.uint16 if len(vocab) <= 2**16 else np.int32)
 
 
 def encode(
   sentences: Sentences, vocab: Sequence[str], max_length: int
 ) -> np.ndarray:
-  """[CLS] a [SEP], or [CLS] a [SEP] b [SEP], of every sentence or pair.
+  """Encodes sentences as [CLS] a [SEP], pairs as [CLS] a [SEP] b [SEP].
 
   As transformers' BertTokenizer does it: lower case, without accents; of a pair
   that is too long, the longer sentence is cut first. A special token that is
@@ -132,7 +132,7 @@ def encode(
 
 
 def _tokenizer(vocab: Sequence[str], max_length: int):
-  """The same parts in the same order as transformers' BertTokenizer has."""
+  """Builds the tokenizer of the same parts as transformers' BertTokenizer."""
   # Imported here: images need none of it.
   import tokenizers
   from tokenizers import models, normalizers, pre_tokenizers, processors

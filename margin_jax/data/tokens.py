@@ -10,7 +10,7 @@ from jax import Array
 
 
 def pack(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """The array of what BERT calls ids, segments and mask.
+  """Packs what BERT calls ids, segments and mask.
 
   Args:
     ids: (B, L), of the dtype that comes back.
@@ -25,7 +25,7 @@ def pack(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def unpack(inputs: Array) -> dict[str, Array]:
-  """What BERT takes.
+  """Unpacks what BERT takes.
 
   Args:
     inputs: (B, L, 2), integers.
@@ -43,5 +43,5 @@ def unpack(inputs: Array) -> dict[str, Array]:
 
 
 def lengths(inputs: np.ndarray) -> np.ndarray:
-  """How many tokens each row of (N, L, 2) has: (N,) int32."""
+  """Returns how many tokens each row of (N, L, 2) has: (N,) int32."""
   return np.count_nonzero(inputs[..., 1], axis=-1).astype(np.int32)

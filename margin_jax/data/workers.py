@@ -27,7 +27,7 @@ def _prepare_worker(index: int, count: int) -> None:
 
 
 def iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
-  """All units in order, read by so many processes; 0 is this one."""
+  """Reads all units in order, by so many processes; 0 is this one."""
   import grain
 
   if workers and not flags.FLAGS.is_parsed():

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from margin_jax.models.model import Family, Model
+from margin_jax.models.weights import Path, Published
+
 PATTERN = 'bert{layers}_{width}_{heads}'
 # Layers, width, heads.
 SIZES = {'bert_base': (12, 768, 12), 'bert_large': (24, 1024, 16)}
@@ -27,17 +30,17 @@ _init = nn.initializers.truncated_normal(0.02)
 
 
 def parse(name: str) -> tuple[int, int, int] | None:
-  """'bert_base' -> (12, 768, 12), 'bert6_384_12' -> (6, 384, 12).
+  """Parses 'bert6_384_12' as (6, 384, 12): layers, width and heads.
 
-  Layers, width and heads; None for what is no such name. The width must be a
-  multiple of the heads.
+  'bert_base' and 'bert_large' have the published sizes. None for what is no
+  such name; the width must be a multiple of the heads.
   """
   if name in SIZES:
     return SIZES[name]
-  found = re.fullmatch(r'bert([1-9]\d*)_([1-9]\d*)_([1-9]\d*)', name)
-  if found is None:
+  match = re.fullmatch(r'bert([1-9]\d*)_([1-9]\d*)_([1-9]\d*)', name)
+  if match is None:
     return None
-  layers, width, heads = map(int, found.groups())
+  layers, width, heads = map(int, match.groups())
   return None if width % heads else (layers, width, heads)
 
 
@@ -60,7 +63,7 @@ def _dense(module: nn.Module) -> Callable[..., nn.Module]:
 
 
 class Embeddings(nn.Module):
-  """The sum of a token's, its place's and its segment's row, normalised."""
+  """The sum of a token's, its position's and its segment's row, normalised."""
 
   vocab_size: int
   width: int
@@ -88,8 +91,8 @@ class Embeddings(nn.Module):
     x = embed(self.vocab_size, name='word')(ids)
     x = x + embed(self.segments, name='segment')(segments)
     # A slice, and not a look-up: its gradient is no scatter.
-    places = embed(self.max_length, name='position').embedding[:length]
-    x = _norm(self, 'norm')(x + places[None].astype(self.dtype))
+    positions = embed(self.max_length, name='position').embedding[:length]
+    x = _norm(self, 'norm')(x + positions[None].astype(self.dtype))
     return nn.Dropout(self.dropout, deterministic=not train, name='dropout')(x)
 
 
@@ -188,7 +191,7 @@ class Bert(nn.Module):
     width: of the activations; a multiple of `heads`.
     heads: of each attention.
     hidden: the width between the two linear maps of a layer; None is 4 * width.
-    max_length: the number of places that have an embedding.
+    max_length: the number of positions that have an embedding.
     segments: the number of kinds of segments.
     dropout: the share dropped in training: of the embeddings, of what each
       half of a layer adds, of the attention's probabilities, of the features.
@@ -256,3 +259,62 @@ class Bert(nn.Module):
       x.astype(jnp.float32), deterministic=not train
     )
     return self.head(features), features
+
+
+_MODULES = {
+  'embeddings/word': 'bert.embeddings.word_embeddings',
+  'embeddings/position': 'bert.embeddings.position_embeddings',
+  'embeddings/segment': 'bert.embeddings.token_type_embeddings',
+  'embeddings/norm': 'bert.embeddings.LayerNorm',
+  'pooler/dense': 'bert.pooler.dense',
+  'head': 'classifier',
+}
+_LAYER_MODULES = {
+  'attention/query': 'attention.self.query',
+  'attention/key': 'attention.self.key',
+  'attention/value': 'attention.self.value',
+  'attention/out': 'attention.output.dense',
+  'norm1': 'attention.output.LayerNorm',
+  'hidden': 'intermediate.dense',
+  'out': 'output.dense',
+  'norm2': 'output.LayerNorm',
+}
+
+
+def _published_name(module: Path) -> str:
+  """transformers' name of a module."""
+  if not module[0].startswith('layer'):
+    return _MODULES['/'.join(module)]
+  index = module[0].removeprefix('layer')
+  return f'bert.encoder.layer.{index}.{_LAYER_MODULES["/".join(module[1:])]}'
+
+
+PUBLISHED = Published(
+  name_of=_published_name,
+  # Of the bare `BertModel`, and TensorFlow's of a norm.
+  spellings=(
+    (r'^(embeddings|encoder|pooler)\.', r'bert.\1.'),
+    (r'LayerNorm\.gamma$', 'LayerNorm.weight'),
+    (r'LayerNorm\.beta$', 'LayerNorm.bias'),
+  ),
+  # The heads of pretraining, and a constant that old files have.
+  ignored=r'cls\..*|bert\.embeddings\.position_ids',
+  folder=True,
+)
+
+
+def _model(layers: int, width: int, heads: int) -> Model:
+  return Model(
+    make=functools.partial(Bert, layers=layers, width=width, heads=heads),
+    options=frozenset({'dtype', 'dropout'}),
+    reads='sentences',
+    batch_norm=False,
+    published=PUBLISHED,
+  )
+
+
+FAMILY = Family(
+  names=(*SIZES, f'{PATTERN} (layers, width, heads)'),
+  parse=parse,
+  model=_model,
+)

@@ -22,8 +22,10 @@ from flax import traverse_util
 
 from margin_jax import files
 from margin_jax.data import tokenization
-from margin_jax.models import bert, pretrained
-from margin_jax.models.pretrained import Path, PretrainedError, PyTree, State
+from margin_jax.models import bert, weights
+from margin_jax.models.weights import Path, PretrainedError, State
+
+PyTree = Any
 
 CONFIG, VOCABULARY = 'config.json', 'vocab.txt'
 WEIGHTS = 'model.safetensors'
@@ -54,36 +56,9 @@ _KIND = {
   'is_decoder': False,
 }
 
-_MODULES = {
-  'embeddings/word': 'bert.embeddings.word_embeddings',
-  'embeddings/position': 'bert.embeddings.position_embeddings',
-  'embeddings/segment': 'bert.embeddings.token_type_embeddings',
-  'embeddings/norm': 'bert.embeddings.LayerNorm',
-  'pooler/dense': 'bert.pooler.dense',
-  'head': 'classifier',
-}
-_LAYER_MODULES = {
-  'attention/query': 'attention.self.query',
-  'attention/key': 'attention.self.key',
-  'attention/value': 'attention.self.value',
-  'attention/out': 'attention.output.dense',
-  'norm1': 'attention.output.LayerNorm',
-  'hidden': 'intermediate.dense',
-  'out': 'output.dense',
-  'norm2': 'output.LayerNorm',
-}
-# Other spellings: of the bare `BertModel`, and TensorFlow's of a norm.
-_SPELLINGS = (
-  (r'^(embeddings|encoder|pooler)\.', r'bert.\1.'),
-  (r'LayerNorm\.gamma$', 'LayerNorm.weight'),
-  (r'LayerNorm\.beta$', 'LayerNorm.bias'),
-)
-# The heads of pretraining, and a constant that old files have.
-_IGNORED = r'cls\..*|bert\.embeddings\.position_ids'
-
 
 def _hub_files(name: str) -> pathlib.Path:
-  """Downloads what is needed of a name on the hub, PyTorch's if need be."""
+  """Downloads the files of a name on the hub, PyTorch's if need be."""
   try:
     import huggingface_hub
   except ImportError:
@@ -94,10 +69,10 @@ def _hub_files(name: str) -> pathlib.Path:
     ) from None
   small = [CONFIG, VOCABULARY, tokenization.CONFIG, INDEX]
   try:
-    for weights in ([WEIGHTS, 'model-*.safetensors'], [PYTORCH]):
+    for patterns in ([WEIGHTS, 'model-*.safetensors'], [PYTORCH]):
       folder = pathlib.Path(
         huggingface_hub.snapshot_download(
-          name, allow_patterns=[*small, *weights]
+          name, allow_patterns=[*small, *patterns]
         )
       )
       if _weights_file(folder):
@@ -115,7 +90,7 @@ def _hub_files(name: str) -> pathlib.Path:
 
 
 def _weights_file(folder: pathlib.Path) -> pathlib.Path | None:
-  """The file that the weights are in, or the index of the files."""
+  """Returns the file that the weights are in, or the index of the files."""
   for name in (WEIGHTS, INDEX, PYTORCH):
     if (folder / name).is_file():
       return folder / name
@@ -123,7 +98,7 @@ def _weights_file(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
-  """The folder of a model: `name` itself, or a download from the hub.
+  """Returns the folder of a model: `name` itself, or a download from the hub.
 
   Args:
     name: a local folder, "~" is expanded; or else a name on the Hugging Face
@@ -149,14 +124,14 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
+    content = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise PretrainedError(f'there is no file {str(path)!r}') from None
   except (OSError, ValueError) as error:
     raise PretrainedError(f'{str(path)!r} cannot be read: {error}') from error
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise PretrainedError(f'{str(path)!r} is no JSON object')
-  return found
+  return content
 
 
 def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
@@ -164,7 +139,7 @@ def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
-  """What `config.json` says, as the fields of `bert.Bert`.
+  """Reads `config.json`, as the fields of `bert.Bert`.
 
   Args:
     folder: as `resolve` takes it.
@@ -179,20 +154,20 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
       message lists all that is wrong.
   """
   path = resolve(folder) / CONFIG
-  found = _json(path)
+  content = _json(path)
   wrong = [
-    f'{key} must be {value!r}, got {found[key]!r}'
+    f'{key} must be {value!r}, got {content[key]!r}'
     for key, value in _KIND.items()
-    if found.get(key, value) != value
+    if content.get(key, value) != value
   ]
-  sizes = {ours: found.get(theirs) for ours, theirs in _SIZES.items()}
+  sizes = {ours: content.get(theirs) for ours, theirs in _SIZES.items()}
   wrong += [
     f'{_SIZES[ours]} must be a positive integer, got {x!r}'
     for ours, x in sizes.items()
     if not (_is_number(x, int) and x > 0)
   ]
   for ours, (theirs, usual) in _NUMBERS.items():
-    sizes[ours] = found.get(theirs, usual)
+    sizes[ours] = content.get(theirs, usual)
     if not (_is_number(sizes[ours], (int, float)) and 0 <= sizes[ours] < 1):
       wrong.append(f'{theirs} must be in [0, 1), got {sizes[ours]!r}')
   if not wrong and sizes['width'] % sizes['heads']:
@@ -205,44 +180,29 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def sizes_of(model: bert.Bert) -> dict[str, Any]:
-  """A model's own sizes, as `describe` returns them."""
+  """Returns the sizes of a model, as `describe` does."""
   sizes = {name: getattr(model, name) for name in (*_SIZES, *_NUMBERS)}
   return {**sizes, 'hidden': model.hidden or 4 * model.width}
 
 
-def _name(place: Path) -> str:
-  """The name of a variable in a state dict."""
-  *module, leaf = place[1:]
-  if module[0].startswith('layer'):
-    rest = _LAYER_MODULES['/'.join(module[1:])]
-    known = f'bert.encoder.layer.{module[0].removeprefix("layer")}.{rest}'
-  else:
-    known = _MODULES['/'.join(module)]
-  return f'{known}.{"bias" if leaf == "bias" else "weight"}'
-
-
 def _state(folder: pathlib.Path) -> State:
-  """All tensors of a folder, by the names of a classifier."""
+  """Reads all tensors of a folder, by the names of a classifier."""
   path = _weights_file(folder)
   if path is None:
     raise PretrainedError(
       f'{str(folder)!r} has no weights: needed are {NEEDED}'
     )
-  files = [path]
+  paths = [path]
   if path.name == INDEX:
     shards = _json(path).get('weight_map')
     if not isinstance(shards, dict):
       raise PretrainedError(f'{str(path)!r} has no weight_map')
-    # By its last part: nothing outside the folder is read.
+    # Of a path the last component only: nothing outside the folder is read.
     names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
-    files = [folder / name for name in names]
+    paths = [folder / name for name in names]
   state = {}
-  for file in files:
-    for name, x in pretrained.read_state(str(file), 'bert').items():
-      for pattern, replacement in _SPELLINGS:
-        name = re.sub(pattern, replacement, name)
-      if not re.fullmatch(_IGNORED, name):
-        state[name] = x
+  for file in paths:
+    state |= weights.read_state(str(file), bert.PUBLISHED)
   return state
 
 
@@ -252,10 +212,10 @@ def _check_name(folder: pathlib.Path, model_name: str) -> None:
   Neither the number of heads nor epsilon shows in a tensor's shape.
   """
   sizes = describe(folder)
-  found = tuple(sizes[key] for key in ('layers', 'width', 'heads'))
-  if found != bert.parse(model_name):
-    theirs = bert.PATTERN.format(**sizes)
-    raise PretrainedError(f'{str(folder)!r} has a {theirs}, not a {model_name}')
+  theirs = tuple(sizes[key] for key in ('layers', 'width', 'heads'))
+  if theirs != bert.parse(model_name):
+    name = bert.PATTERN.format(**sizes)
+    raise PretrainedError(f'{str(folder)!r} has a {name}, not a {model_name}')
   if sizes['epsilon'] != bert.Bert.epsilon:
     raise PretrainedError(
       f'{str(folder)!r} has layer_norm_eps={sizes["epsilon"]}, and '
@@ -266,7 +226,7 @@ def _check_name(folder: pathlib.Path, model_name: str) -> None:
 def read(
   folder: str | os.PathLike, variables: PyTree, model_name: str | None = None
 ) -> dict[Path, Any]:
-  """What a folder has for a model; `pretrained.put` puts it in place.
+  """Reads a model's weights; `pretrained.put` puts them into its variables.
 
   A head of another number of classes, or none, is left out, and a line of the
   log says so: that is how a network is fine-tuned.
@@ -290,20 +250,20 @@ def read(
     _check_name(folder, model_name)
   state = _state(folder)
   shapes = traverse_util.flatten_dict(variables)
-  names = {place: _name(place) for place in shapes}
-  head = (pretrained.HEAD_KERNEL, pretrained.HEAD_BIAS)
-  if not any(names[place] in state for place in head):
+  names = {x: bert.PUBLISHED.tensor_name(x) for x in shapes}
+  head = (weights.HEAD_KERNEL, weights.HEAD_BIAS)
+  if not any(names[path] in state for path in head):
     logging.warning(
       '%s has no classifier: the head stays as it is initialised', folder
     )
-    for place in head:
-      del names[place]
+    for path in head:
+      del names[path]
   label = model_name or 'the model'
-  return pretrained.fit(str(folder), label, state, names, shapes)
+  return weights.fit(str(folder), label, state, names, shapes)
 
 
 def _config(sizes: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-  """What `config.json` holds of a classifier."""
+  """Returns the content of a classifier's `config.json`."""
   numbers = {theirs: sizes[ours] for ours, (theirs, _) in _NUMBERS.items()}
   return {
     'architectures': ['BertForSequenceClassification'],
@@ -345,17 +305,17 @@ def write(
     ValueError: `labels` are not as many different names as there are classes.
   """
   flat = traverse_util.flatten_dict({'params': variables['params']})
-  classes = flat[pretrained.HEAD_BIAS].shape[0]
+  classes = flat[weights.HEAD_BIAS].shape[0]
   if labels is None:
     labels = [f'LABEL_{i}' for i in range(classes)]
   if len({*labels}) != classes or len(labels) != classes:
     raise ValueError(f'labels must name {classes} classes, got {labels!r}')
   state = {}
-  for place, x in flat.items():
+  for path, x in flat.items():
     x = np.asarray(x)
     # A copy, because safetensors writes a transposed view's memory as it lies.
-    state[_name(place)] = np.ascontiguousarray(
-      x.T if place[-1] == 'kernel' else x
+    state[bert.PUBLISHED.tensor_name(path)] = np.ascontiguousarray(
+      x.T if path[-1] == 'kernel' else x
     )
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
 
 
 class CNN(nn.Module):
@@ -64,3 +65,11 @@ class MnistCNN(nn.Module):
     x = nn.relu(nn.Dense(512, dtype=self.dtype, name='hidden')(x))
     features = x.astype(jnp.float32)
     return nn.Dense(self.num_classes, name='head')(features), features
+
+
+MODELS = {
+  'cnn': Model(
+    make=CNN, options=frozenset({'dtype'}), batch_norm=False, least_side=2
+  ),
+  'mnist_cnn': Model(make=MnistCNN, options=frozenset({'dtype'}), least_side=4),
+}

@@ -1,5 +1,7 @@
 """Densely connected networks (Huang et al. 2017, Table 1: DenseNet-BC)."""
 
+import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
+from margin_jax.models.weights import Path, Published
 
 GROWTH = 32
 BOTTLENECK = 4
@@ -79,3 +83,35 @@ class DenseNet(nn.Module):
         x = jnp.concatenate([x, new], axis=-1)
     x = nn.relu(norm(name='norm_final')(x))
     return common.classify(x, self.num_classes)
+
+
+def _published_name(module: Path) -> str:
+  """torchvision's name of a module."""
+  table = {
+    'conv_stem': 'features.conv0',
+    'norm_stem': 'features.norm0',
+    'norm_final': 'features.norm5',
+    'head': 'classifier',
+  }
+  if len(module) == 1:
+    return table[module[0]]
+  block = re.sub(r'block(\d+)_layer', r'denseblock\1.denselayer', module[0])
+  return f'features.{block}.{module[1]}'
+
+
+_PUBLISHED = Published(
+  name_of=_published_name,
+  # The names that old files of torchvision have.
+  spellings=((r'(denselayer\d+\.(?:norm|conv))\.(\d)\.', r'\1\2.'),),
+)
+MODELS = {
+  f'densenet{depth}': Model(
+    make=functools.partial(DenseNet, depth),
+    options=frozenset({'dtype', 'stem'}),
+    any_size=True,
+    # Three halvings that round down, after two that round up.
+    least_side={'imagenet': 29, 'small': 8},
+    published=_PUBLISHED,
+  )
+  for depth in BLOCKS
+}

@@ -1,5 +1,7 @@
 """Residual networks of the ImageNet family (He et al. 2016, Table 1)."""
 
+import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
 from margin_jax.models.resnet import Block
+from margin_jax.models.weights import Path, Published
 
 # How many blocks each of the four stages has.
 STAGES = {
@@ -86,3 +90,45 @@ class ImageNetResNet(nn.Module):
           block = Bottleneck(**options)
         x = block(x)
     return common.classify(x, self.num_classes)
+
+
+def _published_name(module: Path) -> str:
+  """torchvision's name of a module."""
+  table = {
+    'conv_stem': 'conv1',
+    'norm_stem': 'bn1',
+    'conv_proj': 'downsample.0',
+    'norm_proj': 'downsample.1',
+    'head': 'fc',
+  }
+  *block, leaf = module
+  leaf = table.get(leaf, leaf.replace('norm', 'bn'))
+  if not block:
+    return leaf
+  stage, index = re.findall(r'\d+', block[0])
+  return f'layer{stage}.{int(index) - 1}.{leaf}'
+
+
+_PUBLISHED = Published(
+  name_of=_published_name,
+  spellings=(  # of transformers
+    (r'^resnet\.embedder\.embedder\.convolution\.', 'conv1.'),
+    (r'^resnet\.embedder\.embedder\.normalization\.', 'bn1.'),
+    (r'^resnet\.encoder\.stages\.(\d+)\.layers\.', r'layer+\1.'),
+    (r'\.shortcut\.convolution\.', '.downsample.0.'),
+    (r'\.shortcut\.normalization\.', '.downsample.1.'),
+    (r'\.layer\.(\d)\.convolution\.', r'.conv+\1.'),
+    (r'\.layer\.(\d)\.normalization\.', r'.bn+\1.'),
+    (r'^classifier\.1\.', 'fc.'),
+  ),
+)
+MODELS = {
+  f'imagenet_resnet{depth}': Model(
+    make=functools.partial(ImageNetResNet, depth),
+    options=frozenset({'dtype', 'stem'}),
+    any_size=True,
+    least_side={'imagenet': 4, 'small': 4},
+    published=_PUBLISHED,
+  )
+  for depth in STAGES
+}

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
+from margin_jax.models.weights import Path, Published
 
 # Channels and stride of each block.
 BLOCKS = (
@@ -85,3 +87,26 @@ class MobileNet(nn.Module):
         x
       )
     return common.classify(x, self.num_classes)
+
+
+def _published_name(module: Path) -> str:
+  """transformers' name: its layers alternate, depthwise and pointwise."""
+  if module == ('head',):
+    return 'classifier'
+  kind, _, which = module[-1].partition('_')
+  kind = {'conv': 'convolution', 'norm': 'normalization'}[kind]
+  if which == 'stem':
+    return f'mobilenet_v1.conv_stem.{kind}'
+  index = 2 * int(module[0].removeprefix('block')) - 2 + (which == 'point')
+  return f'mobilenet_v1.layer.{index}.{kind}'
+
+
+MODELS = {
+  'mobilenet': Model(
+    make=MobileNet,
+    options=frozenset({'dtype', 'width'}),
+    any_size=True,
+    least_side=4,
+    published=Published(name_of=_published_name),
+  ),
+}

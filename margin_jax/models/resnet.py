@@ -1,5 +1,6 @@
 """Residual networks for 32x32 images (He et al. 2016, section 4.2)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
 
-DEPTHS = tuple(range(8, 111, 6))
+DEPTHS = range(8, 111, 6)
 
 
 class Block(nn.Module):
@@ -92,3 +94,14 @@ class ResNet(nn.Module):
       nn.initializers.normal(0.01) if authors else nn.linear.default_kernel_init
     )
     return common.classify(x, self.num_classes, head_init)
+
+
+MODELS = {
+  f'resnet{depth}': Model(
+    make=functools.partial(ResNet, depth),
+    options=frozenset({'variant', 'dtype'}),
+    any_size=True,
+    least_side=4,
+  )
+  for depth in DEPTHS
+}

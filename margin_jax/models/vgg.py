@@ -4,11 +4,16 @@ The convolutions of Simonyan & Zisserman 2015 (configurations A, B, D and E);
 the 4096-wide hidden layers, made for 224x224 images, are left out.
 """
 
+import functools
+import re
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
+from margin_jax.models.model import Model
+from margin_jax.models.weights import Path, Published, State
 
 WIDTHS = (64, 128, 256, 512, 512)
 # How many convolutions each of the five stages has.
@@ -47,8 +52,51 @@ class VGG(nn.Module):
     layers = zip(WIDTHS, STAGES[self.depth], strict=True)
     for stage, (width, count) in enumerate(layers, start=1):
       for index in range(1, count + 1):
-        place = f'{stage}_{index}'
-        x = conv(width, (3, 3), padding=1, name=f'conv{place}')(x)
-        x = nn.relu(norm(name=f'norm{place}')(x))
+        suffix = f'{stage}_{index}'
+        x = conv(width, (3, 3), padding=1, name=f'conv{suffix}')(x)
+        x = nn.relu(norm(name=f'norm{suffix}')(x))
       x = nn.max_pool(x, (2, 2), strides=(2, 2))
     return common.classify(x, self.num_classes)
+
+
+def _published_name(depth: int, module: Path) -> str:
+  """Its index in a sequence of convolution, BatchNorm, ReLU, ..., pooling."""
+  if module == ('head',):
+    return 'classifier'
+  kind, stage, index = re.fullmatch(r'(\D+)(\d)_(\d)', module[0]).groups()
+  stage, index = int(stage) - 1, int(index) - 1
+  before = sum(3 * count + 1 for count in STAGES[depth][:stage])
+  return f'features.{before + 3 * index + (kind == "norm")}'
+
+
+def _without_biases(state: State) -> State:
+  """Moves the biases of convolutions into BatchNorm's means.
+
+  BatchNorm subtracts the mean of what it reads, so that a bias in front of it
+  changes nothing but the running mean.
+  """
+  state = dict(state)
+  for name in [*state]:
+    match = re.fullmatch(r'features\.(\d+)\.weight', name)
+    if not match or state[name].ndim != 4:
+      continue
+    mean = f'features.{int(match[1]) + 1}.running_mean'
+    bias = f'features.{match[1]}.bias'
+    if {mean, bias} <= {*state} and state[mean].shape == state[bias].shape:
+      state[mean] = state[mean] - state.pop(bias)
+  return state
+
+
+MODELS = {
+  f'vgg{depth}': Model(
+    make=functools.partial(VGG, depth),
+    options=frozenset({'dtype'}),
+    any_size=True,
+    least_side=32,
+    published=Published(
+      name_of=functools.partial(_published_name, depth),
+      convert=_without_biases,
+    ),
+  )
+  for depth in STAGES
+}

@@ -1,5 +1,6 @@
 """Wide residual networks for 32x32 images (Zagoruyko & Komodakis 2016)."""
 
+import functools
 import re
 from typing import Any
 
@@ -8,20 +9,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from margin_jax.models import common
-
-PATTERN = 'wrn{depth}_{width}'
+from margin_jax.models.model import Family, Model
 
 
 def parse(name: str) -> tuple[int, int] | None:
-  """'wrn28_10' -> (28, 10); None for what is no such name.
+  """Parses 'wrn28_10' as (28, 10); None for what is no such name.
 
   The depth must be 6n + 4, n >= 1: three stages of n blocks with two
   convolutions, three shortcuts, and the first convolution.
   """
-  found = re.fullmatch(r'wrn([1-9]\d*)_([1-9]\d*)', name)
-  if found is None:
+  match = re.fullmatch(r'wrn([1-9]\d*)_([1-9]\d*)', name)
+  if match is None:
     return None
-  depth, width = int(found[1]), int(found[2])
+  depth, width = int(match[1]), int(match[2])
   return (depth, width) if depth >= 10 and depth % 6 == 4 else None
 
 
@@ -95,3 +95,19 @@ class WideResNet(nn.Module):
         )(x)
     x = nn.relu(norm(name='norm_final')(x))
     return common.classify(x, self.num_classes)
+
+
+def _model(depth: int, width: int) -> Model:
+  return Model(
+    make=functools.partial(WideResNet, depth, width),
+    options=frozenset({'dtype', 'dropout'}),
+    any_size=True,
+    least_side=4,
+  )
+
+
+FAMILY = Family(
+  names=('wrn{depth}_{width} (depth 6n+4, such as wrn28_10)',),
+  parse=parse,
+  model=_model,
+)

@@ -8,8 +8,6 @@ is `lax.axis_index`.
 """
 
 import dataclasses
-import os
-import pathlib
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +18,8 @@ import numpy as np
 import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from margin_jax import files
 
 AXIS = 'device'
 
@@ -94,8 +94,7 @@ def use_compilation_cache() -> None:
     # start, for every program it loads. JAX_COMPILATION_CACHE_DIR overrides.
     if jax.default_backend() == 'cpu' and jax.__version_info__ < (0, 11):
       return
-    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    folder = pathlib.Path(home) / 'margin_jax' / 'xla'
+    folder = files.cache_dir() / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

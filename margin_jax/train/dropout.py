@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def by_position(axis_name: str) -> Callable:
+def by_position(device: Array) -> Callable:
   """Gives each example a dropout mask by its position in the batch.
 
   So the masks, like the batch, do not depend on the number of devices. A layer
@@ -17,14 +17,13 @@ def by_position(axis_name: str) -> Callable:
   the same on all devices.
 
   Args:
-    axis_name: the mapped axis of the devices.
+    device: () int32, the index of this device.
 
   Returns:
     An interceptor of `nn.Dropout`, for `nn.intercept_methods`. The layer's key
     must be the same on all devices. What it drops from has a device's examples
     on its first axis, or a multiple of them in their order.
   """
-  device = jax.lax.axis_index(axis_name)
 
   def intercept(next_function, args, kwargs, context):
     module = context.module

@@ -213,7 +213,7 @@ def compile_steps(
 ) -> tuple[data.Loader, Program]:
   """Returns what feeds the steps from `state` on, and the compiled steps."""
   start = int(state.step)
-  sizes = spec.examples_sampled(np.arange(config.steps))
+  sizes = spec.sizes(config.steps)
   loader = dataset.loader(devices, sizes, start, config.seed)
   steps_per_call = setup_lib.steps_per_call(
     config, devices.platform, dataset, start

@@ -257,8 +257,8 @@ def _check_registered(saved: dict[str, Any]) -> None:
   datasets = (*data.NAMES, *data.REGISTERED)
   for field, known in (
     ('data.name', lambda name: name in datasets),
-    ('model.name', models.exists),
-    ('selection.proxy', models.exists),
+    ('model.name', models.find),
+    ('selection.proxy', models.find),
   ):
     name = saved.get(field)
     if name is not None and not known(name):

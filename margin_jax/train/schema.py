@@ -21,7 +21,7 @@ from margin_jax.config import (
   flatten,
   require,
 )
-from margin_jax.models import bert, pretrained
+from margin_jax.models import bert
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -169,22 +169,21 @@ def _check_data(flat: Flat) -> None:
 def _check_models(flat: Flat) -> None:
   """Whether the model and the proxy read such data."""
   name, model = flat['data.name'], flat['model.name']
-  sentences = name in data.SENTENCES
-  kind = 'sentences' if sentences else 'images'
+  kind = 'sentences' if name in data.SENTENCES else 'images'
   registered = data.REGISTERED.get(name)
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None:
-      holds = models.reads_sentences(flat[field]) == sentences
+      holds = models.find(flat[field]).reads == kind
       allowed = f'a model that reads {kind} with data.name={name!r}'
       require(holds, field, flat[field], allowed)
       if registered is not None and len(registered.shape) != 3:
-        holds = flat[field] in models.own.MODELS
+        holds = models.find(flat[field]).any_shape
         allowed = (
           f'a registered model with data.name={name!r}, whose inputs have '
           f'shape {registered.shape}'
         )
         require(holds, field, flat[field], allowed)
-  if not pretrained.supports(model):
+  if models.find(model).published is None:
     because = f'with model.name={model!r}, which has no published weights'
     _forbid(flat, ('model.pretrained',), because)
 
@@ -209,30 +208,30 @@ def _check_selection(flat: Flat) -> None:
 
 def _check_scoring(flat: Flat) -> None:
   """What the model that scores can do."""
-  model, proxy = flat['model.name'], flat['selection.proxy']
-  scorer = model if proxy is None else proxy
-  if not models.has_dtypes(scorer):
+  name, proxy = flat['model.name'], flat['selection.proxy']
+  scorer = name if proxy is None else proxy
+  model = models.find(scorer)
+  if 'dtype' not in model.options:
     because = f'where {scorer!r} scores, which has no field dtype'
     _forbid(flat, ('selection.score_dtype',), because)
-  name = 'selection.score_resolution'
-  side = flat[name]
+  field = 'selection.score_resolution'
+  side = flat[field]
   if side is not None:
-    holds = models.takes_any_resolution(scorer)
     allowed = f'None where {scorer!r} scores: it reads images of one size only'
-    require(holds, name, side, allowed)
+    require(model.any_size, field, side, allowed)
     stem = flat['model.stem'] if proxy is None else 'imagenet'
-    least = models.least_side(scorer, stem)
+    least = model.least_side_with(stem)
     require(
-      side >= least, name, side, f'at least {least} where {scorer!r} scores'
+      side >= least, field, side, f'at least {least} where {scorer!r} scores'
     )
   if flat['selection.batch_stats'] == 'pool':
     because = (
       "with selection.batch_stats='pool': the statistics would not be of what "
       'the model sees'
     )
-    _forbid(flat, ('selection.proxy', name), because)
-    allowed = f"'selected' for {model!r}, which has no BatchNorm"
-    holds = models.has_batch_norm(model)
+    _forbid(flat, ('selection.proxy', field), because)
+    allowed = f"'selected' for {name!r}, which has no BatchNorm"
+    holds = models.find(name).batch_norm
     require(holds, 'selection.batch_stats', 'pool', allowed)
 
 
@@ -249,7 +248,7 @@ def _check_trimming(flat: Flat) -> None:
   if flat['trimming.backward'] == 'kept':
     model = flat['model.name']
     allowed = f"'all' for {model!r}: its BatchNorm needs the whole batch"
-    holds = not models.has_batch_norm(model)
+    holds = not models.find(model).batch_norm
     require(holds, 'trimming.backward', 'kept', allowed)
     because = "with trimming.backward='kept': they are over the whole batch"
     _forbid(flat, ('mmr.alpha', 'mmr.alpha_end', 'loss.names'), because)
@@ -323,7 +322,7 @@ def _check_sides(
     ('selection.proxy', config.selection.proxy, 'imagenet'),
   ):
     if model is not None:
-      holds = least >= models.least_side(model, stem)
+      holds = least >= models.find(model).least_side_with(stem)
       require(holds, name, model, f'a model for images of {image_shape}')
 
 

@@ -165,16 +165,19 @@ def _models(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
-      variant=config.model.variant if models.has_variants(name) else 'he',
+      variant=config.model.variant,
       dtype=config.model.dtype,
       batch_norm_axis=devices_lib.AXIS if synchronized else None,
       **options,
     )
-    if name in models.own.MODELS:
-      lacks = models.own.lacks(
-        name, module, input_shapes(dataset), dataset.num_classes
+    if name in models.REGISTERED:
+      unmet = models.unmet_requirement(
+        models.REGISTERED[name],
+        module,
+        input_shapes(dataset),
+        dataset.num_classes,
       )
-      require(not lacks, field, name, f'a model that {lacks}')
+      require(not unmet, field, name, f'a model that {unmet}')
     return module
 
   model = build(
@@ -426,20 +429,23 @@ def init_state(
   Raises:
     ConfigError: the pretrained weights cannot be read, or do not fit.
   """
+  weights = None
+  if config.model.pretrained is not None and not restoring:
+    expected, _ = shapes(spec.model, dataset)
+    try:
+      weights = pretrained.read(
+        config.model.pretrained, config.model.name, expected
+      )
+    except pretrained.PretrainedError as error:
+      raise ConfigError(f'model.pretrained: {error}') from error
   state = step_lib.init_state(
     spec,
     config.seed,
     np.zeros((1, *dataset.input_shape), dataset.input_dtype),
     dataset.counts['train'] if config.selection.log_counts else None,
   )
-  path = config.model.pretrained
-  if restoring or path is None:
+  if weights is None:
     return state
-  expected, _ = shapes(spec.model, dataset)
-  try:
-    weights = pretrained.read(path, config.model.name, expected)
-  except pretrained.PretrainedError as error:
-    raise ConfigError(f'model.pretrained: {error}') from error
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = pretrained.put(variables, weights)
   opt_state = spec.optimizer.init(variables['params'])

@@ -227,6 +227,10 @@ class StepSpec:
     plain = (kind == StepKind.PLAIN) * self.batch_size
     return plain + (kind == StepKind.SCORE) * pool_size
 
+  def sizes(self, steps: int) -> np.ndarray:
+    """Returns how many new examples each step of a run reads, (steps,)."""
+    return self.examples_sampled(np.arange(steps))
+
   def examples_scored(self, variant: Variant) -> int:
     """Returns how many examples a step of this variant scores."""
     if variant.backward_size < self.batch_size:

@@ -297,8 +297,8 @@ def rule_scores(spec: StepSpec, scored: selection.Scored) -> Array:
   scores = scores.astype(jnp.float32)
   if whole:
     scores = own_shard(spec, scores, rows)
-  finite = jnp.all(jnp.isfinite(scored.logits), axis=1)
-  return jnp.where(finite, scores, jnp.nan)
+  bad = ~jnp.all(jnp.isfinite(scored.logits), axis=1)
+  return jnp.where(bad, jnp.nan, scores)
 
 
 def own_shard(spec: StepSpec, gathered: Array, rows: int) -> Array:
@@ -417,7 +417,8 @@ def gradient_of(
       total = spec.risk_weight * total
     means = {'loss': jnp.mean(risks)}
     for term in spec.terms:
-      value = jnp.mean(term.loss(outputs))
+      value = term.loss(outputs)
+      value = jnp.mean(value) if value.ndim else value
       means[term.metric] = value
       if term.weight is not None:
         total = total + term.weight(state.step) * value
@@ -443,7 +444,8 @@ def forward(
   """Runs the model in training mode; returns its outputs and batch_stats."""
   variables = {'params': params, 'batch_stats': batch_stats}
   inputs = spec.dataset.prepare(batch['inputs'])
-  with nn.intercept_methods(dropout.by_position(spec.axis_name)):
+  device = jax.lax.axis_index(spec.axis_name)
+  with nn.intercept_methods(dropout.by_position(device)):
     (logits, features), updates = spec.model.apply(
       variables,
       inputs,

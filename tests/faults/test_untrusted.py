@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from margin_jax.data import cache
-from margin_jax.models import pretrained
+from margin_jax.models import vgg, weights
 from tests import helpers
 
 # What runs the code that a file holds, or writes where an archive says.
@@ -17,6 +17,7 @@ FORBIDDEN_MODULES = {
   *('pickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal'),
   *('tarfile', 'zipfile'),
 }
+PUBLISHED = vgg.MODELS['vgg16'].published
 FORBIDDEN_CALLS = {'eval', 'exec', 'unpack_archive', 'extractall'}
 
 
@@ -48,7 +49,7 @@ def test_pytorchs_reader_is_asked_for_weights_only(
   monkeypatch.setitem(sys.modules, 'torch', types.SimpleNamespace(load=load))
   path = tmp_path / f'weights{suffix}'
   path.touch()
-  pretrained.read_state(str(path), 'vgg16')
+  weights.read_state(str(path), PUBLISHED)
   assert asked == {'map_location': 'cpu', 'weights_only': True}
 
 
@@ -56,8 +57,8 @@ def test_code_in_pytorchs_weights_is_not_run(tmp_path):
   torch = pytest.importorskip('torch')
   path, written = tmp_path / 'weights.pth', tmp_path / 'written'
   torch.save({'features.0.weight': Payload(written)}, path)
-  with pytest.raises(pretrained.PretrainedError, match='cannot be read'):
-    pretrained.read_state(str(path), 'vgg16')
+  with pytest.raises(weights.PretrainedError, match='cannot be read'):
+    weights.read_state(str(path), PUBLISHED)
   assert not written.exists()
 
 

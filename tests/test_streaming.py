@@ -1,6 +1,7 @@
-"""Datasets that are read while training: exact for any workers and shares."""
+"""Datasets that are read while training: exact for any processes."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from margin_jax import data
-from margin_jax.data import feeding, in_memory, streaming
+from margin_jax.data import streaming
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop
 from margin_jax.train import setup as setup_lib
@@ -18,7 +19,7 @@ from tests import helpers
 from tests.datasets import ONE, jpeg, streamed, streamed_config
 from tests.helpers import slow
 
-SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples drawn
+SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples sampled
 
 
 def assert_batches_equal(first, second):
@@ -31,7 +32,7 @@ def batches():
   return [*streamed().training(SIZES, 0, 7, ONE)]
 
 
-def test_draws_have_the_sizes_asked_for(batches):
+def test_samples_have_the_sizes_asked_for(batches):
   assert [len(b['label']) for b in batches] == [s for s in SIZES if s]
   for batch in batches:
     assert batch['inputs'].shape == (len(batch['label']), 16, 16, 3)
@@ -63,7 +64,7 @@ def test_resuming_needs_the_step_only(batches, start):
   assert_batches_equal(resumed, batches[before:])
 
 
-def test_processes_share_every_draw(batches):
+def test_processes_share_every_sample(batches):
   parts = [
     [*streamed().training(SIZES, 0, 7, devices_lib.Shard(i, 2))] for i in (0, 1)
   ]
@@ -74,13 +75,13 @@ def test_processes_share_every_draw(batches):
   assert_batches_equal(joined, batches)
 
 
-def test_another_seed_draws_otherwise(batches):
+def test_another_seed_samples_otherwise(batches):
   other = [*streamed().training(SIZES, 0, 8, ONE)]
   assert not np.array_equal(other[0]['index'], batches[0]['index'])
 
 
 def test_an_image_is_cut_anew_every_time():
-  """One image, drawn over and over."""
+  """One image, sampled over and over."""
   lonely = dataclasses.replace(
     streamed(), rows={'train': np.zeros(4, int), 'test': np.arange(11)}
   )
@@ -173,15 +174,32 @@ def test_four_devices_agree_with_one(tmp_path, monkeypatch):
   assert four['test']['loss'] == pytest.approx(one['test']['loss'], rel=1e-3)
 
 
-def test_a_streamed_draw_has_the_pixels_of_its_place():
-  """Augmentation keys do not depend on the number of lanes."""
-  key = jax.random.key(0)
-  whole = in_memory.pixel_keys(key, 3, 8, 0, 1)
-  parts = [in_memory.pixel_keys(key, 3, 8, lane, 4) for lane in range(4)]
-  np.testing.assert_array_equal(
-    jax.random.key_data(whole),
-    np.concatenate([jax.random.key_data(part) for part in parts]),
+@pytest.mark.parametrize('devices', [2, 4])
+def test_pixels_do_not_depend_on_the_number_of_devices(devices, batches):
+  """Augmentation keys are those of the index among all that is sampled."""
+  bits = dataclasses.replace(
+    streamed(), augment=lambda key, image: jax.random.bits(key, image.shape)
   )
+  batch = batches[0]
+
+  def per_device(shard):
+    return bits.sample(
+      bits.state(), shard, 8, key=jax.random.key(0), step=3, axis_name='device'
+    )
+
+  def sample(devices):
+    shards = jax.tree.map(
+      lambda x: x.reshape(devices, 8 // devices, *x.shape[1:]), batch
+    )
+    state, examples = jax.vmap(per_device, axis_name='device')(shards)
+    assert {*state.epoch.tolist()} == {0}
+    return jax.tree.map(lambda x: np.concatenate([*x]), examples)
+
+  whole = sample(1)
+  helpers.assert_trees_equal(sample(devices), whole)
+  assert len({x.tobytes() for x in whole['inputs']}) == 8
+  for name in ('label', 'index'):
+    np.testing.assert_array_equal(whole[name], batch[name])
 
 
 def test_steps_of_streamed_data_are_called_one_by_one():
@@ -253,12 +271,30 @@ def test_wrong_labels_of_streamed_data(data_dir):
   assert (clean['label'] != noisy['label']).sum() == 20
 
 
-def test_the_feed_gives_what_a_branch_is_compiled_for():
+def test_the_loader_gives_what_a_step_is_compiled_for():
   devices = devices_lib.Devices(2)
-  method = setup_lib.make_spec(streamed_config(), streamed(), 2)
-  feed = feeding.Streamed(devices, streamed(), method, 0, 4, 0)
-  for step in range(4):
-    example = feed.example((method.branch_of(step), 0))
-    batch = feed(step)
+  sizes = [16, 8, 0, 8]
+  loader = streamed().loader(devices, sizes, 0, 0)
+  for step, size in enumerate(sizes):
+    example = loader.example(loader.bucket(step), size)
+    batch = loader(step)
+    assert bool(batch) == bool(size)
     assert jax.tree.map(jax.typeof, example) == jax.tree.map(jax.typeof, batch)
-  feed.close()
+  loader.close()
+
+
+def test_a_loader_starts_at_any_step():
+  devices = devices_lib.Devices(2)
+  whole, resumed = (
+    streamed().loader(devices, SIZES, start, 7) for start in (0, 3)
+  )
+  with contextlib.closing(whole), contextlib.closing(resumed):
+    for step in range(len(SIZES)):
+      batch = whole(step)
+      if step >= 3:
+        helpers.assert_trees_equal(resumed(step), batch)
+
+
+def test_all_examples_have_one_shape():
+  examples = {'inputs': np.zeros((2, 16, 16, 3)), 'label': np.zeros(2)}
+  assert streamed().fit(examples, {}) is examples
