@@ -1,5 +1,6 @@
 """The trainer: resuming, files, refusals. Digits, 20 steps, one device."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
-from margin_jax.train.loop import Trainer
 from tests import helpers
 from tests.helpers import ROOT, Interrupted, read_csv, saved_state, slow, train
 
@@ -104,18 +104,17 @@ def test_all_devices_are_as_many_as_before_where_it_matters():
   fields = {'selection.scope': 'device', 'devices': None}
   config = helpers.small_config(**fields)
   saved = config_lib.as_json(config)
-  now = types.SimpleNamespace(
+  check = functools.partial(
+    loop._check_same_run,
     config=config,
-    saved_config=saved,
     devices=types.SimpleNamespace(total=2),
   )
   info = {'config': saved, 'step': 5, 'devices': 2}
-  Trainer._check_same_run(now, info)
+  check(info, saved_config=saved)
   with pytest.raises(config_lib.ConfigError, match=r'\n  devices: 4 -> 2$'):
-    Trainer._check_same_run(now, info | {'devices': 4})
+    check(info | {'devices': 4}, saved_config=saved)
   free = {**saved, 'selection.scope': 'global'}
-  now.saved_config = free
-  Trainer._check_same_run(now, {**info, 'config': free, 'devices': 4})
+  check({**info, 'config': free, 'devices': 4}, saved_config=free)
 
 
 def test_another_config_is_refused(finished):

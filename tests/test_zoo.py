@@ -12,6 +12,7 @@ import pytest
 
 from margin_jax import linearized, models
 from margin_jax.models import mobilenet
+from margin_jax.train import dropout as dropout_lib
 from margin_jax.train import optimizers
 from tests import helpers
 

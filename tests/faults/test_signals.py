@@ -69,7 +69,7 @@ def test_signals_reach_the_outer_of_two():
 def test_a_second_signal_ends_a_process_whose_first_was_within(again):
   script = (
     'import os, signal, time\n'
-    'from margin_jax.interrupts import Interrupts\n'
+    'from margin_jax.train.process import Interrupts\n'
     'def come():\n'
     '  os.kill(os.getpid(), signal.SIGTERM)\n'
     '  time.sleep(1)\n'
@@ -93,7 +93,7 @@ def test_a_second_signal_ends_a_process_whose_first_was_within(again):
 def test_two_signals_end_a_process_that_is_busy():
   script = (
     'import time\n'
-    'from margin_jax import interrupts\n'
+    'from margin_jax.train import process\n'
     'with process.Interrupts():\n'
     "  print('ready', flush=True)\n"
     '  time.sleep(60)\n'
