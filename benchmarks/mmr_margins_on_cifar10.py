@@ -23,7 +23,7 @@ from margin_jax.train import loop
 METHODS = ('baseline', 'mmr')
 QUANTITIES = (
   'margin',
-  'margin/radius',
+  'margin/feature_norm',
   'normalized margin at features',
   'normalized margin at input',
 )

@@ -69,7 +69,7 @@ def waited(fused: steps.Fused) -> float:
   calls = 1000
   started = time.perf_counter()
   for call in range(calls):
-    fused.feed(call * fused.count)
+    fused.loader(call * fused.count)
   return (time.perf_counter() - started) / (calls * fused.count)
 
 
@@ -79,7 +79,7 @@ def step_rows() -> list[str]:
     '| B | ms | ms an example scored | temporary MB | data, of the step |',
     '|---|---|---|---|---|',
   ]
-  dataset = selection_cost.make_source(6400)
+  dataset = selection_cost.make_dataset(6400)
   fused = {}
   for size in (None, *POOLS):
     rule = 'uniform' if size is None else 'mms'

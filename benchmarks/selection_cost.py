@@ -49,7 +49,7 @@ VARIANTS = {
 STEPS = 10
 
 
-def make_source(examples: int = 6400) -> data.InMemory:
+def make_dataset(examples: int = 6400) -> data.InMemory:
   """Random images with CIFAR-10's shape and augmentation."""
   rng = np.random.default_rng(0)
   split = {
@@ -108,7 +108,7 @@ def main() -> None:
   args = parser.parse_args()
   cpu.tune()  # as the trainer does, before JAX starts
   devices_lib.use_compilation_cache()
-  dataset = make_source()
+  dataset = make_dataset()
   runs, costs = {}, {}
   for name, fields in VARIANTS.items():
     runs[name], costs[name] = make_run(fields, args.model, dataset)

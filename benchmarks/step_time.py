@@ -151,7 +151,7 @@ def measure_model(
   dataset = (
     steps.make_sentences(4 * pool_size)
     if model.startswith('bert')
-    else selection_cost.make_source(10 * pool_size)
+    else selection_cost.make_dataset(10 * pool_size)
   )
 
   def make(rule: str, per_call: int | None = 1) -> steps.Fused:

@@ -4,10 +4,13 @@ A `Run` takes so many steps, waits for them and returns the seconds of one.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import time
+import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +19,14 @@ import numpy as np
 
 from margin_jax import config as config_lib
 from margin_jax import cpu, data, margins, selection
-from margin_jax.data import feeding
-from margin_jax.train import compiled as compiled_lib
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import pool, schema
+from margin_jax.train import loop, schema
 from margin_jax.train import setup as setup_lib
 from margin_jax.train import step as step_lib
 
 LENGTH, WORDS = 128, 30_522
 
+PyTree = Any
 Run = Callable[[int], float]
 
 # What `cpu.tune` asks of the allocator, for another process.
@@ -106,12 +108,11 @@ class Fused:
     self.spec = setup_lib.make_spec(config, dataset, 1)
     self.first = setup_lib.init_state(config, dataset, self.spec)
     self.state = self.devices.replicate(self.first)
-    self.feed = feeding.Resident(self.devices, dataset, self.spec)
     self.count = setup_lib.steps_per_call(
-      config, self.devices.platform, 0, setup_lib.chained(dataset)
+      config, self.devices.platform, dataset
     )
-    self.program = compiled_lib.Program(
-      self.spec, self.devices, self.count, self.state, self.feed
+    self.loader, self.program = loop.compile_steps(
+      config, self.devices, dataset, self.spec, self.state
     )
 
   @property
@@ -124,8 +125,7 @@ class Fused:
     started = time.perf_counter()
     calls = -(-steps // self.count)
     for call in range(calls):
-      at = call * self.count
-      self.state, metrics = self.program(at, self.state, self.feed(at))
+      self.state, metrics = self.program(call * self.count, self.state)
     jax.block_until_ready((self.state, metrics))
     return (time.perf_counter() - started) / (calls * self.count)
 
@@ -136,50 +136,43 @@ def in_two_programs(fused: Fused) -> tuple[Run, Run]:
   One jitted program scores a pool; the host ranks the scores; another program
   trains on the rows that the host names.
   """
-  method, arrays = fused.method, fused.feed(0)
-  whole = method.at(None, 0)
-  plain = dataclasses.replace(method, selection=None)
+  spec, arrays = fused.spec, fused.loader(0)
   key = jax.random.key(0)
+
+  def on_one_device(function: Callable) -> PyTree:
+    found = jax.vmap(function, axis_name=spec.axis_name, axis_size=1)()
+    return jax.tree.map(lambda x: x[0], found)
 
   @jax.jit
   def forward(state, arrays):
-    stream, found = whole.draw(
-      state.stream, arrays, method.selection.pool_size, key=key,
-      step=state.step, lane=jnp.int32(0), lanes=1,
-    )  # fmt: skip
-    logits, kernel, _ = pool._score(method, state, found['inputs'])
-    return stream, found, margins.mms_scores(logits, kernel)
+    def per_device():
+      sampler, pool = step_lib.sample(
+        spec, state, arrays, spec.selection.pool_size, key
+      )
+      scored, _ = step_lib.score(spec, state, pool, key)
+      return sampler, pool, margins.mms_scores(scored.logits, scored.kernel)
 
-  def update(state, found, chosen, unread):
-    del unread  # of the mapped axis
-    batch = jax.tree.map(lambda x: x[chosen], found)
+    return on_one_device(per_device)
 
-    def drawn(stream, data, size, **kwargs):
-      del data, size, kwargs
-      return stream, batch
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train(state, pool, rows):
+    batch = jax.tree.map(lambda x: x[rows], pool)
+    given = types.SimpleNamespace(
+      prepare=spec.dataset.prepare,
+      sample=lambda *args, **kwargs: (state.sampler, batch),
+    )
+    plain = dataclasses.replace(spec, selection=None, dataset=given)
+    return on_one_device(lambda: step_lib.train_step(plain, state, {}))
 
-    one = dataclasses.replace(plain, draw=drawn, widths=())
-    return step_lib.train_step(one, state, {})
-
-  train = jax.jit(
-    jax.vmap(
-      update,
-      in_axes=(None, None, None, 0),
-      out_axes=None,
-      axis_name=method.axis,
-    ),
-    donate_argnums=0,
-  )
   holder = [jax.tree.map(jnp.array, fused.first)]  # a copy: it is donated
-  lane = jnp.zeros(1, jnp.int32)
 
   def run(steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
-      stream, found, scores = forward(holder[0], arrays)
-      chosen = np.argsort(np.asarray(scores))[: method.batch_size]
-      state = holder[0].replace(stream=stream)
-      holder[0], metrics = train(state, found, chosen, lane)
+      sampler, pool, scores = forward(holder[0], arrays)
+      rows = np.argsort(np.asarray(scores))[: spec.batch_size]
+      state = holder[0].replace(sampler=sampler)
+      holder[0], metrics = train(state, pool, rows)
     jax.block_until_ready((holder[0], metrics))
     return (time.perf_counter() - started) / steps
 
@@ -197,7 +190,7 @@ class Selection:
   """Scores, top-k and gather, of logits and a pool that are there."""
 
   def __init__(
-    self, sizes: tuple[int, int, int], batch: int, drawn: dict[str, jax.Array]
+    self, sizes: tuple[int, int, int], batch: int, pool: dict[str, jax.Array]
   ):
     """Compiles it for B examples, C classes, D features, and this pool."""
     examples, classes, features = sizes
@@ -205,23 +198,23 @@ class Selection:
     self.args = (
       jnp.asarray(rng.standard_normal((examples, classes), np.float32)),
       jnp.asarray(rng.standard_normal((features, classes), np.float32)),
-      drawn,
+      pool,
     )
 
     @jax.jit
-    def select(logits, kernel, drawn):
+    def select(logits, kernel, pool):
       scores = margins.mms_scores(logits, kernel)
-      return selection.take_lowest(scores, drawn, batch, None)
+      return selection.take_lowest(scores, pool, batch, None)
 
     self.compiled = select.lower(*self.args).compile()
 
   @classmethod
   def of(cls, fused: Fused) -> 'Selection':
     """As in this step."""
-    size = fused.method.selection.pool_size
-    features, classes = pool.head_kernel(fused.first.params).shape
-    drawn = {k: fused.feed(0)[k][:size] for k in ('inputs', 'label')}
-    return cls((size, classes, features), fused.method.batch_size, drawn)
+    size = fused.spec.selection.pool_size
+    features, classes = step_lib.head_kernel(fused.first.params).shape
+    pool = {k: fused.loader(0)[k][:size] for k in ('inputs', 'label')}
+    return cls((size, classes, features), fused.spec.batch_size, pool)
 
   @property
   def temporary_bytes(self) -> int:

@@ -129,6 +129,11 @@ BAD = [
   ('trimming.last', 1.1, 'above 0 and at most 1'),
   ('trimming.last', None, 'above 0 and at most 1'),
   ('trimming.backward', 'half', "('all', 'kept')"),
+  ('loss.risk', 'mse', "'hinge'"),
+  ('loss.names', ('mse',), "'hinge'"),
+  ('loss.names', ('hinge', 'hinge'), 'different values'),
+  ('loss.weights', 1.0, 'a tuple'),
+  ('loss.weights', (-1.0,), REAL),
   ('mmr.alpha', -1e-5, REAL),
   ('mmr.alpha', NAN, REAL),
   ('mmr.alpha_end', -1.0, 'None or a finite number, at least 0'),
@@ -168,6 +173,21 @@ BAD = [
 
 # Fields that are good alone and bad together; the first is the one to blame.
 BAD_TOGETHER = [
+  ({'loss.weights': (), 'loss.names': ('hinge',)}, 'one for each of'),
+  (
+    {'loss.names': ('cross_entropy',), 'loss.weights': (1.0,)},
+    "without 'cross_entropy', which is the risk",
+  ),
+  ({'loss.risk': 'hinge', **TRIMMING}, 'is of cross-entropy'),
+  (
+    {
+      'loss.names': ('hinge',),
+      'loss.weights': (1.0,),
+      'trimming.backward': 'kept',
+      **TRIMMING,
+    },
+    'over the whole batch',
+  ),
   (
     {
       'data.buckets': (64, 128),
@@ -287,7 +307,7 @@ UNUSED = [
   ),
   ({'model.dropout': 0.3, 'model.name': 'resnet8'}, 'a model with dropout'),
   ({'model.stem': 'small', 'model.name': 'resnet8'}, 'a model with stems'),
-  ({'model.width': 0.5, 'model.name': 'vgg16'}, 'with a width multiplier'),
+  ({'model.width': 0.5, 'model.name': 'vgg16'}, 'a model with a width'),
   ({'model.batch_norm': 'device'}, 'a model with BatchNorm'),
   ({'optimizer.momentum': 0.5, 'optimizer.name': 'adam'}, "'rmsprop', but"),
   ({'optimizer.nesterov': True, 'optimizer.name': 'adam'}, "is 'adam'"),
@@ -359,6 +379,11 @@ GOOD = [
   {'selection.batch_stats': 'pool', 'model.name': 'resnet8', **MMS},
   {'trimming.backward': 'kept', **TRIMMING},
   {'mmr.alpha': 1e-3, **TRIMMING},
+  {
+    'loss.risk': 'hinge',
+    'loss.names': ('cross_entropy',),
+    'loss.weights': (2,),
+  },
   {'selection.log_counts': True},
   {'data.name': 'imagenet2012', 'data.workers': 0, 'data.image_size': 160},
   {'large_margin.weight': 1.0, 'large_margin.layers': ('input', 'conv1')},

@@ -92,7 +92,7 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
   rows = read(folder / 'distributions.csv')
   assert {row['step'] for row in rows} == {'40', '80', '120', '160', '200'}
   assert {row['quantity'] for row in rows} == {
-    'margin', 'mms', 'margin/radius', 'normalized margin at input',
+    'margin', 'mms', 'margin/feature_norm', 'normalized margin at input',
     'normalized margin at conv2', 'normalized margin at features',
   }  # fmt: skip
   last = [row for row in rows if row['step'] == '200']
@@ -107,7 +107,7 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
   middle = np.quantile(ranked, 0.5, method='inverted_cdf')
   for quantity, expected in (
     ('margin', middle),
-    ('margin/radius', middle / radius),
+    ('margin/feature_norm', middle / radius),
     ('normalized margin at features', middle / np.sqrt(variation)),
   ):
     (row,) = (
@@ -181,7 +181,7 @@ def test_a_rule_of_ones_own_is_no_obstacle(tmp_path):
   loop.train(
     config,
     str(tmp_path),
-    rule=lambda logits, kernel, labels, keys: logits[:, 0],
+    rule=lambda scored: scored.logits[:, 0],
     log=lambda line: None,
   )
   folder = analyze.analyze(str(tmp_path), examples=20, log=lambda line: None)

@@ -201,6 +201,7 @@ def test_tuning_keeps_the_flags_that_are_set():
 FAULTS = """
 import resource
 import numpy as np
+from margin_jax import cpu
 cpu.tune()
 np.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

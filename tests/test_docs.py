@@ -225,6 +225,13 @@ def test_the_whole_api_is_in_the_reference():
   assert named == {*margin_jax.__all__}
 
 
+def test_every_config_field_is_in_the_reference():
+  text = (DOCS / 'api/config.md').read_text()
+  rows = re.findall(r'^\| `([\w.]+)` \| `(.+?)` \|', text, re.MULTILINE)
+  fields = config_lib.FIELDS.items()
+  assert rows == [(name, repr(field.default)) for name, field in fields]
+
+
 def test_rules_in_the_docs_are_the_rules():
   from margin_jax import selection
 

@@ -157,6 +157,31 @@ def test_bad_config_stops_before_anything_is_written(tmp_path):
   assert not workdir.exists()
 
 
+def test_fields_without_effect_are_warnings_and_change_nothing(tmp_path):
+  plain = {'selection.rule': 'uniform', 'mmr.alpha': 0.0, 'steps': 10}
+  useless = {
+    'selection.proxy': 'resnet8', 'selection.ramp': 0.1,
+    'selection.batch_stats': 'pool', 'model.batch_norm': 'device',
+    'model.dropout': 0.5, 'trimming.backward': 'kept', 'data.buckets': (5,),
+    'large_margin.layers': ('nothing',), 'attack.epsilons': (0.1,),
+    'mmr.stop_feature_gradient': True, 'optimizer.epsilon': 1.0,
+  }  # fmt: skip
+  result, lines = train(tmp_path / 'plain', **plain)
+  other, others = train(tmp_path / 'useless', **plain, **useless)
+  new = [line for line in others if 'has no effect' in line]
+  assert {x.removeprefix('warning: ').split('=')[0] for x in new} >= {*useless}
+  assert not any(name in line for line in lines for name in useless)
+  same = ('test', 'validation', 'flops', 'config')
+  assert [result[x] for x in same] == [other[x] for x in same]
+  first, second = (
+    saved_state(tmp_path / x, **plain)[0] for x in ('plain', 'useless')
+  )
+  helpers.assert_trees_equal(first.params, second.params)
+  # It is the same run, which is complete.
+  again, _ = train(tmp_path / 'plain', **plain, **useless)
+  assert again == result
+
+
 @pytest.mark.slow
 def test_without_validation_there_is_no_best(tmp_path):
   result, _ = train(tmp_path, **{'data.validation_examples': 0}, steps=5)

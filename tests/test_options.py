@@ -74,7 +74,7 @@ def test_reuse_feeds_ranks_in_order():
   this = helpers.Setup(**fields, **{'selection.reuse': 2})
   state, metrics = this.run(2)
   assert metrics['scored'].tolist() == [1, 0]
-  assert int(state.stream.cursor) == 32
+  assert int(state.sampler.cursor) == 32
   twice, _ = run(1, batch_size=16, **fields)
   np.testing.assert_array_equal(state.counts, twice.counts)
   first, _ = run(1, **fields)
@@ -96,7 +96,7 @@ def test_every_start_and_stop_say_which_steps_score():
   )
   state, metrics = this.run(8)
   assert metrics['scored'].tolist() == [0, 1, 0, 1, 0, 1, 0, 0]
-  assert int(state.stream.cursor) == 3 * 32 + 5 * 8
+  assert int(state.sampler.cursor) == 3 * 32 + 5 * 8
   cost = this.program.cost(0, 8)
   assert cost.examples_scored == 3 * 32
   assert cost.examples_trained == 8 * 8
@@ -241,7 +241,7 @@ def test_trimming_with_a_short_backward_pass_gives_the_same_update(step):
       )
       this.first = this.first.replace(step=np.int32(step))
       state = this.devices.replicate(this.first)
-      state, _ = this.program(step, state, this.data)
+      state, _ = this.program(step, state)
       states.append(jax.device_get(state.params))
   for other in states[1:]:
     helpers.assert_trees_close(states[0], other, 1e-5)

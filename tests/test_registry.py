@@ -9,7 +9,7 @@ import pytest
 
 from margin_jax import analyze, config, data, models, registry, selection
 from margin_jax.models import cnn
-from margin_jax.train import loop
+from margin_jax.train import loop, schema
 from tests import helpers
 from tests.custom import Mlp, rings
 
@@ -235,11 +235,7 @@ def test_masks_of_a_registered_model_do_not_depend_on_devices(fields):
     ({'model.name': 'cnn'}, r"model\.name='cnn'.*inputs have shape \(2,\)"),
     ({'selection.proxy': 'cnn'}, r"selection\.proxy='cnn'.*shape \(2,\)"),
     ({'data.augmentations': ('flip',)}, 'not uint8 images'),
-    ({'data.normalization': 'imagenet'}, 'not uint8 images'),
     ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, 'not uint8 images'),
-    ({'model.dtype': 'bfloat16'}, 'no field dtype'),
-    ({'model.dropout': 0.5}, 'has no dropout'),
-    ({'model.width': 2.0}, 'no width multiplier'),
     ({'selection.score_dtype': 'bfloat16'}, "'mlp' scores, which has no field"),
     ({'selection.batch_stats': 'pool'}, 'has no BatchNorm'),
     ({'selection.rule': 'mine'}, r'must be one of'),
@@ -249,6 +245,24 @@ def test_masks_of_a_registered_model_do_not_depend_on_devices(fields):
 def test_what_does_not_fit_is_refused(fields, message):
   with pytest.raises(config.ConfigError, match=message):
     small(**fields)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'reason'),
+  [
+    ('data.normalization', 'imagenet', 'uint8 images, but data.name is '),
+    ('data.data_dir', '/data', 'a folder, but data.name is '),
+    ('model.dtype', 'bfloat16', "with a field dtype, but model.name is 'mlp'"),
+    ('model.dropout', 0.5, "a model with dropout, but model.name is 'mlp'"),
+    ('model.width', 2.0, "a width multiplier, but model.name is 'mlp'"),
+  ],
+)
+@pytest.mark.usefixtures('registered')
+def test_what_the_registered_lacks_is_a_warning(name, value, reason):
+  (line,) = schema.warnings(small(**{name: value}))
+  start = f'warning: {name}={value!r} has no effect: it needs '
+  assert line.startswith(start)
+  assert reason in line
 
 
 class Statistics(Mlp):

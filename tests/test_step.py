@@ -56,7 +56,7 @@ def test_step_donates_the_state():
   this = setup()
   state = this.devices.replicate(this.first)
   kernel = state.params['head']['kernel']
-  new, _ = this.program(0, state, this.data)
+  new, _ = this.program(0, state)
   assert kernel.is_deleted()
   assert not new.params['head']['kernel'].is_deleted()
 
@@ -143,7 +143,7 @@ def test_steps_in_one_call_equal_steps_one_by_one():
   one, metrics_one = setup().run(6)
   many, metrics_many = helpers.Setup(steps_per_call=3).run(2)
   helpers.assert_trees_close(one.params, many.params, 1e-6)
-  helpers.assert_trees_equal(one.stream, many.stream)
+  helpers.assert_trees_equal(one.sampler, many.sampler)
   assert int(many.step) == 6
   np.testing.assert_allclose(metrics_one['loss'], metrics_many['loss'], 1e-5)
 

@@ -90,7 +90,6 @@ def _dataset(
 ) -> data.Dataset:
   scores = config.selection.rule != UNIFORM
   fields = config.data.to_dict()
-  fields['widths'] = fields.pop('buckets')
   fields['vocabulary'] = vocabulary.find(config, workdir)
   sample_size = config.pool_size if scores else config.batch_size
   return data.load(
@@ -251,7 +250,7 @@ def _score_transform(
 def _trimming(
   config: ml_collections.ConfigDict, examples: int, device_count: int
 ) -> Trimming | None:
-  """p is linear in the epoch, r = max(round(p * M), 1) half to even."""
+  """Returns the schedule r = max(round(p * M), 1), p linear in the epoch."""
   size = config.batch_size
   if config.trimming.first == config.trimming.last == 1:
     return None

@@ -149,7 +149,7 @@ def test_a_skipped_step_leaves_parameters_and_averages_alone():
   helpers.assert_trees_equal(before.params, after.params)
   assert int(after.step) == 13
   # The next draw is another one: the step is done.
-  assert int(after.stream.cursor) != int(before.stream.cursor)
+  assert int(after.sampler.cursor) != int(before.sampler.cursor)
   end, metrics = setup.run(20)
   assert metrics['skipped'].sum() == 1
   assert all(np.isfinite(x).all() for x in end.params['head'].values())
