@@ -1,6 +1,7 @@
-"""A model and a dataset of the user's own."""
+"""Networks and a dataset that the tests bring along."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,3 +30,11 @@ def rings(seed, examples=400):
   angle = rng.uniform(0, 2 * np.pi, examples)
   radius = 1 + labels + rng.normal(0, 0.1, examples)
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), labels
+
+
+def small_network(weights, inputs, perturbation=0.0):
+  """The network of `references.network_logits`, in JAX."""
+  hidden = inputs @ weights['w1'] + weights['b1'][None]
+  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
+  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
+  return hidden @ weights['w2'] + weights['b2'][None]

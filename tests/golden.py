@@ -8,6 +8,11 @@ Each case is 20 steps of the command line, on 1 and on 4 virtual CPU devices:
 digests of parameters, running statistics, optimizer state and selection counts,
 FLOPs, columns of the tables, results, and the lines that the command prints.
 Cases that read real data run where MARGIN_JAX_TEST_DATA is set.
+
+    python tests/golden.py --stable /tmp/before.json
+
+writes what does not depend on the machine from there into tests/golden.json,
+for tests/test_golden.py: once with each version of jax, whose FLOPs may differ.
 """
 
 import argparse
@@ -96,7 +101,7 @@ CASES = {
     'data.name': 'entailment', 'model.name': 'bert2_32_2',
     'model.dropout': 0.1, 'optimizer.name': 'adam',
     'optimizer.learning_rates': (1e-3,), 'selection.rule': 'mms',
-    'selection.reuse': 2, 'data.max_length': 24, 'data.buckets': (12, 16),
+    'selection.reuse': 2, 'data.max_length': 48, 'data.buckets': (24, 32),
     'data.fraction': 0.1, **COUNTED, **MMR,
   },
   'streamed': {
@@ -113,6 +118,9 @@ CASES = {
     'data.augmentations': ('crop', 'flip', 'cutout'), **COUNTED, **MMR,
   },
 }  # fmt: skip
+# The cases of tests/golden.json; of the last, every example's count is stable.
+STABLE = ('mms', 'loss_ramp_reuse', 'sentences', 'random_calls_of_four')
+STABLE_FILE = pathlib.Path(__file__).with_suffix('.json')
 # Commands that end in one line.
 MISTAKES = {
   'batch size': ['--config.batch_size=0'],
@@ -200,17 +208,22 @@ def run_case(
     done = command(root, python, devices, config, workdir)
     if done.returncode:
       return {'stderr': done.stderr.splitlines()[-3:]}
-    result = json.loads((workdir / 'result.json').read_text())
-    loose = ('seconds', 'data_wait', 'compile_seconds', 'config', 'versions')
-    return {
-      'state': saved_state(workdir, fields['steps']),
-      'columns': {
-        path.name: path.read_text().splitlines()[0]
-        for path in sorted(workdir.glob('*.csv'))
-      },
-      'result': {k: v for k, v in result.items() if k not in loose},
-      'lines': lines_of(done.stdout),
-    }
+    found = left_behind(workdir, fields['steps'])
+    return {**found, 'lines': lines_of(done.stdout)}
+
+
+def left_behind(workdir: pathlib.Path, steps: int) -> dict[str, dict]:
+  """The state, the columns of the tables and the result of a run."""
+  result = json.loads((workdir / 'result.json').read_text())
+  loose = ('seconds', 'data_wait', 'compile_seconds', 'config', 'versions')
+  return {
+    'state': saved_state(workdir, steps),
+    'columns': {
+      path.name: path.read_text().splitlines()[0]
+      for path in sorted(workdir.glob('*.csv'))
+    },
+    'result': {k: v for k, v in result.items() if k not in loose},
+  }
 
 
 def command(
@@ -253,6 +266,33 @@ def record(root: pathlib.Path, python: str, only: list[str]) -> dict:
   return found
 
 
+def stable(name: str, found: dict) -> dict[str, object]:
+  """Of what a case leaves behind, what is alike on every machine."""
+  result = found['result']
+  kept = ('examples_scored', 'examples_trained', 'test', 'validation')
+  kept = {key: result[key] for key in kept if key in result}
+  if name == STABLE[-1]:
+    kept['counts'] = found['state']['counts']
+  return {'columns': found['columns'], **kept}
+
+
+def write_stable(recorded: dict) -> None:
+  """Writes the stable cases; FLOPs beside those of other versions of jax."""
+  import jax
+
+  written = {}
+  if STABLE_FILE.exists():
+    written = json.loads(STABLE_FILE.read_text())
+  for name in STABLE:
+    runs = {devices: recorded[f'{name} on {devices}'] for devices in (1, 4)}
+    flops = written.get(name, {}).get('flops', {})
+    flops[jax.__version__] = {
+      str(devices): found['result']['flops'] for devices, found in runs.items()
+    }
+    written[name] = {**stable(name, runs[1]), 'flops': flops}
+  STABLE_FILE.write_text(json.dumps(written, indent=1) + '\n')
+
+
 def compare(before: dict, after: dict, path: str = '') -> list[str]:
   """Lines about what differs."""
   if isinstance(before, dict) and isinstance(after, dict):
@@ -275,7 +315,11 @@ def main() -> None:
   parser.add_argument('--python', default=sys.executable)
   parser.add_argument('--case', action='append', default=[])
   parser.add_argument('--compare', nargs=2, type=pathlib.Path)
+  parser.add_argument('--stable', type=pathlib.Path)
   args = parser.parse_args()
+  if args.stable:
+    write_stable(json.loads(args.stable.read_text()))
+    return
   if args.compare:
     lines = compare(*(json.loads(path.read_text()) for path in args.compare))
     print('\n'.join(lines) or 'no difference')

@@ -9,6 +9,7 @@ import socket
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import data, selection
@@ -20,6 +21,11 @@ from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def slow(*values):
+  """Parameters of a test with which it is slow."""
+  return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def small_config(**fields):
@@ -238,11 +244,3 @@ def free_port():
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))
     return listener.getsockname()[1]
-
-
-def small_network(weights, inputs, perturbation=0.0):
-  """The network of `references.network_logits`, in JAX."""
-  hidden = inputs @ weights['w1'] + weights['b1'][None]
-  hidden = (hidden - weights['mean'][None]) / jnp.sqrt(weights['var'])[None]
-  hidden = jnp.tanh(hidden * weights['scale'][None]) + perturbation
-  return hidden @ weights['w2'] + weights['b2'][None]

@@ -159,6 +159,7 @@ def test_part_of_a_run_elsewhere(run, tmp_path):
   assert {row['quantity'] for row in rows} >= {'normalized margin at input'}
 
 
+@pytest.mark.slow
 def test_index_is_the_row_of_the_original_training_split(tmp_path):
   """With a fraction of it, the CSV still says which images they were."""
   fields = {**NOISY, 'data.fraction': 0.1, 'steps': 40, 'eval_every': 40}
@@ -174,6 +175,7 @@ def test_index_is_the_row_of_the_original_training_split(tmp_path):
   assert wrong.sum() == round(0.1 * len(rows))
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_is_no_obstacle(tmp_path):
   config = helpers.small_config(steps=10)
   loop.train(
@@ -209,6 +211,7 @@ def test_the_layers_variation_is_exact_far_from_zero():
   assert measured['total_variation/hidden'] == pytest.approx(expected, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_analyzed_on_devices_that_do_not_divide_its_batch(tmp_path):
   assert jax.device_count() == 8
   config = helpers.small_config(batch_size=6, steps=10)

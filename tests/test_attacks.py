@@ -12,6 +12,7 @@ import pytest
 from margin_jax.train import attacks, evaluation, loop
 from margin_jax.train import setup as setup_lib
 from tests import helpers
+from tests.helpers import slow
 
 PGD = functools.partial(attacks.pgd, steps=10)
 each_attack = pytest.mark.parametrize('attack', [attacks.fgsm, PGD])
@@ -73,6 +74,7 @@ def trained(tmp_path_factory):
   return workdir, loop.train(config, workdir, log=lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_attack(trained):
   _, result = trained
   clean = result['test']
@@ -82,6 +84,7 @@ def test_a_run_reports_the_attack(trained):
   assert clean['count'] == strong['count'] == 360
 
 
+@pytest.mark.slow
 def test_a_complete_run_can_be_attacked_otherwise(trained):
   workdir, before = trained
   config = helpers.small_config(
@@ -106,7 +109,7 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
   assert sum(split.startswith('test under') for split in splits) == 1
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('devices', [1, *slow(4)])
 def test_an_evaluation_under_attack_equals_its_parts(devices):
   this = helpers.Setup(devices=devices, **{'selection.rule': 'uniform'})
   split = this.dataset.splits['test']

@@ -355,6 +355,7 @@ def test_a_resized_crop_is_pillows_resize_of_a_box():
   np.testing.assert_array_equal(whole, array[0])
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_number_of_devices():
   names = ('random_resized_crop', 'autoaugment', 'cutout')
   split = {

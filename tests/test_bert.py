@@ -244,6 +244,7 @@ def test_dropout_masks_are_of_the_index_in_the_batch():
   np.testing.assert_allclose(others[1], features[2:], 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_every_kind_of_dropout_is_there():
   """Embeddings, probabilities, both halves of a layer, features."""
   seen = {}
@@ -277,6 +278,7 @@ def test_every_kind_of_dropout_is_there():
 
 
 @pytest.mark.parametrize('train', [False, True])
+@pytest.mark.slow
 def test_bfloat16_is_of_the_computation_only(train):
   model = bert.Bert(**TINY, dtype=jnp.bfloat16)
   inputs = make_inputs()

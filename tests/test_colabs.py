@@ -108,6 +108,7 @@ def glue_environment(folder):
 
 
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.slow
 def test_runs_from_top_to_bottom(name, tmp_path):
   """The cells' own assertions hold; the install cell has nothing to do."""
   environment = glue_environment(tmp_path) if name == 'glue_mmr' else {}
@@ -128,6 +129,7 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     assert 'skipped' in printed(committed)
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_or_warns_is_reported_and_not_kept(tmp_path):
   from colabs import execute
 

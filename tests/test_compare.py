@@ -95,6 +95,7 @@ def real(tmp_path_factory):
   return compare(workdir, 'uniform', 'mms', **options), workdir
 
 
+@pytest.mark.slow
 def test_all_have_the_flops_of_the_baseline(real):
   rows, workdir = real
   assert [(row['method'], row['seed']) for row in rows] == [
@@ -114,6 +115,7 @@ def test_all_have_the_flops_of_the_baseline(real):
   assert rows[1]['examples_scored'] == 32 * rows[1]['steps']
 
 
+@pytest.mark.slow
 def test_the_files_of_a_comparison(real):
   rows, workdir = real
   assert [float(x['test_error']) for x in read(workdir / 'runs.csv')] == [
@@ -139,6 +141,7 @@ def test_the_files_of_a_comparison(real):
   assert 'test accuracy' in log
 
 
+@pytest.mark.slow
 def test_nothing_that_is_complete_is_redone(real, monkeypatch):
   rows, workdir = real
 
@@ -154,6 +157,7 @@ def test_nothing_that_is_complete_is_redone(real, monkeypatch):
   assert sum('complete already' in line for line in lines) == 6
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_before_anything_is_trained(real, pretended):
   _, workdir = real
   options = {'config': small_config(pool_size=16), 'budget': 'steps'}
@@ -344,6 +348,7 @@ def start(workdir, *arguments):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_redoes_nothing_that_was_finished(tmp_path):
   process = start(tmp_path)
   for line in process.stdout:
@@ -373,6 +378,7 @@ def test_a_killed_comparison_redoes_nothing_that_was_finished(tmp_path):
     (('--methods=uniform,mms+reuse=9',), 'mms+reuse=9: pool_size=128 is not'),
   ],
 )
+@pytest.mark.slow
 def test_mistakes_on_the_command_line_are_one_line(
   tmp_path, arguments, message
 ):  # fmt: skip

@@ -189,6 +189,7 @@ assert jax.numpy.ones(3).sum() == 3
 """
 
 
+@pytest.mark.slow
 def test_tuning_keeps_the_flags_that_are_set():
   flags = run(FLAGS)
   assert flags.startswith('--xla_cpu_multi_thread_eigen=true')
@@ -211,6 +212,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+@pytest.mark.slow
 def test_tuning_keeps_pages():
   kept = int(run(FAULTS))
   given_back = int(run(FAULTS, MALLOC_ARENA_MAX='8'))

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from margin_jax import selection
 from margin_jax.train import devices as devices_lib
@@ -58,6 +59,7 @@ def train_together(workdir, *arguments):
   return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_four_devices(tmp_path):
   """10 steps, scope global: the same choices, the same parameters."""
   one = start(tmp_path / 'one', 4)
@@ -175,6 +177,7 @@ def test_the_count_of_bytes_sees_a_pool_that_travels():
   assert moved == {'all-gather': 640 * 4 * 4 * 3}
 
 
+@pytest.mark.slow
 def test_a_bad_coordinator_is_one_line(tmp_path):
   process = start(tmp_path, 1, '--coordinator=nowhere')
   output = process.communicate()[0]

@@ -78,15 +78,20 @@ def run_block(text, folder):
     assert not process.returncode, process.stderr + process.stdout
 
 
+def source_of(module):
+  """The text of a command's main module, and of the flags that all share."""
+  path = ROOT / module.replace('.', '/')
+  path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+  return path.read_text() + (ROOT / 'margin_jax/train/flags.py').read_text()
+
+
 def check_parsed(text, folder):
   """Whether a command could be started: its file, arguments and fields."""
   for words in commands(text):
     module, arguments = module_of(words)
     if module is None:
       continue
-    dataset = ROOT / (module.replace('.', '/') + '.py')
-    shared = (ROOT / 'margin_jax/command_line.py').read_text()
-    known = re.findall(r"'(?:--)?(\w+)',", dataset.read_text() + shared)
+    known = re.findall(r"'(?:--)?(\w+)',", source_of(module))
     given = dict(x.removeprefix('--').split('=', 1) for x in arguments[1:])
     if arguments[0].startswith('--'):
       name, _, value = arguments[0].removeprefix('--').partition('=')
@@ -115,6 +120,7 @@ def check_config(given, folder):
 @pytest.mark.parametrize(
   'path', PAGES, ids=lambda path: str(path.relative_to(DOCS))
 )
+@pytest.mark.slow
 def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
   """In their order, in one folder; those marked `parsed` are only checked."""
   monkeypatch.chdir(tmp_path)
@@ -134,48 +140,6 @@ def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
       (tmp_path / title).write_text(text)
     elif not parsed:
       exec(code, space)
-
-
-def test_the_costs_are_those_of_the_formula_and_of_the_tables():
-  """Numbers of the page on costs, which are of files in benchmarks/."""
-  text = (DOCS / 'does_it_pay.md').read_text()
-  space = {}
-  for language, _, parsed, code in blocks(DOCS / 'does_it_pay.md'):
-    if language == 'python' and not parsed:
-      exec(code, space)
-  ratio, forward = space['cost_ratio'], space['forward']
-  calculated = {
-    'B=128': ratio(forward, 128, 64),
-    '`reuse=2`': ratio(forward, 640, 64, 2),
-    '`reuse=5`': ratio(forward, 640, 64, 5),
-    '`every=5`': ratio(forward, 640, 64, 5),
-  }
-  measured = (ROOT / 'benchmarks/selection_cost.md').read_text()
-  for name, value in calculated.items():
-    (row,) = re.findall(
-      rf'^\| {re.escape(name)} \| (\S+) \| (\S+) \|$', text, re.MULTILINE
-    )
-    assert f'{value:.2f}' == row[0]
-    variant = f'mms, {name.strip("`")}'
-    assert re.search(
-      rf'^\| {variant} \| \d+ \| {row[1]} \|', measured, re.MULTILINE
-    )
-  runs = (ROOT / 'benchmarks/time_to_accuracy_small.md').read_text()
-  rows = re.findall(
-    r'^\| (.*) \| (\S+% ± \S+) \| (\d+) \|$', text, re.MULTILINE
-  )
-  assert len(rows) == 6
-  for _, error, seconds in rows:
-    assert re.search(rf'\| {error} \| \S+ \| {seconds} \|', runs), error
-  sources = ''.join(
-    path.read_text()
-    for path in (*ROOT.glob('benchmarks/*.md'), *ROOT.glob('configs/*.py'))
-  ).replace('_', ',')
-  known = {*re.findall(r'(?<![\w.])\d+\.\d+(?![\w.])', sources)}
-  known |= {f'{value:.2f}' for value in calculated.values()}
-  known |= {'0.215', '0.33', '2.95', '3.55', '4.4'}  # the page's own results
-  found = re.findall(r'(?<![\w.=])\d+\.\d+(?![\w.])', text)
-  assert not {*found} - known
 
 
 class Links(html.parser.HTMLParser):
@@ -215,6 +179,7 @@ def _site(tmp_path_factory):
   return pages
 
 
+@pytest.mark.slow
 def test_every_link_resolves(site):
   """To a file of the site and an anchor in it; others have the right form."""
   external = set()
@@ -239,6 +204,7 @@ def test_every_link_resolves(site):
   assert len(external) > 10
 
 
+@pytest.mark.slow
 def test_pages_need_no_network(site):
   """Whatever a page loads lies beside it."""
   for path in site:

@@ -18,6 +18,8 @@ from margin_jax.train import setup as setup_lib
 from margin_jax.train import step as step_lib
 from tests import helpers
 
+pytestmark = pytest.mark.slow
+
 # Shape of the images, classes.
 SHAPES = {
   'digits': ((8, 8, 1), 10),

@@ -71,6 +71,7 @@ def run(workdir, name, steps, **fields):
   return loop.train(config, str(workdir), log=lines.append), lines
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_weights_that_it_began_with(tmp_path, weights):
   """It is resumed, analyzed and exported, and reports both tests of MNLI."""
   write_task(tmp_path, 'glue/mnli', sizes=(120, 20, 16))
@@ -104,6 +105,7 @@ def test_a_run_outlives_the_weights_that_it_began_with(tmp_path, weights):
   assert said['do_lower_case'] is True
 
 
+@pytest.mark.slow
 def test_f1_is_in_the_last_line_and_in_the_best(tmp_path):
   write_task(tmp_path, 'glue/mrpc', sizes=(120, 20))
   vocabulary = write_vocabulary(tmp_path / 'words.txt', VOCAB)
@@ -124,6 +126,7 @@ def test_two_vocabularies_must_be_one(tmp_path, weights):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_vocabulary_is_refused(tmp_path):
   write_task(tmp_path, 'glue/sst2', sizes=(120, 20))
   path = write_vocabulary(tmp_path / 'words.txt', VOCAB)
@@ -134,6 +137,7 @@ def test_a_workdir_of_another_vocabulary_is_refused(tmp_path):
     run(tmp_path / 'run', 'glue/sst2', 20, **fields)
 
 
+@pytest.mark.slow
 def test_a_start_that_came_to_nothing_leaves_no_vocabulary(tmp_path):
   write_task(tmp_path, 'glue/sst2', sizes=(120, 20))
   swapped = (*VOCAB[:5], *VOCAB[:4:-1])
@@ -164,6 +168,7 @@ def test_cased_weights_are_refused(tmp_path, weights, field):
 @pytest.mark.parametrize(
   ('layer', 'allowed'), [('embeddings', False), ('pooler', True)]
 )
+@pytest.mark.slow
 def test_a_layer_of_tokens_has_no_size(tmp_path, layer, allowed):
   config = helpers.small_config(
     **{

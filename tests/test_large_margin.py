@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from margin_jax import at_layers, large_margin_loss, models
 from tests import references
-from tests.helpers import small_network
+from tests.custom import small_network
 
 DEFAULTS = {
   'gamma': 2.0, 'alpha': 3.0, 'norm': 'l2', 'top_k': 1, 'worst_case': False,
@@ -125,6 +125,7 @@ def test_jvp_and_vjp_agree(norm):
 
 
 @pytest.mark.parametrize('second_order', [False, True])
+@pytest.mark.slow
 def test_flax_models_with_batch_norm(second_order):
   """A small step against the gradient lowers the loss; bfloat16 is finite."""
   inputs = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))

@@ -16,7 +16,7 @@ from margin_jax import (
   signed_margins,
 )
 from tests import references
-from tests.helpers import small_network
+from tests.custom import small_network
 
 NORMS = ('l1', 'l2', 'l_inf')
 
@@ -95,6 +95,7 @@ def test_edges_of_layer_margins():
     layer_margins(logits_fn, inputs, labels[:2])
 
 
+@pytest.mark.slow
 def test_bfloat16_models_give_float32_margins():
   _, variables, inputs = network()
   model = models.build('resnet8', 5, dtype='bfloat16')

@@ -1,5 +1,6 @@
 """The trainer: resuming, files, refusals. Digits, 20 steps, one device."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,9 +12,8 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
-from margin_jax.train.loop import Trainer
 from tests import helpers
-from tests.helpers import ROOT, Interrupted, read_csv, saved_state, train
+from tests.helpers import ROOT, Interrupted, read_csv, saved_state, slow, train
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def test_same_command_on_a_complete_run_changes_nothing(finished):
   assert 'starting at step 20' in lines[0]
 
 
-@pytest.mark.parametrize('at', [10, 15])
+@pytest.mark.parametrize('at', [*slow(10), 15])
 def test_interrupted_run_ends_bit_identical(finished, tmp_path, at):
   workdir, result, _ = finished
   with pytest.raises(Interrupted):
@@ -88,6 +88,7 @@ def test_interrupted_run_ends_bit_identical(finished, tmp_path, at):
   assert steps == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_fits_any_number_of_devices(finished, tmp_path):
   workdir, _, _ = finished
   with pytest.raises(Interrupted):
@@ -103,18 +104,17 @@ def test_all_devices_are_as_many_as_before_where_it_matters():
   fields = {'selection.scope': 'device', 'devices': None}
   config = helpers.small_config(**fields)
   saved = config_lib.as_json(config)
-  now = types.SimpleNamespace(
+  check = functools.partial(
+    loop._check_same_run,
     config=config,
-    saved_config=saved,
     devices=types.SimpleNamespace(total=2),
   )
   info = {'config': saved, 'step': 5, 'devices': 2}
-  Trainer._check_same_run(now, info)
+  check(info, saved_config=saved)
   with pytest.raises(config_lib.ConfigError, match=r'\n  devices: 4 -> 2$'):
-    Trainer._check_same_run(now, info | {'devices': 4})
+    check(info | {'devices': 4}, saved_config=saved)
   free = {**saved, 'selection.scope': 'global'}
-  now.saved_config = free
-  Trainer._check_same_run(now, {**info, 'config': free, 'devices': 4})
+  check({**info, 'config': free, 'devices': 4}, saved_config=free)
 
 
 def test_another_config_is_refused(finished):
@@ -127,6 +127,7 @@ def test_another_config_is_refused(finished):
   assert (workdir / 'result.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
   with pytest.raises(guard.NonFiniteError, match=r'is (nan|inf) at step \d+'):
     train(
@@ -181,12 +182,14 @@ def test_fields_without_effect_are_warnings_and_change_nothing(tmp_path):
   assert again == result
 
 
+@pytest.mark.slow
 def test_without_validation_there_is_no_best(tmp_path):
   result, _ = train(tmp_path, **{'data.validation_examples': 0}, steps=5)
   assert result['best'] is None
   assert 'validation' not in result
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path):
   def error_of(*arguments):
     process = subprocess.run(
@@ -223,6 +226,7 @@ def test_command_line_errors_are_one_line(tmp_path):
   assert 'margin_jax.data.prepare cifar10' in message
 
 
+@pytest.mark.slow
 def test_cifar10_trains(data_dir, tmp_path):
   """The real 45,000 images: scored, selected, evaluated on all 10,000."""
   result, lines = train(
@@ -249,6 +253,7 @@ def test_cifar10_trains(data_dir, tmp_path):
   assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reaches_its_end_with_several_steps_a_call(tmp_path):
   intervals = {'log_every': 5, 'eval_every': 5, 'checkpoint_every': 5}
   train(tmp_path, steps=15, **intervals)
@@ -260,6 +265,7 @@ def test_a_resumed_run_reaches_its_end_with_several_steps_a_call(tmp_path):
   assert int(saved_state(tmp_path)[0].step) == 40
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_result_writes_it(tmp_path):
   first, _ = train(tmp_path, steps=5)
   (tmp_path / 'result.json').unlink()
@@ -291,6 +297,7 @@ def test_unusable_workdir_is_a_config_error(tmp_path):
     train(tmp_path / 'file')
 
 
+@pytest.mark.slow
 def test_python_stays_a_few_calls_ahead_of_the_devices(monkeypatch, tmp_path):
   """A hundred waiting calls deadlock XLA:CPU's collectives."""
   ahead = []

@@ -13,6 +13,8 @@ import pytest
 from benchmarks import minilm_weights
 from margin_jax.models import bert, bert_weights, pretrained
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = [
   'A man is eating food.',
   'Someone has a meal.',

@@ -10,6 +10,7 @@ from margin_jax import config as config_lib
 from margin_jax import models, selection
 from margin_jax.train import loop, runs
 from tests import helpers
+from tests.helpers import slow
 
 RULES = [rule for rule in selection.RULES if rule != 'random']
 
@@ -20,7 +21,17 @@ def run(calls, devices=1, **fields):
 
 
 @pytest.mark.parametrize(
-  ('rule', 'reuse'), [*((rule, 1) for rule in [*RULES, 'balanced']), ('mms', 2)]
+  ('rule', 'reuse'),
+  [
+    ('mms', 1),
+    *(
+      pytest.param(rule, reuse, marks=pytest.mark.slow)
+      for rule, reuse in [
+        *((x, 1) for x in [*RULES, 'balanced'] if x != 'mms'),
+        ('mms', 2),
+      ]
+    ),
+  ],
 )
 def test_device_count_changes_nothing(rule, reuse):
   """Draws, arrangements and the reserve are of the whole pool."""
@@ -96,14 +107,16 @@ def test_every_start_and_stop_say_which_steps_score():
   'fields',
   [
     {'selection.every': 2, 'selection.start': 1},
-    {'selection.reuse': 2},
-    # Three steps an epoch: the first eight keep 400, 293 and 187.
-    {
-      'trimming.last': 0.2,
-      'trimming.backward': 'kept',
-      'steps': 12,
-      'batch_size': 400,
-    },
+    *slow(
+      {'selection.reuse': 2},
+      # Three steps an epoch: the first eight keep 400, 293 and 187.
+      {
+        'trimming.last': 0.2,
+        'trimming.backward': 'kept',
+        'steps': 12,
+        'batch_size': 400,
+      },
+    ),
   ],
 )
 def test_a_switch_on_the_device_equals_the_host_picking(fields):
@@ -124,6 +137,7 @@ def test_a_switch_on_the_device_equals_the_host_picking(fields):
   assert host.program.cost(0, 12) == device.program.cost(0, 12)
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_train_the_same_float32_model():
   plain, _ = run(3, **{'selection.rule': 'mms'})
   cheap = helpers.Setup(**{'selection.score_dtype': 'bfloat16'})
@@ -136,6 +150,7 @@ def test_bfloat16_scores_train_the_same_float32_model():
   np.testing.assert_allclose(kernel['kernel'], other['kernel'], atol=0.05)
 
 
+@pytest.mark.slow
 def test_low_resolution_scoring_costs_less():
   fields = {'model.name': 'resnet8', 'data.validation_examples': 0}
   small = helpers.Setup(
@@ -147,6 +162,7 @@ def test_low_resolution_scoring_costs_less():
   assert small.program.cost(0, 1).flops < 0.7 * full.program.cost(0, 1).flops
 
 
+@pytest.mark.slow
 def test_a_proxy_scores_and_is_trained_along():
   """With an identical twin as proxy, the choice is that of the proxy."""
   fields = {'selection.rule': 'mms', 'selection.proxy': 'cnn'}
@@ -169,6 +185,7 @@ def test_a_proxy_scores_and_is_trained_along():
 
 
 @pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.slow
 def test_pool_statistics_follow_the_pool(devices):
   """One momentum step towards the statistics of all 32 examples."""
   fields = {
@@ -209,6 +226,7 @@ def test_trimming_keeps_what_the_schedule_says():
 
 
 @pytest.mark.parametrize('step', [0, 784])
+@pytest.mark.slow
 def test_trimming_with_a_short_backward_pass_gives_the_same_update(step):
   """Without BatchNorm, the kept examples are all that the gradient sees."""
   fields = {
@@ -234,6 +252,7 @@ def test_trimming_with_a_short_backward_pass_gives_the_same_update(step):
   assert (short.examples_scored, short.examples_trained) == (8, 4)
 
 
+@pytest.mark.slow
 def test_random_selection_uses_every_example_equally_often():
   """Chi-square over 1,257 examples and ten passes of pools."""
   fields = {'selection.rule': 'random', 'selection.log_counts': True}
@@ -277,6 +296,7 @@ def test_class_rates_count_all_that_a_pool_feeds():
 @pytest.mark.parametrize(
   'fields', [{'selection.ramp': 0.3}, {'selection.rule': 'selective_backprop'}]
 )
+@pytest.mark.slow
 def test_score_quantiles_are_of_the_rule_whatever_the_transform(fields):
   names = ['score_min', 'score_q25', 'score_median', 'score_q75', 'score_max']
   _, plain = run(1, **{'selection.rule': 'loss'})
@@ -285,6 +305,7 @@ def test_score_quantiles_are_of_the_rule_whatever_the_transform(fields):
     np.testing.assert_allclose(plain[name], transformed[name], 1e-6)
 
 
+@pytest.mark.slow
 def test_a_custom_rule_may_give_any_numbers():
   """Every branch of the switch has one dtype of metrics."""
   for dtype in (np.int32, jax.numpy.bfloat16):

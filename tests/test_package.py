@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_readme_loop_runs_as_printed(tmp_path):
   """It uses the three functions, is short, and learns."""
   (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
@@ -65,6 +66,7 @@ def metadata():
   return tomllib.loads((ROOT / 'pyproject.toml').read_text())
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
   """Built without a network, of a copy: no build folder is left here."""
   copy = tmp_path / 'dataset'
@@ -98,6 +100,7 @@ def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
   assert 'Requires-Dist: jaxtyping' in about
 
 
+@pytest.mark.slow
 def test_what_is_called_from_python_defines_no_flags():
   """A user's own program may have a flag --workdir."""
   code = (
@@ -143,6 +146,7 @@ def test_requirements_hold_what_the_package_depends_on():
 
 
 @pytest.mark.parametrize('name', ['train', 'analyze', 'compare'])
+@pytest.mark.slow
 def test_scripts_explain_themselves(name):
   """The help of a console script, whose main module is another."""
   target = metadata()['project']['scripts'][f'margin-{name}']

@@ -244,6 +244,7 @@ def on_terminal(workdir, *arguments, number=None):
   return output, process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_terminal(tmp_path):
   output, status = on_terminal(tmp_path)
   assert status == 0, output
@@ -255,6 +256,7 @@ def test_a_run_on_a_terminal(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_the_terminal_as_it_was(tmp_path):
   output, status = on_terminal(
     tmp_path, '--config.steps=100000', '--config.checkpoint_every=100000',

@@ -86,6 +86,7 @@ def run(made, workdir):
   return loop.train(made, str(workdir), log=lambda _: None)
 
 
+@pytest.mark.slow
 def test_digits_registered_are_the_digits(tmp_path):
   """Bit for bit, with a crop, a validation split and wrong labels."""
   splits = [(x['inputs'], x['label']) for x in data.digits.load()[:2]]
@@ -144,6 +145,7 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures('registered')
+@pytest.mark.slow
 def test_statistics_of_a_registered_model_do_not_depend_on_devices():
   """Its BatchNorm is told the axis, and its fields are those of the config."""
   fields = {
@@ -220,6 +222,7 @@ def assert_one_device_is_two(**fields):
 @pytest.mark.parametrize(
   'fields', [{'selection.batch_stats': 'pool'}, {'selection.proxy': 'tokens'}]
 )
+@pytest.mark.slow
 def test_masks_of_a_registered_model_do_not_depend_on_devices(fields):
   registry.register_dataset('rings', train=rings(0), test=rings(1, 100))
   registry.register_model('tokens', Tokens)
@@ -383,6 +386,7 @@ def test_bad_models_and_rules_are_refused():
     registry.register_rule('mine', 'mms')
 
 
+@pytest.mark.slow
 def test_images_of_any_size_can_be_scored_small():
   class Pooled(nn.Module):
     num_classes: int

@@ -16,6 +16,7 @@ from margin_jax.models import bert_weights
 from margin_jax.train import evaluation, loop
 from margin_jax.train.checkpoints import Checkpoints
 from tests import helpers
+from tests.helpers import slow
 
 FIELDS = {
   'data.name': 'entailment',
@@ -116,6 +117,7 @@ def test_a_step_selects_the_lowest_of_a_pool_of_one_width():
 
 
 @pytest.mark.parametrize('rule', ['mms', 'uniform'])
+@pytest.mark.slow
 def test_devices_change_neither_selection_nor_update(rule):
   """Token batches and dropout masks are those of one device.
 
@@ -140,6 +142,7 @@ def test_devices_change_neither_selection_nor_update(rule):
   np.testing.assert_allclose(metrics1['loss'], metrics2['loss'], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_buffer_keeps_sentences_whole():
   this = setup(
     **{'selection.reuse': 2, 'selection.log_counts': True, 'pool_size': 32}
@@ -156,7 +159,7 @@ def test_a_buffer_keeps_sentences_whole():
   assert not kept[:, width:].any()
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('devices', [1, *slow(4)])
 def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
   this = setup(devices=devices, **{'selection.rule': 'uniform'})
   spec = dataclasses.replace(
@@ -186,7 +189,7 @@ def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
 
 
 @pytest.mark.parametrize('positive', [0.0, 0.3, 1.0])
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('devices', [1, *slow(4)])
 def test_f1_is_of_the_whole_split(devices, positive):
   """Against scikit-learn, on random labels and predictions."""
   rng = np.random.default_rng(3)
@@ -215,6 +218,7 @@ def test_f1_is_of_the_whole_split(devices, positive):
   assert found['accuracy'] == pytest.approx(np.mean(label == predicted))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_is_analyzed_and_exported(tmp_path):
   def run(workdir, steps):
     config = helpers.small_config(**{**FIELDS, 'steps': steps})
@@ -248,6 +252,7 @@ def restored(workdir):
     return checkpoints.restore(setup(**{'selection.rule': 'mms'}).first)
 
 
+@pytest.mark.slow
 def test_only_a_bert_is_exported(tmp_path):
   config = helpers.small_config(steps=10)
   loop.train(config, str(tmp_path), log=lambda line: None)

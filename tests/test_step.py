@@ -18,6 +18,7 @@ from margin_jax.train import evaluation
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import setup as setup_lib
 from tests import helpers, references
+from tests.helpers import slow
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_one_step_equals_its_parts():
   assert metrics['nan_scores'] == [0]
 
 
-@pytest.mark.parametrize('rule', ['mms', 'random', 'uniform'])
+@pytest.mark.parametrize('rule', ['mms', *slow('random', 'uniform')])
 def test_four_devices_agree_with_one(rule):
   fields = {'selection.rule': rule, 'steps': 20}
   one, metrics_one = helpers.Setup(**fields, devices=1).run(20)
@@ -113,6 +114,7 @@ def test_four_devices_agree_with_one(rule):
     )
 
 
+@pytest.mark.slow
 def test_device_count_does_not_change_batch_norm_networks():
   """Statistics are over all devices' examples, scoring leaves them alone."""
   fields = {
@@ -163,7 +165,7 @@ def test_flops_count_the_forward_on_the_pool():
   assert 1.6 * flops < this.program.cost(0, 1).flops < 1.9 * flops
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('devices', [1, *slow(4)])
 def test_evaluation_counts_every_example_once(devices):
   this = setup(devices=devices)
   splits = {k: v for k, v in this.dataset.splits.items() if k != 'train'}
@@ -242,7 +244,7 @@ class Linear(nn.Module):
     return nn.Dense(10, name='head')(features), features
 
 
-@pytest.mark.parametrize('rule', ['random', 'mms', 'selective_backprop'])
+@pytest.mark.parametrize('rule', ['random', *slow('mms', 'selective_backprop')])
 def test_examples_without_logits_are_not_selected(rule, monkeypatch):
   """NaN pixels give NaN logits: counted, and left out by every rule."""
   monkeypatch.setattr(models, 'build', lambda *args, **kwargs: Linear())

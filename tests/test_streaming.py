@@ -17,6 +17,7 @@ from margin_jax.train import loop
 from margin_jax.train import setup as setup_lib
 from tests import helpers
 from tests.datasets import ONE, jpeg, streamed, streamed_config
+from tests.helpers import slow
 
 SIZES = [8, 8, 0, 4, 8, 8, 8, 4]  # step -> examples sampled
 
@@ -166,6 +167,7 @@ def test_training_selects_resumes_and_reports(tmp_path, monkeypatch):
   assert resumed['test'] == whole['test']
 
 
+@pytest.mark.slow
 def test_four_devices_agree_with_one(tmp_path, monkeypatch):
   one = train(tmp_path / 'one', monkeypatch)
   four = train(tmp_path / 'four', monkeypatch, devices=4)
@@ -214,7 +216,7 @@ def sample(folder):
   return str(folder / 'tfds_sample')
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, *slow(1)])
 def test_a_damaged_jpeg_is_named(workers):
   this = streamed(workers=workers)
   this.records['train'][5]['image'] = b'no image'
@@ -222,6 +224,7 @@ def test_a_damaged_jpeg_is_named(workers):
     list(this.training([30], 0, 0, ONE))
 
 
+@pytest.mark.slow
 def test_imagenet_goes_through_workers(data_dir):
   """100 real JPEGs, two workers, stopped in mid-epoch and restored."""
   load = lambda workers: data.load(  # noqa: E731

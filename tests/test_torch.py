@@ -22,6 +22,8 @@ from margin_jax import models  # noqa: E402
 from margin_jax.models import pretrained  # noqa: E402
 from tests import torch_twins as twins  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 7
 
 

@@ -14,6 +14,8 @@ transformers = pytest.importorskip('transformers')
 
 from margin_jax.models import bert, bert_weights, pretrained  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

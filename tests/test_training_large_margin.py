@@ -14,6 +14,7 @@ from margin_jax.config import ConfigError
 from margin_jax.train import loop
 from margin_jax.train import setup as setup_lib
 from tests import helpers
+from tests.helpers import slow
 
 FIELDS = {
   'selection.rule': 'uniform', 'mmr.alpha': 0.0, 'optimizer.weight_decay': 0.0,
@@ -29,7 +30,7 @@ def setup(**fields):
   return helpers.Setup(**FIELDS, **fields)
 
 
-@pytest.mark.parametrize('cross_entropy', [0.0, 1.0])
+@pytest.mark.parametrize('cross_entropy', [*slow(0.0), 1.0])
 def test_one_step_equals_its_parts(cross_entropy):
   this = setup(**{'large_margin.cross_entropy': cross_entropy})
   state, metrics = this.run(1)
@@ -61,6 +62,7 @@ def test_one_step_equals_its_parts(cross_entropy):
   np.testing.assert_allclose(metrics['penalty'].shape, (1,))
 
 
+@pytest.mark.slow
 def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
   """The loss is that of evaluation mode with the batch's statistics."""
   this = helpers.Setup(dataset=helpers.noise(), **{
@@ -93,6 +95,7 @@ def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
   np.testing.assert_allclose(metrics['large_margin'], [expected], 1e-3)
 
 
+@pytest.mark.slow
 def test_four_devices_agree_with_one():
   fields = {**RESNET, 'large_margin.top_k': 1}
   dataset = helpers.noise()
@@ -107,6 +110,7 @@ def test_four_devices_agree_with_one():
   helpers.assert_trees_close(first.params, second.params, 2e-3)
 
 
+@pytest.mark.slow
 def test_it_trains_alone_with_selection_and_counts_its_cost():
   with_mms = {**FIELDS, 'selection.rule': 'mms'}
   with_mms |= {
@@ -211,6 +215,7 @@ def test_a_fraction_of_nothing_is_refused():
     data.load('digits', fraction=1e-4)
 
 
+@pytest.mark.slow
 def test_mnist_trains_with_the_large_margin_loss(data_dir, tmp_path):
   config = mnist_large_margin.get_config('small=0.003,steps=30')
   config.data.data_dir = str(data_dir / 'tfds')

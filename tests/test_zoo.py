@@ -308,6 +308,7 @@ def wide(devices):
   return state, metrics['loss']
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_number_of_devices():
   alone, losses = wide(1)
   together, other_losses = wide(4)

@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import jax
 import ml_collections
+import pytest
 from hypothesis import strategies
 
 from margin_jax import config as config_lib
@@ -17,6 +18,8 @@ from margin_jax import data
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop, schema
 from tests import helpers
+
+pytestmark = pytest.mark.slow
 
 # What a hand might type, of every type; models that compile in a second.
 ANYTHING = (

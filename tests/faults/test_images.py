@@ -10,7 +10,7 @@ from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop
 from tests.datasets import ONE, streamed, streamed_config
 from tests.faults import runs
-from tests.helpers import read_csv
+from tests.helpers import read_csv, slow
 
 BAD = (5, 6, 17)
 
@@ -27,7 +27,7 @@ def corrupt(skip, workers=0):
   return dataclasses.replace(dataset, skip=skip)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, *slow(1)])
 def test_the_next_example_takes_the_place_of_one_that_is_none(workers):
   (batch,) = corrupt(True, workers).training([30], 0, 0, ONE)
   (whole,) = streamed().training([30], 0, 0, ONE)
@@ -79,6 +79,7 @@ def test_labels_of_no_class_are_named(label):
     next(dataset.training([30], 0, 0, ONE))
 
 
+@pytest.mark.slow
 def test_a_run_counts_them_also_when_it_is_resumed(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda *args, **kwargs: corrupt(True))
   fields = {'data.undecodable': 'skip', 'data.name': 'imagenet2012'}

@@ -7,7 +7,11 @@ import subprocess
 import tempfile
 import time
 
+import pytest
+
 from tests.faults import runs
+
+pytestmark = pytest.mark.slow
 
 
 def disturb(workdir, kills: int, seed: int, part: float, *arguments) -> int:

@@ -8,7 +8,7 @@ import pytest
 from margin_jax.train import guard, loop
 from tests import helpers
 from tests.faults import runs
-from tests.helpers import read_csv, saved_state
+from tests.helpers import read_csv, saved_state, slow
 
 # The update of step 13 is infinite.
 EXPLODES = {
@@ -27,10 +27,12 @@ def train(workdir, rule=None, **fields):
   'fields',
   [
     {},
-    {'selection.rule': 'uniform'},
-    # Step 13 is one of those that train on what step 12 has left.
-    {'selection.reuse': 2, 'selection.start': 1},
-    {'devices': 4},
+    *slow(
+      {'selection.rule': 'uniform'},
+      # Step 13 is one of those that train on what step 12 has left.
+      {'selection.reuse': 2, 'selection.start': 1},
+      {'devices': 4},
+    ),
   ],
 )
 def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
@@ -58,7 +60,7 @@ def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
     train(tmp_path, **EXPLODES, **fields)
 
 
-@pytest.mark.parametrize('steps_per_call', [1, 5])
+@pytest.mark.parametrize('steps_per_call', [1, *slow(5)])
 def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
   """Also where later calls come before the host has looked."""
   setup = helpers.Setup(
@@ -79,6 +81,7 @@ def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
   compare(state.replace(nonfinite=good.nonfinite), good)
 
 
+@pytest.mark.slow
 def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
   """Squares of 1e25 do not fit float32: the variance is infinite."""
   setup = helpers.Setup(
@@ -97,6 +100,7 @@ def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
 
 
 @pytest.mark.parametrize('alpha', [0.0, 1e-9])
+@pytest.mark.slow
 def test_a_penalty_that_is_in_no_loss_may_overflow(alpha):
   """Features and kernel fit float32, the product of their squares does not."""
   fields = {'selection.rule': 'uniform', 'optimizer.weight_decay': 0.0}
@@ -115,6 +119,7 @@ def nan_scores(logits, kernel, labels, keys):
   return jnp.where(labels == 3, jnp.nan, logits[:, 0])
 
 
+@pytest.mark.slow
 def test_a_nan_score_stops_the_run_at_once(tmp_path):
   with pytest.raises(
     guard.NonFiniteError, match=r'[1-9]\d* score\(s\) are nan at step 1;'
@@ -127,6 +132,7 @@ def test_a_nan_score_stops_the_run_at_once(tmp_path):
       np.testing.assert_array_equal(pool[name], values)
 
 
+@pytest.mark.slow
 def test_skipping_ranks_nan_scores_last_and_goes_on(tmp_path):
   train(tmp_path, rule=nan_scores, on_nonfinite='skip')
   rows = read_csv(tmp_path / 'train.csv')
@@ -150,6 +156,7 @@ def test_a_skipped_step_leaves_parameters_and_averages_alone():
   assert np.isfinite(metrics['loss'][13:]).all()
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
   train(tmp_path, **EXPLODES, on_nonfinite='skip')
   result, _ = train(tmp_path, **EXPLODES, on_nonfinite='skip')

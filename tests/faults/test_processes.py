@@ -3,9 +3,12 @@
 import signal
 
 import numpy as np
+import pytest
 
 from tests.faults import runs
 from tests.helpers import free_port, read_csv
+
+pytestmark = pytest.mark.slow
 
 
 def start_both(workdir, *arguments):

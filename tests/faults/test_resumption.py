@@ -6,6 +6,8 @@ import pytest
 from tests.faults import runs
 from tests.helpers import Interrupted, read_csv, saved_state, train
 
+pytestmark = pytest.mark.slow
+
 COUNTED = {'selection.log_counts': True}
 RUNS = {
   'reuse': {'selection.reuse': 3, **COUNTED},

@@ -15,6 +15,7 @@ LONG = ('--config.steps=100000', '--config.checkpoint_every=100000')
 
 
 @pytest.mark.parametrize('number', process.SIGNALS)
+@pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
   process = runs.start(tmp_path, *LONG)
   runs.wait_for(process, 'step 20/')
@@ -31,6 +32,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
   again.communicate()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
   runs.finish(runs.start(tmp_path / 'whole'))
   stopped = runs.start(tmp_path / 'stopped')
@@ -63,10 +65,11 @@ def test_signals_reach_the_outer_of_two():
 
 
 @pytest.mark.parametrize('again', ['outside', 'in the next'])
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_whose_first_was_within(again):
   script = (
     'import os, signal, time\n'
-    'from margin_jax.interrupts import Interrupts\n'
+    'from margin_jax.train.process import Interrupts\n'
     'def come():\n'
     '  os.kill(os.getpid(), signal.SIGTERM)\n'
     '  time.sleep(1)\n'
@@ -86,10 +89,11 @@ def test_a_second_signal_ends_a_process_whose_first_was_within(again):
   assert done.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_two_signals_end_a_process_that_is_busy():
   script = (
     'import time\n'
-    'from margin_jax import interrupts\n'
+    'from margin_jax.train import process\n'
     'with process.Interrupts():\n'
     "  print('ready', flush=True)\n"
     '  time.sleep(60)\n'

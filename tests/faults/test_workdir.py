@@ -14,6 +14,7 @@ from tests import helpers
 from tests.faults import runs
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_workdir(tmp_path):
   first = runs.start(tmp_path, '--config.steps=100000')
   runs.wait_for(first, 'step 5/')
@@ -61,6 +62,7 @@ def small_disk(tmp_path):
   subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_loses_nothing(small_disk):
   workdir = small_disk / 'run'
   first = runs.start(workdir)
