@@ -78,15 +78,20 @@ def run_block(text, folder):
     assert not process.returncode, process.stderr + process.stdout
 
 
+def source_of(module):
+  """The text of a command's main module, and of the flags that all share."""
+  path = ROOT / module.replace('.', '/')
+  path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+  return path.read_text() + (ROOT / 'margin_jax/train/flags.py').read_text()
+
+
 def check_parsed(text, folder):
   """Whether a command could be started: its file, arguments and fields."""
   for words in commands(text):
     module, arguments = module_of(words)
     if module is None:
       continue
-    dataset = ROOT / (module.replace('.', '/') + '.py')
-    shared = (ROOT / 'margin_jax/command_line.py').read_text()
-    known = re.findall(r"'(?:--)?(\w+)',", dataset.read_text() + shared)
+    known = re.findall(r"'(?:--)?(\w+)',", source_of(module))
     given = dict(x.removeprefix('--').split('=', 1) for x in arguments[1:])
     if arguments[0].startswith('--'):
       name, _, value = arguments[0].removeprefix('--').partition('=')
