@@ -24,14 +24,14 @@ class Check:
 
 
 def flag() -> Check:
-  """True or False."""
+  """Allows True and False."""
   return Check(
     lambda value: isinstance(value, bool), lambda: 'True or False', bool
   )
 
 
 def integer(least: int, *, bits: int = 31) -> Check:
-  """An integer in [least, 2**bits)."""
+  """Allows an integer in [least, 2**bits)."""
 
   def holds(value: Any) -> bool:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -48,7 +48,7 @@ def number(
   most: float | None = None,
   below: float | None = None,
 ) -> Check:
-  """A finite number; each bound may be left out."""
+  """Allows a finite number; each bound may be left out."""
   bounds = {
     'at least': (least, lambda value: value >= least),
     'above': (above, lambda value: value > above),
@@ -74,7 +74,7 @@ def number(
 
 
 def string() -> Check:
-  """A string that is not empty."""
+  """Allows a string that is not empty."""
   return Check(
     lambda value: isinstance(value, str) and value != '',
     lambda: 'a string that is not empty',
@@ -83,12 +83,12 @@ def string() -> Check:
 
 
 def one_of(*names: str) -> Check:
-  """One of these strings."""
+  """Allows one of these strings."""
   return known(lambda: names)
 
 
 def known(choices: Callable[[], Iterable[str]]) -> Check:
-  """One of the strings that there are by then: some can be registered."""
+  """Allows one of the strings that there are by then; some are registered."""
 
   def names() -> tuple[str, ...]:
     return tuple(choices())
@@ -102,7 +102,7 @@ def known(choices: Callable[[], Iterable[str]]) -> Check:
 
 
 def optional(check: Check) -> Check:
-  """None, or what `check` allows."""
+  """Allows None, and what `check` allows."""
   return dataclasses.replace(
     check,
     holds=lambda value: value is None or check.holds(value),
@@ -111,7 +111,7 @@ def optional(check: Check) -> Check:
 
 
 def several(each: Check, *, order: str = '', least: int = 0) -> Check:
-  """A tuple of at least so many values; `each` allows every one of them.
+  """Allows a tuple of at least so many values, each of which `each` allows.
 
   Args:
     each: of the values.

@@ -706,7 +706,7 @@ FIELDS: dict[str, Field] = {
 
 
 def default() -> ml_collections.ConfigDict:
-  """Every field with its default; config files change some of them."""
+  """Returns every field with its default; config files change some of them."""
   nested: dict[str, Any] = {}
   for name, field in FIELDS.items():
     *sections, leaf = name.split('.')
@@ -726,7 +726,7 @@ def require(holds: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def without_effect(config: Flat) -> dict[str, str]:
-  """The fields that have no effect whatever their value is, and why.
+  """Returns the fields that have no effect whatever their value is, and why.
 
   Args:
     config: every field, each with a value that its check allows.
@@ -804,7 +804,7 @@ def _parse_scalar(name: str, value: str, kind: type) -> Any:
 
 
 def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
-  """{'data.name': 'digits', ...}; tuples for sequences."""
+  """Returns {'data.name': 'digits', ...}, with tuples for sequences."""
   flat = {}
   for name, value in dict(config).items():
     if isinstance(value, ml_collections.ConfigDict | dict):
@@ -815,12 +815,12 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The flattened config as JSON will give it back."""
+  """Returns the flattened config as JSON will give it back."""
   return json.loads(json.dumps(flatten(config)))
 
 
 def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
-  """The config that `as_json` made this of; fields it lacks are defaults.
+  """Returns the config that `as_json` read; fields it lacks are defaults.
 
   Raises:
     ConfigError: it has a field that does not exist.
@@ -838,7 +838,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def _resumable(name: str, config: Flat) -> bool:
-  """Whether a continued run may change the field; not one that is unknown."""
+  """Returns whether a continued run may change the field."""
   if name not in FIELDS:
     return False
   resumable = FIELDS[name].resumable
@@ -846,7 +846,7 @@ def _resumable(name: str, config: Flat) -> bool:
 
 
 def binds_devices(config: Flat) -> bool:
-  """Whether what is trained depends on the number of devices."""
+  """Returns whether what is trained depends on the number of devices."""
   return not _resumable('devices', as_json(default()) | config)
 
 

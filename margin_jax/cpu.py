@@ -62,7 +62,7 @@ def is_default() -> bool:
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):
-  """`jax.lax.conv_general_dilated`, faster in the backward pass on CPUs.
+  """Computes `jax.lax.conv_general_dilated`, with a faster gradient on CPUs.
 
   The gradient of a kernel needs the convolution's input, transposed. XLA:CPU
   fuses into that transposition all that made the input, normalisations and

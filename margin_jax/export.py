@@ -58,7 +58,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = argparse.ArgumentParser(
     prog='python -m margin_jax.export',
     description=__doc__,

@@ -56,7 +56,7 @@ def locked(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The path of a file to write aside, renamed to `path` at the end.
+  """Yields the path of a file to write aside, renamed to `path` at the end.
 
   After an error, and after a kill, `path` is what it was before.
   """

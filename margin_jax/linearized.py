@@ -46,7 +46,7 @@ def check_norm(norm: str) -> None:
 
 
 def _dual_norms(gradient: Array, norm: str) -> Array:
-  """(k, B, ...) -> (B, k): the norm dual to `norm`, with derivatives."""
+  """Computes norms dual to `norm`, differentiably: (k, B, ...) -> (B, k)."""
   k, rows = gradient.shape[:2]
   flat = gradient.reshape(k * rows, -1)
   if norm == 'l_inf':
@@ -158,7 +158,7 @@ def layer_margins(
 def _outputs(
   model: nn.Module, variables: PyTree, inputs: PyTree
 ) -> dict[str, PyTree]:
-  """What every submodule returns, by path, if it is called exactly once."""
+  """Returns the outputs of the submodules that are called once, by path."""
   (_, features), state = model.apply(
     variables,
     inputs,
@@ -166,19 +166,19 @@ def _outputs(
     capture_intermediates=True,
     mutable=['intermediates'],
   )
-  found = {INPUT: inputs}
+  outputs = {INPUT: inputs}
   calls = jax.tree_util.tree_leaves_with_path(
     state['intermediates'], is_leaf=lambda x: isinstance(x, tuple)
   )
-  for path, outputs in calls:
+  for path, returned in calls:
     *names, method = (key.key for key in path)
-    if names and method == '__call__' and len(outputs) == 1:
-      found['/'.join(names)] = outputs[0]
-  found[FEATURES] = features
+    if names and method == '__call__' and len(returned) == 1:
+      outputs['/'.join(names)] = returned[0]
+  outputs[FEATURES] = features
   rows = features.shape[0]
   return {
     name: x
-    for name, x in found.items()
+    for name, x in outputs.items()
     if hasattr(x, 'dtype')
     and jnp.issubdtype(x.dtype, jnp.floating)
     and x.shape[:1] == (rows,)
@@ -188,7 +188,7 @@ def _outputs(
 def layer_shapes(
   model: nn.Module, variables: PyTree, inputs: PyTree
 ) -> dict[str, tuple[int, ...]]:
-  """The layers that a model has, by name, and the shapes of their outputs.
+  """Returns the layers of a model, by name, and the shapes of their outputs.
 
   A layer is 'input', 'features', or the path of a submodule that is called
   once and returns one floating array, such as 'conv1' or
@@ -200,10 +200,10 @@ def layer_shapes(
     variables: the model's.
     inputs: a batch, as the model reads it.
   """
-  found = jax.eval_shape(
+  outputs = jax.eval_shape(
     lambda *args: _outputs(model, *args), variables, inputs
   )
-  return {name: x.shape for name, x in found.items()}
+  return {name: x.shape for name, x in outputs.items()}
 
 
 def check_layers(layers: tuple[str, ...], known: dict[str, Any]) -> None:
@@ -222,20 +222,20 @@ def check_layers(layers: tuple[str, ...], known: dict[str, Any]) -> None:
 def activations_at(
   model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
 ) -> dict[str, Array]:
-  """The activations of the named layers, in evaluation mode.
+  """Computes the activations of the named layers, in evaluation mode.
 
   Raises:
     ValueError: there is no such layer; lists those there are.
   """
-  found = _outputs(model, variables, inputs)
-  check_layers(layers, found)
-  return {name: found[name] for name in layers}
+  outputs = _outputs(model, variables, inputs)
+  check_layers(layers, outputs)
+  return {name: outputs[name] for name in layers}
 
 
 def batch_statistics(
   model: nn.Module, variables: PyTree, inputs: PyTree, updated: PyTree
 ) -> PyTree:
-  """The statistics of one batch, from what they did to the running ones.
+  """Recovers the statistics of one batch from its update of the running ones.
 
       running' = m * running + (1 - m) * batch
 
@@ -278,7 +278,7 @@ def batch_statistics(
 def at_layers(
   model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
 ) -> tuple[LogitsFunction, dict[str, Float32[Array, '...']]]:
-  """A Flax model as a function of what is added to its activations.
+  """Makes a Flax model a function of what is added to its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first
   arguments: the gradient by a perturbation, at zero, is that by the

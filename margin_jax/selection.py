@@ -245,7 +245,7 @@ def take_lowest(
 
 
 def mms(scored: Scored) -> Scores:
-  """Minimal margin score: nearest to the decision boundary first.
+  """Scores by the minimal margin: nearest to the decision boundary first.
 
   (B,) `mms_scores` of the logits and the kernel.
 
@@ -256,7 +256,7 @@ def mms(scored: Scored) -> Scores:
 
 
 def loss(scored: Scored) -> Scores:
-  """Minus the cross-entropy: hard-negative mining.
+  """Scores by minus the cross-entropy: hard-negative mining.
 
       log p_y,    p = softmax(logits)
 
@@ -268,7 +268,7 @@ def loss(scored: Scored) -> Scores:
 
 
 def entropy(scored: Scored) -> Scores:
-  """Minus the entropy of the softmax: most uncertain first.
+  """Scores by minus the entropy of the softmax: most uncertain first.
 
       sum_j p_j log p_j,    p = softmax(logits)
 
@@ -282,7 +282,7 @@ def entropy(scored: Scored) -> Scores:
 
 
 def margin(scored: Scored) -> Scores:
-  """The difference of the two highest softmax probabilities: smallest first.
+  """Scores by the gap of the two highest probabilities: smallest first.
 
   p_j1 - p_j2,    p = softmax(logits)
   """
@@ -292,7 +292,7 @@ def margin(scored: Scored) -> Scores:
 
 
 def random(scored: Scored) -> Scores:
-  """Uniform in [0, 1): the control that pays for scoring and ignores it."""
+  """Scores at random: the control that pays for scoring and ignores it."""
   return jax.vmap(jax.random.uniform)(scored.keys)
 
 

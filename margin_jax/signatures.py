@@ -38,7 +38,7 @@ def normalize(
 def signature(
   margins: Float[np.ndarray, ' N'], kind: str = 'quartiles'
 ) -> Float[np.ndarray, '5']:
-  """Five numbers that stand for a distribution of margins.
+  """Summarizes a distribution of margins in five numbers.
 
   Of the positive and finite margins, that is of the examples classified right:
   'quartiles' are the lower fence (the least margin not below
@@ -67,7 +67,7 @@ def signature(
   if not positive.size:
     return np.full(5, np.nan)
   if kind == 'moments':
-    # Of a share of the largest: powers of the margins themselves overflow.
+    # Of fractions of the largest: powers of the margins themselves overflow.
     top = positive.max()
     powers = [
       np.mean((positive / top) ** n) ** (1 / n) for n in range(1, MOMENTS + 1)
@@ -88,10 +88,10 @@ class GapFit:
   Attributes:
     coefficients: (F,) of the logarithms of the signatures' numbers.
     intercept: of the model.
-    r2: the share of the gaps' variance that it explains.
+    r2: the fraction of the gaps' variance that it explains.
     adjusted_r2: 1 - (1 - r2) (n - 1) / (n - F - 1), for n networks; NaN for
       n <= F + 1, where any numbers fit.
-    cross_validated_r2: the same share where each gap is predicted by a model
+    cross_validated_r2: the same where each gap is predicted by a model
       fitted without it.
   """
 
@@ -104,7 +104,7 @@ class GapFit:
   def predict(
     self, signatures: Float[np.ndarray, 'n F']
   ) -> Float[np.ndarray, ' n']:
-    """(n, F) positive signatures -> (n,) gaps."""
+    """Predicts gaps (n,) of positive signatures (n, F)."""
     return np.log(signatures) @ self.coefficients + self.intercept
 
 
@@ -179,7 +179,7 @@ def fit_generalization_gap(
 
 
 def summary(margins: Float[np.ndarray, ' N']) -> dict[str, float]:
-  """Mean, quantiles and the share of negative ones, NaN left out.
+  """Computes mean, quantiles and the fraction of negative ones, without NaN.
 
   Args:
     margins: (N,); infinite ones count in the quantiles and not in the mean.

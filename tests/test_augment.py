@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from margin_jax import data
-from margin_jax.data import augment, autoaugment, image_ops
+from margin_jax.data import augment, autoaugment, image_ops, normalization
 from margin_jax.data.autoaugment import IDENTITY, MAGNITUDES, OPERATIONS, POLICY
 from tests import helpers
 
@@ -273,13 +273,13 @@ def test_cutout_covers_every_square_equally_often(size):
     assert abs(counts[key] - mean) <= 5 * np.sqrt(mean)
 
 
-@pytest.mark.parametrize('normalization', ['dataset', 'imagenet'])
-def test_cutout_fills_with_what_normalisation_maps_to_zero(normalization):
+@pytest.mark.parametrize('kind', ['dataset', 'imagenet'])
+def test_cutout_fills_with_what_normalisation_maps_to_zero(kind):
   raw = pictures()
-  prepare = normalization.normalizer(raw, normalization)
+  prepare = normalization.normalizer(raw, kind)
   pixel = normalization.zero_pixel(prepare, 3)
   mean = 255 * normalization.statistics(raw)[0]
-  if normalization == 'imagenet':
+  if kind == 'imagenet':
     mean = 255 * np.array(normalization.IMAGENET_MEAN)
   np.testing.assert_array_equal(pixel, np.round(mean))
   step = np.asarray(prepare(jnp.asarray([[1, 1, 1]], jnp.uint8)))

@@ -140,7 +140,7 @@ def test_devices_change_neither_selection_nor_update(rule):
   np.testing.assert_allclose(metrics1['loss'], metrics2['loss'], rtol=1e-5)
 
 
-def test_a_reserve_keeps_sentences_whole():
+def test_a_buffer_keeps_sentences_whole():
   this = setup(
     **{'selection.reuse': 2, 'selection.log_counts': True, 'pool_size': 32}
   )
@@ -159,12 +159,14 @@ def test_a_reserve_keeps_sentences_whole():
 @pytest.mark.parametrize('devices', [1, 4])
 def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
   this = setup(devices=devices, **{'selection.rule': 'uniform'})
-  method = dataclasses.replace(this.spec, f1=True)
+  spec = dataclasses.replace(
+    this.spec, dataset=dataclasses.replace(dataset(), f1=True)
+  )
   splits = dataset().chunks(this.devices, ('test', 'validation'), 64)
-  evaluator = evaluation.Evaluator(method, splits)
+  evaluator = evaluation.Evaluator(spec, splits)
   for name in ('test', 'validation'):
     split = dataset().splits[name]
-    logits, _ = method.model.apply(
+    logits, _ = spec.model.apply(
       {'params': this.first.params},
       dataset().prepare(split['inputs']),
       train=False,
@@ -203,11 +205,11 @@ def test_f1_is_of_the_whole_split(devices, positive):
   inputs = np.zeros((101, 4, 2), np.uint16)
   inputs[:, 0, 0] = predicted
   told = dataclasses.replace(
-    dataset(), splits={'test': {'inputs': inputs, 'label': label}}
+    dataset(), splits={'test': {'inputs': inputs, 'label': label}}, f1=True
   )
   splits = told.chunks(this.devices, ('test',), 16, whole=True)
-  method = dataclasses.replace(this.spec, f1=True, model=Told)
-  found = evaluation.Evaluator(method, splits)('test', this.first)
+  spec = dataclasses.replace(this.spec, dataset=told, model=Told)
+  found = evaluation.Evaluator(spec, splits)('test', this.first)
   expected = sklearn_metrics.f1_score(label, predicted, zero_division=0)
   assert found['f1'] == pytest.approx(expected)
   assert found['accuracy'] == pytest.approx(np.mean(label == predicted))

@@ -161,13 +161,9 @@ def load(
       skip=undecodable == 'skip',
     )
 
-  tokens_known = None
-  if name in SENTENCES:
-    whole, num_classes, tokens_known = _sentences(
-      name, data_dir, vocabulary, max_length
-    )
-  else:
-    whole, num_classes = _images(name, data_dir)
+  whole, num_classes, vocabulary_size = _arrays(
+    name, data_dir, vocabulary, max_length
+  )
   rows, arrays = splits.cut(whole, training_rows(len(whole['train']['label'])))
   train = arrays['train']
   shift = splits.label_shift(
@@ -190,7 +186,7 @@ def load(
         )
         for split, x in arrays.items()
       },
-      vocabulary=tokens_known,
+      vocabulary=vocabulary_size,
       f1=name in glue.F1_NAMES,
     )
   prepare = _prepare(train['inputs'], normalization)
@@ -211,31 +207,29 @@ def _prepare(inputs: np.ndarray, normalization: str) -> Callable:
   return normalizer(inputs, normalization)
 
 
-def _images(name: str, data_dir: str | None) -> tuple[dict[str, Split], int]:
-  """Returns the dataset's own splits, and the number of classes."""
+def _arrays(
+  name: str, data_dir: str | None, vocabulary: str | None, max_length: int
+) -> tuple[dict[str, Split], int, int | None]:
+  """Returns the dataset's own splits, the numbers of classes and of tokens."""
   if name in REGISTERED:
-    found = REGISTERED[name]
-    return {'train': found.train, 'test': found.test}, found.num_classes
+    arrays = REGISTERED[name]
+    whole = {'train': arrays.train, 'test': arrays.test}
+    return whole, arrays.num_classes, None
+  if name in entailment.NAMES:
+    whole, num_classes, words = entailment.load(max_length)
+    return whole, num_classes, len(words)
+  if name in glue.NAMES:
+    if vocabulary is None:
+      raise ValueError(
+        f'data.vocabulary=None is not allowed: it must be the path of a '
+        f'vocab.txt with data.name={name!r}, or model.pretrained a folder that '
+        f'holds one'
+      )
+    words = tokenization.read_vocab(vocabulary)
+    whole, num_classes = glue.load(name, data_dir, words, max_length)
+    return whole, num_classes, len(words)
   if name == 'digits':
     train, test, num_classes = digits.load()
   else:
     train, test, num_classes = tfds_images.load(name, data_dir)
-  return {'train': train, 'test': test}, num_classes
-
-
-def _sentences(
-  name: str, data_dir: str | None, vocabulary: str | None, max_length: int
-) -> tuple[dict[str, Split], int, int]:
-  """Returns the dataset's own splits, the numbers of classes and of tokens."""
-  if name in entailment.NAMES:
-    whole, num_classes, words = entailment.load(max_length)
-    return whole, num_classes, len(words)
-  if vocabulary is None:
-    raise ValueError(
-      f'data.vocabulary=None is not allowed: it must be the path of a '
-      f'vocab.txt with data.name={name!r}, or model.pretrained a folder that '
-      f'holds one'
-    )
-  words = tokenization.read_vocab(vocabulary)
-  whole, num_classes = glue.load(name, data_dir, words, max_length)
-  return whole, num_classes, len(words)
+  return {'train': train, 'test': test}, num_classes, None

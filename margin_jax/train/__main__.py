@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """The command line."""
+  """Runs the command line."""
   flags_lib.run(main, __doc__)
 
 

@@ -21,7 +21,7 @@ def pgd(
   step_size: Array | float | None = None,
   bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-  """Projected gradient descent against the label.
+  """Attacks by projected gradient descent against the label.
 
       a_i = log sum_{k != y} exp(s_ik) - s_iy
       x_{t+1} = clip(x_t + step_size * sign(grad_x a), x_0 -+ epsilon)
@@ -77,7 +77,7 @@ def fgsm(
   *,
   bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-  """The fast gradient sign spec: one step of `pgd` of size epsilon.
+  """Attacks by the fast gradient sign method: one step of `pgd`.
 
       x' = clip(x + epsilon * sign(grad_x a), bounds)
 

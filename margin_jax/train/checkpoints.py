@@ -39,14 +39,14 @@ class SaveError(Exception):
 
 
 def _digest(state: PyTree) -> str:
-  """Of names, shapes, dtypes and every byte of the leaves."""
-  found = hashlib.sha256()
+  """Digests names, shapes, dtypes and every byte of the leaves."""
+  digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     array = np.asarray(leaf)
     about = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'
-    found.update(about.encode())
-    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-  return found.hexdigest()
+    digest.update(about.encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
 
 
 def _digest_info(info: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_passing(error: Exception) -> bool:
-  """Whether it is no fault of the checkpoint: of memory, rights, a peer."""
+  """Returns whether the fault is elsewhere: of memory, rights, a peer."""
   several = devices_lib.several_processes()
   return (
     isinstance(error, MemoryError)
@@ -158,7 +158,7 @@ class Checkpoints:
   def restore(
     self, target: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any]] | None:
-    """The state and info of a step, by default the latest, or None.
+    """Reads the state and info of a step, by default the latest, or None.
 
     Args:
       target: a state of the same structure, shapes and dtypes.
@@ -183,7 +183,7 @@ class Checkpoints:
     return state.replace(nonfinite=np.int32(0)), info
 
   def info(self, step: int | None = None) -> dict[str, Any] | None:
-    """The info of a step, by default the latest, or None; needs no target.
+    """Reads the info of a step, by default the latest, or None.
 
     Raises:
       CorruptError: it cannot be read, or is not what was saved.
@@ -200,7 +200,7 @@ class Checkpoints:
     return info
 
   def digests(self, step: int) -> dict[str, str]:
-    """Of the state and the info of a step, as saved; {} in older versions."""
+    """Returns the digests of a step's state and info; {} in older versions."""
     return self._read_info(step).get(_DIGESTS, {})
 
   def _read_info(self, step: int) -> dict[str, Any]:
@@ -227,12 +227,12 @@ class Checkpoints:
 
   def quarantine(self, step: int) -> pathlib.Path:
     """Moves a step's folder out of the way, and says where it is now."""
-    place = self._folder.with_name(QUARANTINE)
-    place.mkdir(exist_ok=True)
+    folder = self._folder.with_name(QUARANTINE)
+    folder.mkdir(exist_ok=True)
     names = itertools.chain(
       [str(step)], (f'{step}-{i}' for i in itertools.count(1))
     )
-    target = next(x for x in map(place.joinpath, names) if not x.exists())
+    target = next(x for x in map(folder.joinpath, names) if not x.exists())
     shutil.move(self._folder / str(step), target)
     return target
 
@@ -241,7 +241,7 @@ class Checkpoints:
     self._manager.reload()
 
   def steps(self) -> list[int]:
-    """The steps that are kept."""
+    """Returns the steps that have a checkpoint."""
     return sorted(self._manager.all_steps())
 
   def wait(self) -> None:
@@ -279,5 +279,5 @@ class Checkpoints:
 
 
 def _without_mark(state: PyTree) -> PyTree:
-  """The state without `nonfinite`, which is 0 in whatever is saved."""
+  """Returns the state without `nonfinite`, which is 0 in whatever is saved."""
   return state.replace(nonfinite=())

@@ -75,7 +75,7 @@ def join(
 
 
 def several_processes() -> bool:
-  """Whether this process is one of several that train as one."""
+  """Returns whether this process is one of several that train as one."""
   return jax.process_count() > 1
 
 
@@ -149,7 +149,7 @@ class Devices:
     )
 
   def memory(self) -> dict[str, int]:
-    """What the fullest device of this process holds; of CPUs, the process.
+    """Returns the memory that the fullest device, or a process on CPUs, uses.
 
     Returns:
       'memory_bytes', in use now, and 'memory_peak_bytes', the most that was,
@@ -165,19 +165,19 @@ class Devices:
     }
 
   def replicate(self, tree: PyTree) -> PyTree:
-    """A copy of the tree's arrays on every local device."""
+    """Copies the arrays of the tree to every local device."""
     # From the host: device_put of an array that is on a device already may
     # share its buffer, and donating the result would delete the original.
     host = jax.tree.map(np.array, jax.device_get(tree))
     return jax.device_put(host, NamedSharding(self._mesh, PartitionSpec()))
 
   def barrier(self, name: str) -> None:
-    """Waits for the other processes to come to the same place."""
+    """Waits for the other processes to come to the same line."""
     if several_processes():
       multihost_utils.sync_global_devices(name)
 
   def sum(self, number: int) -> int:
-    """Over all processes; all must ask."""
+    """Sums over all processes; all must ask."""
     if not several_processes():
       return number
     return int(multihost_utils.process_allgather(np.array(number)).sum())
@@ -188,7 +188,7 @@ class Devices:
     return Shard(jax.process_index(), jax.process_count())
 
   def shard(self, tree: PyTree) -> PyTree:
-    """This process's rows, spread over its devices in order.
+    """Spreads this process's rows over its devices, in order.
 
     Args:
       tree: arrays whose rows the local devices divide evenly.

@@ -62,6 +62,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def explain(error: flags.Error) -> str:
-  """One line; of an error inside a config file the last of its traceback."""
+  """Returns one line; of an error in a config file, its traceback's last."""
   last = str(error).strip().splitlines()[-1]
   return last.removeprefix('margin_jax.config.ConfigError: ')

@@ -1,4 +1,4 @@
-"""Numbers that went wrong: found within the step, and kept out of the state."""
+"""Numbers that are not finite: the step sees them and guards the state."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,13 +39,13 @@ class NonFiniteError(ArithmeticError):
   """
 
   def __init__(self, message: str, step: int):
-    """What happened, and when."""
+    """Says what happened, and when."""
     super().__init__(message)
     self.step = step
 
 
 def first_bad_leaf(tree: PyTree) -> Array:
-  """Which leaf is the first with NaN, infinity or an infinite norm; or -1."""
+  """Returns the index of the first leaf whose norm is not finite, or -1."""
   finite = jnp.stack([
     jnp.isfinite(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
     for leaf in jax.tree.leaves(tree)
@@ -60,15 +60,15 @@ def guard(
   metrics: Metrics,
   free: Sequence[str] = (),
 ) -> tuple[PyTree, Metrics]:
-  """The state after a step, unless something in it was not finite.
+  """Returns the state after a step, unless something in it was not finite.
 
   'stop' then gives the state before it, but for its mark `nonfinite`; no later
   step changes that, until the host has seen it. So nothing is lost, and the
-  pool can be drawn again. A NaN score counts.
+  pool can be sampled again. A NaN score counts.
 
-  'skip' passes over the step's examples: the step is done, and so are draws and
-  counts of steps; parameters, statistics and the optimizer's averages stay. A
-  NaN score does not count: it ranks last, and `nan_scores` tells.
+  'skip' passes over the step's examples: the step is done, and so are samples
+  and counts of steps; parameters, statistics and the optimizer's averages stay.
+  A NaN score does not count: it ranks last, and `nan_scores` tells.
 
   Args:
     action: `STOP` or `SKIP`.
@@ -79,23 +79,23 @@ def guard(
 
   Returns:
     The state, and the metrics with 'nonfinite' () int32: 0, or of what was not
-    finite the place in `CHECKED`, plus 1; with 'skip' also 'skipped', 0 or 1.
+    finite the index in `CHECKED`, plus 1; with 'skip' also 'skipped', 0 or 1.
   """
   code = jnp.int32(0)
-  for place, name in reversed([*enumerate(CHECKED)]):
+  for index, name in reversed([*enumerate(CHECKED)]):
     if name == _NAN_SCORES and action == SKIP:
       continue
     if name not in metrics or name in free:
       continue
     value = metrics[name]
     bad = value > 0 if name == _NAN_SCORES else ~jnp.isfinite(value)
-    code = jnp.where(bad, place + 1, code)
+    code = jnp.where(bad, index + 1, code)
   if action == STOP:
     code = jnp.where(before.nonfinite > 0, before.nonfinite, code)
-    kept = before.replace(nonfinite=code)
+    guarded = before.replace(nonfinite=code)
   else:
     metrics['skipped'] = (code > 0).astype(jnp.float32)
-    kept = after.replace(
+    guarded = after.replace(
       params=before.params,
       batch_stats=before.batch_stats,
       opt_state=_averages(before.opt_state, after.opt_state),
@@ -104,12 +104,12 @@ def guard(
   metrics = {**metrics, 'nonfinite': code}
   good = code == 0
   return jax.tree.map(
-    lambda new, old: jnp.where(good, new, old), after, kept
+    lambda new, old: jnp.where(good, new, old), after, guarded
   ), metrics
 
 
 def _averages(before: PyTree, after: PyTree) -> PyTree:
-  """`before`, but for counts of steps, which schedules go by."""
+  """Returns `before`, but for counts of steps, which schedules read."""
   return jax.tree.map(
     lambda old, new: new if jnp.issubdtype(new.dtype, jnp.integer) else old,
     before,
@@ -133,14 +133,14 @@ def check(
   bad = np.flatnonzero(metrics['nonfinite'])
   if not bad.size or 'skipped' in metrics:
     return
-  place, step = bad[0], first + int(bad[0]) + 1
-  name = CHECKED[int(metrics['nonfinite'][place]) - 1]
-  value = metrics[name][place]
+  index, step = bad[0], first + int(bad[0]) + 1
+  name = CHECKED[int(metrics['nonfinite'][index]) - 1]
+  value = metrics[name][index]
   text = f'{name} is {value}'
   if name == _NAN_SCORES:
     text = f'{int(value)} score(s) are nan'
   if name == 'gradient_norm':
-    leaf = int(metrics['bad_gradient'][place])
+    leaf = int(metrics['bad_gradient'][index])
     where = parameters[leaf] if leaf >= 0 else 'all parameters together'
     text = f'{text}, of the gradient of {where},'
   raise NonFiniteError(f'{text} at step {step}', step)
@@ -171,7 +171,7 @@ class Watch:
     self._calls: list[tuple[int, Metrics]] = []
 
   def add(self, first: int, metrics: Metrics) -> None:
-    """A call was dispatched, at step `first`.
+    """Notes that a call was dispatched, at step `first`.
 
     Raises:
       NonFiniteError: of a call before.

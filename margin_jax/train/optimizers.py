@@ -18,7 +18,7 @@ def learning_rate(
   warmup: int = 0,
   end: int | None = None,
 ) -> optax.Schedule:
-  """values[i] from step boundaries[i-1] on: the papers' regimes.
+  """Makes a schedule: values[i] from step boundaries[i-1] on.
 
   Args:
     values: one learning rate more than there are boundaries.
@@ -48,7 +48,7 @@ def learning_rate(
 
 
 def linear(start: float, end: float | None, steps: int) -> optax.Schedule:
-  """`start` at step 0, `end` at step steps - 1, linear between.
+  """Makes a schedule: `start` at step 0, `end` at the last, linear between.
 
   With `end=None` it is constant. Weinstein et al. 2020, 5.1 scale MMR's alpha
   from 1e-5 to 1e-3 this way for CIFAR.
@@ -59,7 +59,7 @@ def linear(start: float, end: float | None, steps: int) -> optax.Schedule:
 
 
 def kernels_only(params):
-  """True for the kernels, the arrays that have an input and an output axis.
+  """Marks the kernels, the arrays that have an input and an output axis.
 
   Biases and the scales of normalisation layers are vectors.
   """
@@ -67,7 +67,7 @@ def kernels_only(params):
 
 
 def convolutions_only(params):
-  """True for the kernels of convolutions: (height, width, in, out).
+  """Marks the kernels of convolutions: (height, width, in, out).
 
   What MobileNet's results of the MMR paper decay, the last layer left out.
   """
@@ -92,7 +92,7 @@ def make(
   epsilon: float | None = None,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer of the papers' results.
+  """Makes the optimizer of the papers' results.
 
   Weight decay is added to the gradient before the optimizer sees it (an L2
   penalty, as in PyTorch's SGD and Adam); then the gradient is clipped.

@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
   """
 
   def __init__(self, message: str, number: int):
-    """What is saved, and which signal it was."""
+    """Says what is saved, and which signal it was."""
     super().__init__(message)
     self.status = 128 + number
 
@@ -52,7 +52,7 @@ class Interrupts:
   """
 
   def __init__(self):
-    """Nothing has come."""
+    """Starts without a signal."""
     self.number: int | None = None
     self._before: dict[int, Any] = {}
     self._pipe: tuple[int, int] | None = None
@@ -119,7 +119,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """What the user can mend ends the process with a line, not a traceback."""
+  """Ends the process with one line where the user can mend what went wrong."""
   try:
     yield
   except (

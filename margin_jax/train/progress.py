@@ -177,7 +177,7 @@ class View:
 
 
 def _text(name: str, row: Row) -> str:
-  """The number; a dash where there is none, and nothing without a name."""
+  """Formats the number; a dash where there is none, nothing without a name."""
   value = row.get(name, math.nan)
   if not name or math.isnan(value):
     return '-' if name else ''

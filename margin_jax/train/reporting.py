@@ -30,14 +30,14 @@ class _Table:
       return
     rows = self._read()
     if self._fields:
-      kept = [row for row in rows if _whole(row) and int(row['step']) <= after]
+      rows = [row for row in rows if _whole(row) and int(row['step']) <= after]
       if redone:
-        kept = [
+        rows = [
           row
-          for row in kept
+          for row in rows
           if int(row['step']) < after or not row['split'].startswith(redone)
         ]
-      files.write_csv(path, self._fields, kept)
+      files.write_csv(path, self._fields, rows)
 
   def _read(self) -> list[dict[str, str]]:
     with self._path.open(newline='') as file:
@@ -57,7 +57,7 @@ class _Table:
 
 
 def _whole(row: dict[str, str | None]) -> bool:
-  """Whether a row was not cut by what stopped the run."""
+  """Returns whether a row was not cut by what stopped the run."""
   return None not in row.values() and row['step'].isdigit()
 
 
@@ -123,8 +123,8 @@ class Reporter:
       step: the last of them.
       counters: what the run has cost up to it.
       metrics: the means.
-      class_rates: (C,) share of each class's pool examples that was selected,
-        for classes.csv; None without a selection.
+      class_rates: (C,) fraction of each class's pool examples that was
+        selected, for classes.csv; None without a selection.
     """
     before, then = self._last
     self._last = (step, counters)
@@ -202,7 +202,7 @@ class Silent(Reporter):
 
 
 def versions() -> dict[str, str]:
-  """The versions that numbers depend on."""
+  """Returns the versions that numbers depend on."""
   import flax
   import jax
   import jaxlib

@@ -172,7 +172,7 @@ class TrainedRun:
 
   @functools.cached_property
   def _state(self) -> PyTree:
-    """A state of the right shapes."""
+    """The state before the first step; only its shapes count."""
     return setup_lib.init_state(
       self.config, self.dataset, self.spec, restoring=True
     )

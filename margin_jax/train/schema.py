@@ -46,7 +46,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """The fields that are set, but have no effect in this run, and why.
+  """Returns the fields that are set but have no effect in this run, and why.
 
   Args:
     config: each of its fields has a value that it may have.
@@ -63,7 +63,7 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def warnings(config: ml_collections.ConfigDict) -> list[str]:
-  """A line for every field that is set and has no effect."""
+  """Returns a line for every field that is set and has no effect."""
   flat = flatten(config)
   return [
     f'warning: {name}={flat[name]!r} has no effect: {reason}'
@@ -74,7 +74,7 @@ def warnings(config: ml_collections.ConfigDict) -> list[str]:
 def effective(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict:
-  """A copy in which each field without effect is its default.
+  """Returns a copy in which each field without effect is its default.
 
   So whoever reads a field need not ask whether it counts.
   """
@@ -142,7 +142,7 @@ def _check_optimizer(flat: Flat) -> None:
 
 
 def _check_data(flat: Flat) -> None:
-  """Whether the options fit the kind of data."""
+  """Checks that the options fit the kind of data."""
   name, augmentations = flat['data.name'], flat['data.augmentations']
   if not config_lib.IMAGES.met(flat):
     because = f'with data.name={name!r}, whose inputs are not uint8 images'
@@ -167,7 +167,7 @@ def _check_data(flat: Flat) -> None:
 
 
 def _check_models(flat: Flat) -> None:
-  """Whether the model and the proxy read such data."""
+  """Checks that the model and the proxy read such data."""
   name, model = flat['data.name'], flat['model.name']
   kind = 'sentences' if name in data.SENTENCES else 'images'
   registered = data.REGISTERED.get(name)
@@ -189,7 +189,7 @@ def _check_models(flat: Flat) -> None:
 
 
 def _check_selection(flat: Flat) -> None:
-  """Which steps score, and how many examples."""
+  """Checks which steps score, and how many examples."""
   if not SCORING.met(flat):
     return
   pool, size = flat['pool_size'], flat['batch_size'] * flat['selection.reuse']
@@ -207,7 +207,7 @@ def _check_selection(flat: Flat) -> None:
 
 
 def _check_scoring(flat: Flat) -> None:
-  """What the model that scores can do."""
+  """Checks that the model that scores can do what is asked."""
   name, proxy = flat['model.name'], flat['selection.proxy']
   scorer = name if proxy is None else proxy
   model = models.find(scorer)
@@ -236,7 +236,7 @@ def _check_scoring(flat: Flat) -> None:
 
 
 def _check_trimming(flat: Flat) -> None:
-  """Trimming has no selection beside it, and is of cross-entropy."""
+  """Checks that trimming stands alone, and is of cross-entropy."""
   if not TRIMMING.met(flat):
     return
   because = 'with trimming: both choose what the gradient sees'
@@ -255,7 +255,7 @@ def _check_trimming(flat: Flat) -> None:
 
 
 def _check_losses(flat: Flat) -> None:
-  """Whether every added loss has a weight, and adds something."""
+  """Checks that every added loss has a weight, and adds something."""
   names, weights = flat['loss.names'], flat['loss.weights']
   allowed = f'{len(names)} values, one for each of loss.names={names}'
   require(len(weights) == len(names), 'loss.weights', weights, allowed)
@@ -307,7 +307,7 @@ def validate_data(
 def _check_sides(
   config: ml_collections.ConfigDict, image_shape: tuple[int, ...]
 ) -> None:
-  """Whether images are as large as everything needs them to be."""
+  """Checks that images are as large as everything needs them to be."""
   least = min(image_shape[:2])
   if 'cutout' in config.data.augmentations:
     size = config.data.cutout_size
@@ -341,5 +341,5 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
 
 
 def choices(name: str) -> tuple[str, ...]:
-  """The names that a field may be, registered ones included."""
+  """Returns the names that a field may be, registered ones included."""
   return FIELDS[name].check.choices()

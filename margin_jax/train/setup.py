@@ -250,7 +250,7 @@ def _score_transform(
 def _trimming(
   config: ml_collections.ConfigDict, examples: int, device_count: int
 ) -> Trimming | None:
-  """p is linear in the epoch, r = max(round(p * M), 1) half to even."""
+  """Returns the schedule r = max(round(p * M), 1), p linear in the epoch."""
   size = config.batch_size
   if config.trimming.first == config.trimming.last == 1:
     return None
