@@ -138,8 +138,8 @@ def table(
     )
     seconds = statistics.median(run['seconds'] for run in runs)
     lines.append(
-      f'| {loss} | {BEST_RATES[loss]:g} | {clean} | {attacked} | {args.steps:,} | '
-      f'{runs[0]["flops"] / 1e12:.2f} | {seconds:.0f} |'
+      f'| {loss} | {BEST_RATES[loss]:g} | {clean} | {attacked} '
+      f'| {args.steps:,} | {runs[0]["flops"] / 1e12:.2f} | {seconds:.0f} |'
     )
   device = f'{first["devices"]} x {first["device"]}'
   return [*lines, '', f'{device}, jax {first["versions"]["jax"]}.']
