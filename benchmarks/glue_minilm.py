@@ -1,8 +1,7 @@
 """Fine-tuning a small pretrained BERT on GLUE, with and without MMR.
 
     python -m benchmarks.minilm_weights /tmp/minilm
-    python -m benchmarks.glue_minilm --weights=/tmp/minilm \\
-        --data_dir=../shared/tfds
+    python -m benchmarks.glue_minilm --weights=/tmp/minilm --data_dir=DIR
 
 The weights are those of all-MiniLM-L6-v2 (6 layers of 384), the recipe is that
 of configs/glue_bert.py. Every task, method and seed is a run of its own, kept

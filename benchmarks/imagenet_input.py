@@ -3,7 +3,7 @@
     python -m benchmarks.imagenet_input --data_dir=DIR
 
 DIR holds `imagenet2012` as TFDS prepares it. Random-resized-crops to 224, as
-training draws them: by the decoder alone, and through the pipeline with 0 or
+training samples them: by the decoder alone, and through the pipeline with 0 or
 more worker processes; all in turns, medians over the rounds with quartiles.
 Starting the workers is counted apart. Writes benchmarks/imagenet_input.md.
 """

@@ -1,13 +1,13 @@
 """1% of MNIST's labels: cross-entropy against the large-margin loss.
 
-    python -m benchmarks.large_margin_on_mnist --data_dir=../shared/tfds
+    python -m benchmarks.large_margin_on_mnist --data_dir=DIR
 
 Writes benchmarks/large_margin_on_mnist.md. Each loss trains on 1% of the
 training set, 600 images, with every seed; a seed decides the images, the
 initial weights and the batches. The learning rates are those that were best on
-5,000 validation images, for another draw of 1% of the others:
+5,000 validation images, for another sample of 1% of the others:
 
-    python -m benchmarks.large_margin_on_mnist --tune --data_dir=../shared/tfds
+    python -m benchmarks.large_margin_on_mnist --tune --data_dir=DIR
 
 writes benchmarks/large_margin_on_mnist_rates.md.
 """
@@ -27,7 +27,7 @@ RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 EPSILONS = (0.05, 0.1, 0.2)
 TUNING_SEED = 1000
 # By --tune.
-CHOSEN = {'cross_entropy': 0.1, 'large_margin': 0.003}
+BEST_RATES = {'cross_entropy': 0.1, 'large_margin': 0.003}
 
 
 def train(
@@ -77,7 +77,7 @@ def main() -> None:
     results = {loss: [] for loss in LOSSES}
     for seed in range(args.seeds):
       for loss in LOSSES:
-        run = train(loss, CHOSEN[loss], seed, args, tuning=False)
+        run = train(loss, BEST_RATES[loss], seed, args, tuning=False)
         results[loss].append(run)
         print(loss, seed, run['test']['accuracy'], flush=True)
     lines = table(args, results)
@@ -123,7 +123,7 @@ def table(
     'margins at the input and after both convolutional blocks, RMSProp), '
     f'{args.steps:,} steps of {args.batch_size}, learning rate a tenth for the '
     'last third. Accuracy in percent on the 10,000 test images, clean and '
-    'under l_inf FGSM of that radius (pixels in [0, 1]); mean and standard '
+    'under l_inf FGSM of that epsilon (pixels in [0, 1]); mean and standard '
     f'deviation over {args.seeds} seeds. Seconds are of training. The rates '
     'were chosen by validation: large_margin_on_mnist_rates.md.',
     '',
@@ -138,8 +138,8 @@ def table(
     )
     seconds = statistics.median(run['seconds'] for run in runs)
     lines.append(
-      f'| {loss} | {CHOSEN[loss]:g} | {clean} | {attacked} | {args.steps:,} | '
-      f'{runs[0]["flops"] / 1e12:.2f} | {seconds:.0f} |'
+      f'| {loss} | {BEST_RATES[loss]:g} | {clean} | {attacked} '
+      f'| {args.steps:,} | {runs[0]["flops"] / 1e12:.2f} | {seconds:.0f} |'
     )
   device = f'{first["devices"]} x {first["device"]}'
   return [*lines, '', f'{device}, jax {first["versions"]["jax"]}.']

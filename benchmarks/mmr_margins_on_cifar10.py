@@ -1,9 +1,9 @@
 """Does MMR widen the normalised margin at equal training accuracy?
 
-    python -m benchmarks.mmr_margins_on_cifar10 --data_dir=../shared/tfds
+    python -m benchmarks.mmr_margins_on_cifar10 --data_dir=DIR
 
 Trains a small ResNet on CIFAR-10 with and without MMR, analyzes every run, and
-writes benchmarks/mmr_margins_on_cifar10.md and the picture of one run with MMR,
+writes benchmarks/mmr_margins_on_cifar10.md and the plot of one run with MMR,
 benchmarks/mmr_margins_on_cifar10.png.
 """
 
@@ -112,7 +112,7 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
     'from two thirds on 0.01; MMR with alpha '
     f'{alpha[0]:g} to {alpha[1] or alpha[0]:g}. Medians over '
     f'{args.examples:,} training images of the signed margin in feature space; '
-    'that over the radius of the features, which is what MMR asks to be wide; '
+    'that over the largest feature norm, which is what MMR asks to be wide; '
     'and the margins normalised by total variation (Jiang et al. 2019) at '
     f'features and input. Mean ± standard deviation over {args.seeds} seeds.',
     '',
@@ -148,8 +148,8 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
   ]
   path = pathlib.Path(__file__)
   path.with_suffix('.md').write_text('\n'.join(lines) + '\n')
-  picture = pathlib.Path(args.workdir) / 'mmr_0' / 'analysis' / 'margins.png'
-  shutil.copy(picture, path.with_suffix('.png'))
+  plot = pathlib.Path(args.workdir) / 'mmr_0' / 'analysis' / 'margins.png'
+  shutil.copy(plot, path.with_suffix('.png'))
 
 
 def at_end(rows: list[dict], quantity: str, seed: int) -> float:

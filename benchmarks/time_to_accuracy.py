@@ -8,8 +8,7 @@ papers' regimes for one GPU. The baseline has a long schedule; everything else,
 `uniform` and `random` among it, has a short one that drops the learning rate
 early, and should reach the baseline's error in less. Every run is kept in
 WORKDIR: started again, the benchmark goes on where it was; with --minutes it
-stops before so many are over, as far as the time of what it has done so far can
-tell.
+stops before so many are over, as far as the time of its runs so far can tell.
 Writes benchmarks/time_to_accuracy_SIZE.md, .csv and .png. `--scale=0.01` takes
 a hundredth of the steps, to see that all of it runs, and writes into WORKDIR.
 """
@@ -190,7 +189,7 @@ def advance(run: Run, clock: Clock) -> bool:
     if parts == 1:
       clock.overhead = max(clock.overhead, spent)
     seconds = spent / max(parts, 1)
-  # What a machine that is lent for minutes must give back is small.
+  # The tables are enough to report from.
   shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
   return True
 
@@ -243,7 +242,7 @@ def table(variants: Mapping[str, Sequence[report.Curves]]) -> list[str]:
 def write(
   args: argparse.Namespace, root: pathlib.Path, all_runs: list[Run]
 ) -> None:
-  """Writes the table, the curves and the picture."""
+  """Writes the table, the curves and the plot."""
   here = pathlib.Path(__file__).parent if args.scale == 1 else root
   base = (args.out or here) / f'time_to_accuracy_{args.size}'
   read = [report.read_curves(run.folder) for run in all_runs]

@@ -3,11 +3,12 @@
     python -m margin_jax.compare --config=configs/figures.py:figure2a \\
         --workdir=/tmp/figure2a --config.data.data_dir=DIR
 
-Arguments: the figure; scale=0.01 takes that share of the steps, with the
-learning rate's drops at the same share of them; model=resnet8, another network
-in place of the paper's. Panels a and b are the training and the test error of
-ResNet-44 on CIFAR-10, c and d those of WRN-28-10 on CIFAR-100; a pair comes
-from the same runs and is in the same picture, so that both letters do the same.
+Arguments: the figure; scale=0.01 runs that fraction of the steps, with the
+learning rate's drops at the same fraction of them; model=resnet8, another
+network in place of the paper's. Panels a and b are the training and the test
+error of ResNet-44 on CIFAR-10, c and d those of WRN-28-10 on CIFAR-100; a pair
+comes from the same runs and is in the same plot, so that both letters do the
+same.
 
     figure2a  figure2b  figure2c  figure2d   plain, hard negatives, MMS
     figure3a  figure3c                       their mean MMS: mean_mms.png
@@ -16,8 +17,8 @@ from the same runs and is in the same picture, so that both letters do the same.
 
 Figure 3 has no letters in the paper: a is CIFAR-10 here, c is CIFAR-100. Hard
 negatives are `loss+ramp=0.1`, the schedule of the authors' code. The paper does
-not have `random`; figure 5 also has the baseline in the standard regime, which
-the paper draws dotted.
+not have `random`; figure 5 also has the baseline in the standard regime, a
+dotted line in the paper.
 
 The paper's test accuracy (Table 1, 4.1, 4.3), in %:
 

@@ -7,9 +7,9 @@ Arguments, behind a colon and separated by commas:
 
     loss=large_margin    the margins alone, or `cross_entropy` as the control
     small=1.0            fraction of the training set that is used
-    noisy=0.0            share of the labels that are wrong
+    noisy=0.0            fraction of the labels that are wrong
     attack=none          `fgsm` or `pgd`: the test split under attack too
-    epsilon=0.1          its radius; pixels are in [0, 1]
+    epsilon=0.1          how far it may change a pixel, in [0, 1]
     steps=46800          200 epochs of 234 batches
 
 for example `configs/mnist_large_margin.py:noisy=0.4,attack=fgsm`.

@@ -15,8 +15,8 @@ Paper's test error, off and on, means of ten seeds (Fassold, Table 1):
 
 Adam at 0.001, halved at epochs 50 and 100 of 150, weight decay 1e-4, batch 128.
 The paper names no augmentation, and its errors are those of training without;
-nor does it say what decayed: all parameters here, as by the Adam of PyTorch,
-which it used.
+nor does it say which parameters weight decay acts on: all of them here, as by
+the Adam of PyTorch, which it used.
 
 Ours: not run at full length yet.
 

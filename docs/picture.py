@@ -22,9 +22,9 @@ def main() -> None:
   features = 1.1 * kernel.T[label] + 0.75 * rng.normal(size=(150, 2))
   logits = (features @ kernel).astype(np.float32)
   scores = margin_jax.mms_scores(logits, kernel)
-  chosen = set(np.asarray(margin_jax.select_lowest(scores, 30)).tolist())
+  selected = set(np.asarray(margin_jax.select_lowest(scores, 30)).tolist())
 
-  def place(point):
+  def to_pixels(point):
     x, y = SIZE / 2 + np.array([1, -1]) * point * SIZE / 6.4
     return f'{x:.1f}', f'{y:.1f}'
 
@@ -35,16 +35,16 @@ def main() -> None:
   ]
   for angle in angles:
     # The boundary between two classes lies opposite to the third.
-    x, y = place(-4.2 * np.array([np.cos(angle), np.sin(angle)]))
+    x, y = to_pixels(-4.2 * np.array([np.cos(angle), np.sin(angle)]))
     lines.append(
       f'<line x1="{SIZE / 2}" y1="{SIZE / 2}" x2="{x}" y2="{y}" '
       'stroke="#444" stroke-width="1.5" stroke-dasharray="6 4"/>'
     )
   for i, point in enumerate(features):
-    x, y = place(point)
+    x, y = to_pixels(point)
     style = (
       f'r="6" fill="{CLASSES[label[i]]}" stroke="black" stroke-width="1.6"'
-      if i in chosen
+      if i in selected
       else f'r="4" fill="{CLASSES[label[i]]}" fill-opacity="0.35"'
     )
     lines.append(f'<circle cx="{x}" cy="{y}" {style}/>')
@@ -53,7 +53,7 @@ def main() -> None:
     '1  forward on the pool (150)',
     '2  score = distance to the',
     '    nearest decision boundary',
-    '3  keep the 30 lowest (outlined)',
+    '3  select the 30 lowest (outlined)',
     '4  gradient step on those',
     '',
     'All four are one compiled program.',

@@ -166,8 +166,8 @@ AT_LEAST_0 = number(least=0, most=losses.LARGEST)
 # Not 0 in float32 either.
 POSITIVE = number(least=losses.SMALLEST, most=losses.LARGEST)
 FRACTION = number(above=0, most=1)
-# Losses of an example that need nothing but the model's outputs.
-RISKS = ('cross_entropy', 'hinge')
+# Losses by name; MMR and the large-margin loss have fields of their own.
+RISKS = tuple(x for x in losses.LOSSES if x not in ('mmr', 'large_margin'))
 DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
 RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
 MODEL = Check(

@@ -137,6 +137,16 @@ def margin_scores(logits) -> np.ndarray:
   return np.array(scores)
 
 
+def hinge(logits, labels):
+  """max(0, 1 - (s_y - s_m)) of every example; 2020, Eq. 6."""
+  logits = np.asarray(logits, np.float64)
+  losses = []
+  for row, label in zip(logits, np.asarray(labels), strict=True):
+    others = np.delete(row, label)
+    losses.append(max(0.0, 1 - (row[label] - others.max())))
+  return np.array(losses)
+
+
 def trimmed_mean(losses, keep) -> float:
   """The mean of the `keep` largest; at least one, at most all."""
   losses = float64(losses).tolist()  # no warnings for inf - inf

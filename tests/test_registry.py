@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from margin_jax import analyze, config, data, models, registry, selection
+from margin_jax.analyze import __main__ as analyze_command
 from margin_jax.models import cnn
 from margin_jax.train import loop, schema
 from tests import helpers
@@ -102,8 +103,8 @@ def test_digits_registered_are_the_digits(tmp_path):
 
 @pytest.mark.usefixtures('registered')
 def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
-  def nearest(logits, kernel, labels, keys):
-    return selection.mms(logits, kernel, labels, keys)
+  def nearest(scored):
+    return selection.mms(scored)
 
   registry.register_rule('nearest', nearest)
   made = small(steps=300, log_every=100, eval_every=300)
@@ -138,10 +139,10 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
   DATASETS.clear()
   MODELS.clear()
   arguments = ['--workdir', str(tmp_path / 'run'), '--config']
-  analyze.main([*arguments, f'{file}:mms,seed=1'])
+  analyze_command.main([*arguments, f'{file}:mms,seed=1'])
   assert 'accuracy' in capsys.readouterr().out
   with pytest.raises(SystemExit, match=r'error: config=.*nowhere'):
-    analyze.main([*arguments, '/nowhere/mine.py'])
+    analyze_command.main([*arguments, '/nowhere/mine.py'])
 
 
 @pytest.mark.usefixtures('registered')

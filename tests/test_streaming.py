@@ -203,11 +203,10 @@ def test_pixels_do_not_depend_on_the_number_of_devices(devices, batches):
 
 
 def test_steps_of_streamed_data_are_called_one_by_one():
-  assert setup_lib.steps_per_call(streamed_config(), 'gpu', chained=False) == 1
+  dataset = streamed()
+  assert setup_lib.steps_per_call(streamed_config(), 'gpu', dataset) == 1
   with pytest.raises(ValueError, match='steps_per_call=3 is not allowed'):
-    setup_lib.steps_per_call(
-      streamed_config(steps_per_call=3), 'gpu', chained=False
-    )
+    setup_lib.steps_per_call(streamed_config(steps_per_call=3), 'gpu', dataset)
 
 
 def sample(folder):

@@ -13,22 +13,29 @@ Metrics = dict[str, Array]
 
 STOP, SKIP = 'stop', 'skip'
 
-# What must be finite. Of several, the first is named: the others follow from
-# it.
 _NAN_SCORES = 'nan_scores'
-CHECKED = (
-  _NAN_SCORES,
-  'loss',
-  'penalty',
-  'large_margin',
-  'trimmed_loss',
-  'gradient_norm',
-  'update_norm',
-  'proxy_loss',
-  'proxy_gradient_norm',
-  # Infinite ones normalise to 0, so that the loss may well be finite.
-  'statistics_norm',
-)
+
+
+def checked(losses: Sequence[str]) -> tuple[str, ...]:
+  """Returns the metrics that must be finite, where a step has them.
+
+  Of several, the first is named: the others follow from it.
+
+  Args:
+    losses: the metrics of the losses beside the risk.
+  """
+  return (
+    _NAN_SCORES,
+    'loss',
+    *losses,
+    'trimmed_loss',
+    'gradient_norm',
+    'update_norm',
+    'proxy_loss',
+    'proxy_gradient_norm',
+    # Infinite ones normalise to 0, so that the loss may well be finite.
+    'statistics_norm',
+  )
 
 
 class NonFiniteError(ArithmeticError):
@@ -55,10 +62,10 @@ def first_bad_leaf(tree: PyTree) -> Array:
 
 def guard(
   action: str,
+  names: Sequence[str],
   before: PyTree,
   after: PyTree,
   metrics: Metrics,
-  free: Sequence[str] = (),
 ) -> tuple[PyTree, Metrics]:
   """Returns the state after a step, unless something in it was not finite.
 
@@ -72,20 +79,20 @@ def guard(
 
   Args:
     action: `STOP` or `SKIP`.
+    names: the metrics that must be finite, see `checked`.
     before: the `TrainState` that the step read.
     after: the one it made.
     metrics: of the step.
-    free: those that need not be finite.
 
   Returns:
     The state, and the metrics with 'nonfinite' () int32: 0, or of what was not
-    finite the index in `CHECKED`, plus 1; with 'skip' also 'skipped', 0 or 1.
+    finite the index in `names`, plus 1; with 'skip' also 'skipped', 0 or 1.
   """
   code = jnp.int32(0)
-  for index, name in reversed([*enumerate(CHECKED)]):
+  for index, name in reversed([*enumerate(names)]):
     if name == _NAN_SCORES and action == SKIP:
       continue
-    if name not in metrics or name in free:
+    if name not in metrics:
       continue
     value = metrics[name]
     bad = value > 0 if name == _NAN_SCORES else ~jnp.isfinite(value)
@@ -118,13 +125,17 @@ def _averages(before: PyTree, after: PyTree) -> PyTree:
 
 
 def check(
-  first: int, metrics: dict[str, np.ndarray], parameters: list[str]
+  first: int,
+  metrics: dict[str, np.ndarray],
+  names: Sequence[str],
+  parameters: Sequence[str],
 ) -> None:
   """Raises if a step was not finite, and it was not skipped.
 
   Args:
     first: the step before the first of these.
     metrics: of some steps, each with a leading axis of them.
+    names: those that must be finite, as the step knew them.
     parameters: names of the leaves of the parameters.
 
   Raises:
@@ -134,7 +145,7 @@ def check(
   if not bad.size or 'skipped' in metrics:
     return
   index, step = bad[0], first + int(bad[0]) + 1
-  name = CHECKED[int(metrics['nonfinite'][index]) - 1]
+  name = names[int(metrics['nonfinite'][index]) - 1]
   value = metrics[name][index]
   text = f'{name} is {value}'
   if name == _NAN_SCORES:
@@ -152,10 +163,13 @@ class Watch:
   It keeps the host a few calls ahead of the devices, and no further.
   """
 
-  def __init__(self, parameters: PyTree, ahead: int, alone: bool):
+  def __init__(
+    self, names: Sequence[str], parameters: PyTree, ahead: int, alone: bool
+  ):
     """Lets so many calls run ahead.
 
     Args:
+      names: the metrics that must be finite.
       parameters: whose leaves a message may name.
       ahead: how many.
       alone: whether there is one process. Of several, all must come to the
@@ -166,6 +180,7 @@ class Watch:
       jax.tree_util.keystr(path, simple=True, separator='/')
       for path, _ in leaves
     ]
+    self._names = names
     self._ahead = ahead
     self._alone = alone
     self._calls: list[tuple[int, Metrics]] = []
@@ -184,10 +199,10 @@ class Watch:
     ):
       first, metrics = self._calls.pop(0)
       if np.any(metrics['nonfinite']):
-        check(first, jax.device_get(metrics), self.parameters)
+        check(first, jax.device_get(metrics), self._names, self.parameters)
 
   def finish(self, before: int) -> None:
     """Looks at all calls that began before this step; waits for them."""
     while self._calls and self._calls[0][0] < before:
       first, metrics = self._calls.pop(0)
-      check(first, jax.device_get(metrics), self.parameters)
+      check(first, jax.device_get(metrics), self._names, self.parameters)

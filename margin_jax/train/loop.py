@@ -342,6 +342,7 @@ def _run_steps(
   config, call = run.config, run.program.steps_per_call
   windows: list[PyTree] = []
   watch = guard.Watch(
+    run.spec.checked(),
     run.state.params,
     devices_lib.MAX_CALLS_AHEAD,
     run.devices.process_shard.count == 1,

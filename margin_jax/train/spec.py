@@ -184,9 +184,10 @@ class StepSpec:
     whole = dataclasses.replace(self.selection, chunk_size=None)
     return dataclasses.replace(self, selection=whole)
 
-  def unweighted(self) -> tuple[str, ...]:
-    """Returns the metrics of losses that are only measured."""
-    return tuple(term.metric for term in self.terms if term.weight is None)
+  def checked(self) -> tuple[str, ...]:
+    """Returns the metrics that must be finite: not of losses only measured."""
+    weighted = [term.metric for term in self.terms if term.weight is not None]
+    return guard.checked(weighted)
 
   def kind_of(self, step: Step) -> Step:
     """Returns the `StepKind` of a step."""

@@ -67,8 +67,8 @@ def train_step(
     data: what the dataset's loader has for the step.
 
   Returns:
-    The new state and the metrics, both equal on all devices; see
-    `metrics_lib.DESCRIPTIONS`.
+    The new state and the metrics, both equal on all devices; train/metrics.py
+    lists them.
   """
   before, key = state, jax.random.key(state.seed)
   step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
@@ -95,9 +95,7 @@ def train_step(
   )
   metrics |= metrics_lib.of_update(spec, before.step, gradient, updates, state)
   metrics |= sampled.metrics | proxy_metrics
-  return guard.guard(
-    spec.on_nonfinite, before, state, metrics, spec.unweighted()
-  )
+  return guard.guard(spec.on_nonfinite, spec.checked(), before, state, metrics)
 
 
 class Sampled(NamedTuple):

@@ -69,7 +69,7 @@ def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
   good = helpers.Setup(**EXPLODES, **{'selection.every': 2}).run(12)[0]
   state, metrics = setup.run(20 // steps_per_call)
   assert (metrics['nonfinite'][:12] == 0).all()
-  code = guard.CHECKED.index('update_norm') + 1
+  code = setup.spec.checked().index('update_norm') + 1
   assert (metrics['nonfinite'][12:] == code).all()
   assert int(state.nonfinite) == code
   assert int(state.step) == 12
@@ -92,7 +92,7 @@ def test_statistics_that_overflow_are_found_though_the_loss_is_finite():
   state, metrics = setup.run(1)
   assert np.isfinite(metrics['loss']).all()
   assert np.isfinite(metrics['gradient_norm']).all()
-  code = guard.CHECKED.index('statistics_norm') + 1
+  code = setup.spec.checked().index('statistics_norm') + 1
   assert metrics['nonfinite'].tolist() == [code]
   assert int(state.step) == 0
   for leaf in jax.tree.leaves(state.batch_stats):
@@ -171,7 +171,7 @@ def test_the_parameter_with_a_bad_gradient_is_named():
   assert int(guard.first_bad_leaf(tree)) == -1
   tree['b'][1] = np.inf
   assert int(guard.first_bad_leaf(tree)) == 1
-  place = guard.CHECKED.index('gradient_norm') + 1
+  place = guard.checked(()).index('gradient_norm') + 1
   metrics = {
     'nonfinite': np.array([0, place]),
     'bad_gradient': np.array([-1, 1]),
@@ -181,4 +181,4 @@ def test_the_parameter_with_a_bad_gradient_is_named():
     guard.NonFiniteError,
     match=r'gradient_norm is inf, of the gradient of b, at step 8',
   ):
-    guard.check(6, metrics, ['a', 'b'])
+    guard.check(6, metrics, guard.checked(()), ['a', 'b'])
