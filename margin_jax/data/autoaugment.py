@@ -139,7 +139,7 @@ def matrix(
 
 @functools.cache
 def _coefficients(height: int, width: int) -> np.ndarray:
-  """Returns (operations, magnitudes, 2, 6) int32, for all that `sample` gives."""
+  """Returns (operations, magnitudes, 2, 6) int32, for all of `sample`."""
   return image_ops.fixed_point(
     [
       [
