@@ -24,8 +24,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def slow(*values):
-  """Parameters of a test with which it is slow."""
-  return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+  """Parameters of a test with which it is slow; a tuple holds several."""
+  rows = (x if isinstance(x, tuple) else (x,) for x in values)
+  return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 def small_config(**fields):

@@ -323,6 +323,7 @@ def test_prepare_explains_a_failed_download(monkeypatch, error):
     prepare.main(['cifar10'])
 
 
+@pytest.mark.slow
 def test_cifar10_validates_on_the_last_5000_images(data_dir):
   dataset = data.load(
     'cifar10', data_dir=str(data_dir / 'tfds'), validation_examples=5000
@@ -342,6 +343,7 @@ def test_cifar10_validates_on_the_last_5000_images(data_dir):
   assert seen == {'train', 'validation'}
 
 
+@pytest.mark.slow
 def test_mnist_is_read(data_dir):
   dataset = data.load('mnist', data_dir=str(data_dir / 'tfds'))
   for name, count in (('train', 60_000), ('test', 10_000)):

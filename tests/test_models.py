@@ -279,6 +279,7 @@ def test_batch_norm_over_an_axis_is_that_of_the_whole_batch():
 
 
 @pytest.mark.parametrize('variant', models.VARIANTS)
+@pytest.mark.slow
 def test_first_values(variant):
   model = models.build('resnet8', 100, variant=variant)
   params = jax.jit(functools.partial(model.init, train=False))(

@@ -24,13 +24,7 @@ def run(calls, devices=1, **fields):
   ('rule', 'reuse'),
   [
     ('mms', 1),
-    *(
-      pytest.param(rule, reuse, marks=pytest.mark.slow)
-      for rule, reuse in [
-        *((x, 1) for x in [*RULES, 'balanced'] if x != 'mms'),
-        ('mms', 2),
-      ]
-    ),
+    *slow(*((x, 1) for x in [*RULES, 'balanced'] if x != 'mms'), ('mms', 2)),
   ],
 )
 def test_device_count_changes_nothing(rule, reuse):

@@ -17,7 +17,7 @@ INF, NAN = np.inf, np.nan
 
 def random_heads():
   """Features, logits, kernels and labels, and a name for each."""
-  for shape in ((1, 2, 1), (6, 5, 4), (16, 10, 8)):
+  for shape in ((1, 2, 1), (16, 10, 8)):
     yield 'x'.join(map(str, shape)), references.random_head(shape)
   # Ties, equal columns, infinities, NaN, and labels of no class.
   rng = np.random.default_rng(0)
@@ -120,9 +120,7 @@ class Losses(chex.TestCase):
     assert_close(gradient, expected)
 
   @each_variant
-  @parameterized.product(
-    norm=('l1', 'l2', 'l_inf'), difference=('softmax', 'logits')
-  )
+  @parameterized.product(norm=('l1', 'l_inf'), difference=('softmax', 'logits'))
   def test_large_margin_loss(self, norm, difference):
     weights, inputs, labels = references.random_network(seed=1)
     options = {

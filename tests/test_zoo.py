@@ -15,25 +15,26 @@ from margin_jax.models import mobilenet
 from margin_jax.train import dropout as dropout_lib
 from margin_jax.train import optimizers
 from tests import helpers
+from tests.helpers import slow
 
 SMALL = {'stem': 'small'}
 # Name, options, side, classes; parameters and multiply-adds, as published,
 # with as many digits.
 PUBLISHED = [
   # Zagoruyko & Komodakis 2016, Table 4.
-  ('wrn28_10', {}, 32, 10, '36.5e6', '5.2e9'),
+  *slow(('wrn28_10', {}, 32, 10, '36.5e6', '5.2e9')),
   ('wrn16_8', {}, 32, 10, '11.0e6', '1.55e9'),
   # The usual network without hidden layers.
   ('vgg16', {}, 32, 10, '14.7e6', '0.31e9'),
   # torchvision.
   ('imagenet_resnet18', {}, 224, 1000, 11_689_512, '1.81e9'),
-  ('imagenet_resnet34', {}, 224, 1000, 21_797_672, '3.66e9'),
+  *slow(('imagenet_resnet34', {}, 224, 1000, 21_797_672, '3.66e9')),
   ('imagenet_resnet50', {}, 224, 1000, 25_557_032, '4.09e9'),
-  ('imagenet_resnet101', {}, 224, 1000, 44_549_160, '7.80e9'),
+  *slow(('imagenet_resnet101', {}, 224, 1000, 44_549_160, '7.80e9')),
   ('imagenet_resnet18', SMALL, 32, 10, 11_173_962, '0.56e9'),
   ('densenet121', {}, 224, 1000, 7_978_856, '2.83e9'),
-  ('densenet169', {}, 224, 1000, 14_149_480, '3.36e9'),
-  ('densenet201', {}, 224, 1000, 20_013_928, '4.29e9'),
+  *slow(('densenet169', {}, 224, 1000, 14_149_480, '3.36e9')),
+  *slow(('densenet201', {}, 224, 1000, 20_013_928, '4.29e9')),
   # Howard et al. 2017, Tables 6 and 8.
   ('mobilenet', {}, 224, 1000, 4_231_976, '569e6'),
   ('mobilenet', {'width': 0.5}, 224, 1000, '1.3e6', '149e6'),
@@ -45,8 +46,8 @@ MODELS = [
   ('vgg11', {}, 512),
   ('imagenet_resnet18', {}, 512),
   ('imagenet_resnet18', SMALL, 512),
-  ('imagenet_resnet50', SMALL, 2048),
-  ('densenet121', SMALL, 1024),
+  *slow(('imagenet_resnet50', SMALL, 2048)),
+  *slow(('densenet121', SMALL, 1024)),
   ('mobilenet', {}, 1024),
   ('mobilenet', {'width': 0.25}, 256),
 ]
@@ -151,8 +152,8 @@ def test_bfloat16_is_of_the_computation_only(name):
     ('vgg16', 'conv5_3', (2, 2, 2, 512)),
     ('imagenet_resnet34', 'stage4_block3', (2, 1, 1, 512)),
     ('imagenet_resnet50', 'stage1_block1/conv3', (2, 8, 8, 256)),
-    ('densenet121', 'block1_layer6', (2, 8, 8, 32)),
-    ('densenet121', 'transition3', (2, 1, 1, 512)),
+    *slow(('densenet121', 'block1_layer6', (2, 8, 8, 32))),
+    *slow(('densenet121', 'transition3', (2, 1, 1, 512))),
     ('mobilenet', 'block13/norm_point', (2, 1, 1, 1024)),
   ],
 )
@@ -165,6 +166,7 @@ def test_layers_are_found_by_name(name, layer, shape):
   assert {*variables['params']} <= {*found}
 
 
+@pytest.mark.slow
 def test_the_stems():
   for name in ('imagenet_resnet18', 'densenet121'):
     sides = []
@@ -182,8 +184,8 @@ def test_the_stems():
   ('name', 'stem', 'last', 'left'),
   [
     ('vgg11', 'imagenet', 'conv5_2', 2),  # halved once more
-    ('densenet121', 'imagenet', 'transition3', 1),
-    ('densenet121', 'small', 'transition3', 1),
+    *slow(('densenet121', 'imagenet', 'transition3', 1)),
+    *slow(('densenet121', 'small', 'transition3', 1)),
   ],
 )
 def test_the_least_side_leaves_something(name, stem, last, left):
