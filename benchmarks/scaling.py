@@ -47,12 +47,12 @@ def selection_rows() -> list[str]:
     '|---|---|---|---|---|---|---|',
   ]
   for examples, classes, features in SIZES:
-    drawn = {
+    pool = {
       'inputs': jnp.zeros((examples, 32, 32, 3), jnp.uint8),
       'label': jnp.zeros(examples, jnp.int32),
     }
     sizes = (examples, classes, features)
-    one = steps.Selection(sizes, BATCH, drawn)
+    one = steps.Selection(sizes, BATCH, pool)
     logits = 4e-6 * examples * classes
     lines.append(
       f'| {examples} | {classes} | {features} '

@@ -154,7 +154,7 @@ class Steps:
     self.inputs = torch.randint(0, top, shape, dtype=dtype).to(self.device)
     self.label = torch.randint(0, classes, (count,)).to(self.device)
 
-  def draw(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+  def sample(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A random batch, augmented and normalised."""
     index = torch.randperm(len(self.label), device=self.device)[:size]
     x, label = self.inputs[index], self.label[index]
@@ -201,8 +201,8 @@ class Steps:
   def step(self, kind: str) -> torch.Tensor:
     """'plain', 'mms', or 'forward' on the pool alone."""
     if kind == 'plain':
-      return self.train(*self.draw(self.batch))
-    x, label = self.draw(self.pool)
+      return self.train(*self.sample(self.batch))
+    x, label = self.sample(self.pool)
     scores = self.score(x)
     if kind == 'forward':
       return scores

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-# Of the examples' margins, in distributions.csv and the picture.
+# Of the examples' margins, in distributions.csv and the plot.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MOMENTS = 5
 SIGNATURES = ('quartiles', 'moments')

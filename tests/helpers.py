@@ -156,7 +156,9 @@ def first_pool(setup, size=32):
 
 
 def scored(logits, kernel, labels, keys, features=None):
-  """What a rule reads."""
+  """What a rule reads; features of zeros where the rule is not about them."""
+  if features is None:
+    features = jnp.zeros((len(logits), 1 if kernel is None else len(kernel)))
   index = None if labels is None else jnp.arange(len(labels))
   return selection.Scored(logits, features, kernel, labels, index, keys)
 

@@ -17,7 +17,7 @@ from margin_jax.data.autoaugment import autoaugment
 Augmentation = Callable[[Array, Array], Array]
 
 # Of random_resized_crop: the area of the crop as a fraction of the image's, its
-# width over its height, and how often a crop that does not fit is drawn anew.
+# width over its height, and how often a crop that does not fit is sampled anew.
 AREAS = (0.08, 1.0)
 RATIOS = (3 / 4, 4 / 3)
 TRIES = 10
@@ -97,14 +97,14 @@ def draw_box(key: Array, height: int, width: int) -> Array:
     (4,) int32: top, left, height, width.
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
-  shares = jax.random.uniform(
+  fractions = jax.random.uniform(
     area_key, (TRIES,), minval=AREAS[0], maxval=AREAS[1]
   )
   low, high = np.log(RATIOS)
   ratios = jnp.exp(
     jax.random.uniform(ratio_key, (TRIES,), minval=low, maxval=high)
   )
-  area = height * width * shares
+  area = height * width * fractions
   heights = jnp.round(jnp.sqrt(area / ratios)).astype(jnp.int32)
   widths = jnp.round(jnp.sqrt(area * ratios)).astype(jnp.int32)
   fits = (heights >= 1) & (heights <= height)

@@ -68,7 +68,7 @@ POLICY = (
 # The ten magnitudes are spread evenly over the ranges of the paper's table of
 # operations, both ends included. The released CIFAR code differs from the
 # table: it divides by 10, not 9, moves by at most 9 pixels, and leaves 4 to
-# 1 bits. Translations are shares of the side: the table's 150 pixels are of
+# 1 bits. Translations are fractions of the side: the table's 150 pixels are of
 # images of 331.
 MAGNITUDES = 10
 SHEARS = np.linspace(0, 0.3, MAGNITUDES)

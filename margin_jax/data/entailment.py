@@ -11,7 +11,7 @@ task from nothing, on a CPU, in less than a minute.
 
 Neither sentence tells the label: each by itself is as likely with the one as
 with the other. Nor does any weighted sum of the words of both: they must be
-compared. Everything is drawn by a fixed seed; no network, no file.
+compared. Everything is generated from a fixed seed; no network, no file.
 """
 
 import random

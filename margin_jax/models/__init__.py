@@ -92,7 +92,7 @@ def build(
     variant: of the CIFAR ResNets: 'he' or 'authors'.
     dtype: of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.
-    dropout: of wide ResNets and BERTs: the share of activations dropped.
+    dropout: of wide ResNets and BERTs: the fraction of activations dropped.
     stem: of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
     width: of MobileNet: multiplier of the numbers of channels.
     vocabulary: of BERTs: how many different tokens there are.

@@ -193,7 +193,7 @@ class Bert(nn.Module):
     hidden: the width between the two linear maps of a layer; None is 4 * width.
     max_length: the number of positions that have an embedding.
     segments: the number of kinds of segments.
-    dropout: the share dropped in training: of the embeddings, of what each
+    dropout: the fraction dropped in training: of the embeddings, of what each
       half of a layer adds, of the attention's probabilities, of the features.
     dtype: of the computation; parameters and the head stay float32, and so do
       normalisation and softmax.

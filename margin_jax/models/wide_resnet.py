@@ -63,7 +63,7 @@ class WideResNet(nn.Module):
     depth: 10, 16, 22, 28, ...
     width: the paper's k, at least 1.
     num_classes: C.
-    dropout: the share of activations dropped between the two convolutions of
+    dropout: the fraction of activations dropped between the two convolutions of
       a block; 0.3 in the paper, where there is any.
     dtype: of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.

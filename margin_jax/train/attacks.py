@@ -35,7 +35,7 @@ def pgd(
     logits_fn: (B, ...) -> (B, C); row by row, so in evaluation mode.
     inputs: (B, ...) floating.
     labels: (B,) integers in [0, C).
-    epsilon: the radius, in the units of the inputs; may be traced.
+    epsilon: the largest change, in the units of the inputs; may be traced.
     steps: how many, at least 1; static, and unrolled: XLA:CPU runs
       convolutions in a loop several times slower.
     step_size: of each; None is 2.5 * epsilon / steps.
