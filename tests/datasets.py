@@ -182,7 +182,7 @@ def streamed_config(**fields):
     **{
       'data.validation_examples': 0,
       'data.augmentations': ('flip',),
-      'model.name': 'resnet8',
+      'model.name': 'cnn',
       'eval_batch_size': 7,
       'steps': 6,
       'log_every': 3,

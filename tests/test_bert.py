@@ -101,9 +101,8 @@ def test_sizes_are_the_published_ones(name, count):
 
 
 def test_first_values():
-  params = bert.Bert(**TINY).init(
-    jax.random.key(0), make_inputs(), train=False
-  )['params']
+  init = jax.jit(functools.partial(bert.Bert(**TINY).init, train=False))
+  params = init(jax.random.key(0), make_inputs())['params']
   for path, x in traverse_util.flatten_dict(params).items():
     if path[-1] in ('kernel', 'embedding'):
       # A normal distribution cut at two deviations has 0.88 of its deviation.
@@ -338,7 +337,8 @@ def test_margins_at_layers():
   logits_fn, perturbations = linearized.at_layers(
     model, variables, inputs, names
   )
-  found = layer_margins(logits_fn, perturbations, labels)
+  margins = functools.partial(layer_margins, logits_fn)
+  found = jax.jit(margins)(perturbations, labels)
   logits, _ = model.apply(variables, inputs, train=False)
   expected = signed_margins(
     logits, variables['params']['head']['kernel'], labels

@@ -149,6 +149,7 @@ def test_a_shard_has_the_scores_that_it_has_in_the_whole():
   np.testing.assert_array_equal(score(inputs), np.concatenate(shards))
 
 
+@pytest.mark.slow
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
   whole = compiled_lib.Program(

@@ -26,11 +26,13 @@ def network(name='resnet8'):
   """A model, its variables with lived-in BatchNorm statistics, inputs."""
   model = models.build(name, 5)
   inputs = jax.random.normal(jax.random.key(0), (6, 8, 8, 3))
-  variables = model.init(jax.random.key(1), inputs, train=False)
+  init = jax.jit(functools.partial(model.init, train=False))
+  variables = init(jax.random.key(1), inputs)
+  train = jax.jit(
+    functools.partial(model.apply, train=True, mutable=['batch_stats'])
+  )
   for _ in range(3):
-    _, updates = model.apply(
-      variables, inputs, train=True, mutable=['batch_stats']
-    )
+    _, updates = train(variables, inputs)
     variables = {**variables, **updates}
   return model, variables, inputs
 
@@ -50,8 +52,9 @@ def test_at_the_features_the_linear_margins_come_out(name):
     (None, mms_scores(logits, kernel)),
     (LABELS, signed_margins(logits, kernel, LABELS)),
   ):
-    found = layer_margins(logits_fn, perturbations, labels)['features']
-    np.testing.assert_allclose(found, expected, 1e-5)
+    margins = functools.partial(layer_margins, logits_fn, labels=labels)
+    found = jax.jit(margins)(perturbations)['features']
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize('norm', NORMS)

@@ -72,9 +72,8 @@ def whole_pool(this, step, state=None):
 def score_pool(this, pool, state=None):
   """MMS scores of a pool, outside any compiled step."""
   params = (state or this.first).params
-  logits, _ = this.spec.model.apply(
-    {'params': params}, dataset().prepare(pool['inputs']), train=False
-  )
+  apply = jax.jit(functools.partial(this.spec.model.apply, train=False))
+  logits, _ = apply({'params': params}, dataset().prepare(pool['inputs']))
   return np.asarray(mms_scores(logits, params['head']['kernel']))
 
 
@@ -169,11 +168,9 @@ def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
   evaluator = evaluation.Evaluator(spec, splits)
   for name in ('test', 'validation'):
     split = dataset().splits[name]
-    logits, _ = spec.model.apply(
-      {'params': this.first.params},
-      dataset().prepare(split['inputs']),
-      train=False,
-    )
+    apply = jax.jit(functools.partial(spec.model.apply, train=False))
+    inputs = dataset().prepare(split['inputs'])
+    logits, _ = apply({'params': this.first.params}, inputs)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     found = evaluator(name, this.first)
     predicted = log_p.argmax(axis=1)
