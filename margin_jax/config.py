@@ -505,14 +505,7 @@ FIELDS: dict[str, Field] = {
     None,
     optional(integer(1)),
     'From this step on nothing is scored.',
-    needs=[
-      SCORING,
-      Need(
-        'more steps',
-        lambda config: (config['selection.stop'] or 0) < config['steps'],
-        'steps',
-      ),
-    ],
+    needs=[SCORING],
   ),
   'selection.score_dtype': Field(
     None,

@@ -326,8 +326,7 @@ def at_layers(
     return logits
 
   # Flax reuses the trace of a jitted block for its twins, and knows no head of
-  # another name: a perturbation that is not
-  # added would give gradients of zero.
+  # another name: a perturbation that is not added would give gradients of zero.
   jax.eval_shape(logits_fn, zeros)
   for name in layers:
     if fired[name] != 1:

@@ -323,7 +323,6 @@ UNUSED = [
   ({'selection.every': 2}, NO_POOL),
   ({'selection.start': 5000}, NO_POOL),
   ({'selection.stop': 5}, NO_POOL),
-  ({'selection.stop': 1000, **MMS}, 'more steps, but steps is 1000'),
   ({'selection.score_dtype': 'bfloat16'}, NO_POOL),
   ({'selection.score_resolution': 4}, NO_POOL),
   ({'selection.proxy': 'bert_base'}, NO_POOL),

@@ -135,7 +135,7 @@ def test_geometry_and_smoothing_are_pillows_at_other_sizes(shape):
 @functools.cache
 def drawn(count=20_000, seed=3):
   keys = jax.random.split(jax.random.key(seed), count)
-  return jax.tree.map(np.asarray, jax.jit(jax.vmap(autoaugment.draw))(keys))
+  return jax.tree.map(np.asarray, jax.jit(jax.vmap(autoaugment.sample))(keys))
 
 
 POLICY_TABLE = """
@@ -217,7 +217,7 @@ def test_autoaugment_is_the_composition_that_was_drawn():
   keys = jax.random.split(jax.random.key(0), count)
   arrays = IMAGES[np.arange(count) % len(IMAGES)]
   outputs = np.asarray(jax.jit(jax.vmap(autoaugment.autoaugment))(keys, arrays))
-  plan = jax.jit(jax.vmap(autoaugment.draw))(keys)
+  plan = jax.jit(jax.vmap(autoaugment.sample))(keys)
   plan = jax.tree.map(np.asarray, plan)
   assert {*plan.sub_policy} == {*range(25)}
   changed = 0
@@ -299,7 +299,7 @@ def test_load_gives_cutout_its_size_and_fill():
 @functools.cache
 def boxes(height, width, count=4000):
   keys = jax.random.split(jax.random.key(0), count)
-  function = jax.vmap(lambda key: augment.draw_box(key, height, width))
+  function = jax.vmap(lambda key: augment.sample_box(key, height, width))
   return np.asarray(jax.jit(function)(keys))
 
 

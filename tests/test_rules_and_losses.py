@@ -181,7 +181,7 @@ def test_a_registered_loss_is_added_with_its_weight(devices):
     )
 
   helpers.assert_trees_close(state.params, expected_params(plain(), loss), 1e-5)
-  assert metrics['small'][0] > 0
+  assert metrics['loss_small'][0] > 0
 
 
 def test_a_loss_of_the_whole_batch_is_taken_as_it_is():
@@ -196,7 +196,7 @@ def test_a_loss_of_the_whole_batch_is_taken_as_it_is():
   (one, before), (four, after) = (
     plain(**fields, devices=devices).run(2) for devices in (1, 4)
   )
-  np.testing.assert_allclose(before['spread'], after['spread'], 1e-5)
+  np.testing.assert_allclose(before['loss_spread'], after['loss_spread'], 1e-5)
   helpers.assert_trees_close(one.params, four.params, 1e-5)
 
 
@@ -207,8 +207,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   config = helpers.small_config(
     **{'loss.names': ('bad',), 'loss.weights': (1.0,)}
   )
-  with pytest.raises(ArithmeticError, match=r'^bad is nan at step 1'):
+  with pytest.raises(ArithmeticError, match=r'^loss_bad is nan at step 1'):
     loop.train(config, str(tmp_path), log=lambda line: None)
+
+
+def test_a_loss_may_be_called_as_a_column_is(tmp_path):
+  """It takes no other number's place, and a bad one is seen."""
+  for name in ('skipped', 'loss', 'seconds', 'pool_classes'):
+    margin_jax.register_loss(name, lambda outputs: jnp.mean(outputs.logits**2))
+  names = ('skipped', 'loss', 'seconds', 'pool_classes')
+  config = helpers.small_config(
+    **{'loss.names': names, 'loss.weights': (0.0, 1e-3, 1e-3, 1e-3)}
+  )
+  result = loop.train(config, str(tmp_path), log=lambda line: None)
+  assert result['skipped'] == 0
+  rows = helpers.read_csv(tmp_path / 'train.csv')
+  assert {f'loss_{name}' for name in names} < {*rows[0]}
+
+
+def test_a_loss_of_another_shape_is_refused():
+  margin_jax.register_loss('wide', lambda outputs: outputs.logits)
+  fields = {'loss.names': ('wide',), 'loss.weights': (1.0,)}
+  with pytest.raises(
+    ValueError, match=r"'loss_wide' must return shape \(\) or"
+  ):
+    plain(**fields).program  # noqa: B018
 
 
 def test_losses_and_their_weights_go_together():

@@ -81,7 +81,7 @@ def cutout(
   return jnp.where(covered, color, image)
 
 
-def draw_box(key: Array, height: int, width: int) -> Array:
+def sample_box(key: Array, height: int, width: int) -> Array:
   """Samples the box of `random_resized_crop`.
 
   Area and logarithm of the aspect ratio are uniform over `AREAS` and `RATIOS`;
@@ -124,10 +124,10 @@ def random_resized_crop(key: Array, image: Array) -> Array:
   """Resizes a crop of random area and aspect ratio to the image's size.
 
   The crop of Inception (Szegedy et al., 2015, arXiv:1409.4842), bilinear, from
-  an image that is decoded already: see `draw_box` and `image_ops.resize_box`.
+  an image that is decoded already: see `sample_box` and `image_ops.resize_box`.
   """
   height, width, _ = image.shape
-  return image_ops.resize_box(image, draw_box(key, height, width))
+  return image_ops.resize_box(image, sample_box(key, height, width))
 
 
 AUGMENTATIONS = (

@@ -88,7 +88,7 @@ _PROBABILITIES = np.array([[x[1] for x in pair] for pair in POLICY], np.float32)
 _LEVELS = np.array([[x[2] for x in pair] for pair in POLICY])
 
 
-class Draw(NamedTuple):
+class Sample(NamedTuple):
   """What chance decides about one image.
 
   Attributes:
@@ -102,12 +102,12 @@ class Draw(NamedTuple):
   negated: Array
 
 
-def draw(key: Array) -> Draw:
+def sample(key: Array) -> Sample:
   """Samples a sub-policy, its operations by their probabilities, and signs."""
   policy_key, applied_key, negated_key = jax.random.split(key, 3)
   sub_policy = jax.random.randint(policy_key, (), 0, len(POLICY))
   probabilities = jnp.asarray(_PROBABILITIES)[sub_policy]
-  return Draw(
+  return Sample(
     sub_policy=sub_policy,
     applied=jax.random.uniform(applied_key, (2,)) < probabilities,
     negated=jax.random.bernoulli(negated_key, shape=(2,)),
@@ -139,7 +139,7 @@ def matrix(
 
 @functools.cache
 def _coefficients(height: int, width: int) -> np.ndarray:
-  """Returns (operations, magnitudes, 2, 6) int32, for all that `draw` gives."""
+  """Returns (operations, magnitudes, 2, 6) int32, for all of `sample`."""
   return image_ops.fixed_point(
     [
       [
@@ -226,15 +226,15 @@ def operate(
   return _enhance(image, operation, level)
 
 
-def apply(image: Array, drawn: Draw) -> Array:
-  """Does the two operations of a draw."""
+def apply(image: Array, sampled: Sample) -> Array:
+  """Does the two operations of a sample."""
   for i in range(2):
-    operation = jnp.asarray(_OPERATIONS)[drawn.sub_policy, i]
+    operation = jnp.asarray(_OPERATIONS)[sampled.sub_policy, i]
     image = operate(
       image,
-      jnp.where(drawn.applied[i], operation, IDENTITY),
-      jnp.asarray(_LEVELS)[drawn.sub_policy, i],
-      drawn.negated[i],
+      jnp.where(sampled.applied[i], operation, IDENTITY),
+      jnp.asarray(_LEVELS)[sampled.sub_policy, i],
+      sampled.negated[i],
     )
   return image
 
@@ -256,7 +256,7 @@ def autoaugment(key: Array, image: Array) -> Array:
     ValueError: the image is not RGB.
   """
   check_channels(image.shape[-1])
-  return apply(image, draw(key))
+  return apply(image, sample(key))
 
 
 def check_channels(channels: int) -> None:

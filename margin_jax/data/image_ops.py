@@ -27,7 +27,7 @@ def fixed_point(matrix: np.ndarray) -> np.ndarray:
       from (a x + b y + c, d x + e y + f), as in `PIL.Image.transform`.
 
   Returns:
-    (..., 6) int32, perturbation to the centre of the first pixel.
+    (..., 6) int32, offset to the centre of the first pixel.
   """
   matrix = np.array(matrix, np.float64)
   matrix[..., 2] += (matrix[..., 0] + matrix[..., 1]) / 2

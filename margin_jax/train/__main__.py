@@ -47,10 +47,8 @@ def main(argv: list[str]) -> None:
     )
 
 
-def run() -> None:
-  """Runs the command line."""
-  flags_lib.run(main, __doc__)
-
+# The command line.
+run = functools.partial(flags_lib.run, main, __doc__)
 
 if __name__ == '__main__':
   run()

@@ -225,7 +225,8 @@ class Devices:
       A callable of `*args`.
     """
     mapped = self._map(function, args, donate_first)
-    return Compiled(mapped, args, self._unread, self.total)
+    lowered = mapped.lower(*args, self._unread)
+    return Compiled(mapped, lowered, self._unread, self.total)
 
   def flops(self, function: Callable, *args: PyTree) -> float:
     """Returns what `Compiled.flops` would be, without compiling."""
@@ -266,7 +267,7 @@ def _flops(lowered: jax.stages.Lowered, devices: int) -> float:
 
 
 class Compiled:
-  """A compiled program, called with its replicated arguments.
+  """A compiled program, called with the arguments of the per-device function.
 
   Attributes:
     lowered: the program before optimisation.
@@ -281,12 +282,12 @@ class Compiled:
   def __init__(
     self,
     mapped: Callable,
-    args: tuple[PyTree, ...],
+    lowered: jax.stages.Lowered,
     unread: jax.Array,
     devices: int,
   ):
-    self.lowered = mapped.lower(*args, unread)
-    self.flops = _flops(self.lowered, devices)
+    self.lowered = lowered
+    self.flops = _flops(lowered, devices)
     self._unread = unread
     # With several processes a program takes global arrays, and only `pmap`
     # itself makes them of each process's own; it then compiles when called.

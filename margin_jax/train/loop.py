@@ -155,7 +155,7 @@ def train(
       config, dataset, spec, restoring=bool(checkpoints.steps())
     )
     state, info = _restore(
-      state, config, saved_config, checkpoints, devices, log
+      state, config, saved_config, checkpoints, devices, say
     )
     start = int(state.step)
 
@@ -485,8 +485,7 @@ def _with_examples(
 
 def _examples_of_failed_step(run: Run) -> PyTree:
   """Returns what the step that `state` is at reads, for replay."""
-  state = jax.device_get(run.state)
-  step = int(state.step)
+  step = int(run.state.step)
   spec = run.spec.specialize(run.program.variant(step))
 
   def examples(state: PyTree, batch: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 Of every step, float32 unless stated:
 
 * `loss`: the mean risk of the batch (cross-entropy), in training mode;
-* `penalty`: MMR, and `large_margin` and every registered loss by its name. None
+* `penalty`: MMR; `large_margin`; and `loss_NAME` for each of `loss.names`. None
   is part of `loss`;
 * `accuracy` of the batch, and `trimmed_loss` with trimming;
 * `mean_mms`: the ten smallest MMS of the batch, from the training-mode forward,

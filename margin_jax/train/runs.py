@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import data, files, models, selection
+from margin_jax import data, files, losses, models, selection
 from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
@@ -234,12 +234,17 @@ def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
 def _saved_config(
   info: dict[str, Any], data_dir: str | None
 ) -> ml_collections.ConfigDict:
-  """Returns the run's config; a rule that only the run knew is replaced."""
+  """Returns the run's config; rules and losses known no more are replaced."""
   saved = dict(info['config'])
   digest = saved.pop(config_lib.DIGEST, None)
   rule = str(saved.get('selection.rule'))
-  if rule not in (*selection.RULES, config_lib.UNIFORM):
+  known = (*selection.RULES, *selection.REGISTERED, config_lib.UNIFORM)
+  if rule not in known:  # what trained the model does not matter any more
     saved['selection.rule'] = next(iter(selection.RULES))
+  names = [saved.get('loss.risk'), *saved.get('loss.names', ())]
+  if not all(x in (*losses.LOSSES, *losses.REGISTERED) for x in names if x):
+    for name in ('loss.risk', 'loss.names', 'loss.weights'):
+      saved.pop(name, None)
   if data_dir is not None:
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine

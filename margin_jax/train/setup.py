@@ -290,7 +290,8 @@ def _loss_terms(
   terms.append(LossTerm('penalty', mmr, alpha))
   for name, weight in zip(config.loss.names, config.loss.weights, strict=True):
     schedule = optax.constant_schedule(weight)
-    terms.append(LossTerm(name, losses.find(name), schedule))
+    # So that no column of the tables has its name.
+    terms.append(LossTerm(f'loss_{name}', losses.find(name), schedule))
   return tuple(terms)
 
 

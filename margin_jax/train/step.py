@@ -1,9 +1,10 @@
 """The train step: selective sampling (MMS) and multi-margin regularization.
 
 `train_step` is the algorithm. It runs on every device, and what it calls stands
-below it, in the order in which it is called. `train/devices.py` maps it over
-the devices, so that it is one program under one `pmap`; nothing here knows how
-many hosts there are, or where arrays lie.
+below it, in the order in which it is called; at the end stand the first state
+and what else a run needs of a step. `train/devices.py` maps it over the devices
+under one `pmap`, so that forward on the pool, selection and gradient step are
+one program. Nothing here knows how many hosts there are, or where arrays lie.
 """
 
 import functools
@@ -21,10 +22,13 @@ from margin_jax import linearized, losses, selection
 from margin_jax.train import dropout, guard
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
-from margin_jax.train.spec import StepKind, StepSpec
+from margin_jax.train.spec import LossTerm, StepKind, StepSpec
 
 PyTree = Any
 Metrics = dict[str, Array]
+
+# What is folded into the run's key: everything random has a key of its own.
+INIT, DROPOUT, DATA, RULE = range(4)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -71,7 +75,6 @@ def train_step(
     lists them.
   """
   before, key = state, jax.random.key(state.seed)
-  step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
 
   sampled = next_batch(spec, state, data, key)
   batch = sampled.batch
@@ -80,7 +83,7 @@ def train_step(
     buffer=sampled.buffer,
     batch_stats=sampled.batch_stats,
   )
-  gradient, batch_stats, metrics = batch_gradient(spec, state, batch, step_key)
+  gradient, batch_stats, metrics = batch_gradient(spec, state, batch, key)
   updates, opt_state = spec.optimizer.update(
     gradient, state.opt_state, state.params
   )
@@ -124,7 +127,7 @@ def next_batch(
     StepKind.REUSE: buffered_batch,
   }
   return switch(
-    spec.variant and spec.variant.kind,
+    None if spec.variant is None else spec.variant.kind,
     spec.kind_of(state.step),
     {
       kind: functools.partial(table[kind], spec, state, data, key)
@@ -148,9 +151,10 @@ def selected_batch(
 ) -> Sampled:
   """Samples B examples, scores them, and selects the lowest reuse * b.
 
-  The first b of them are the batch, the others wait in the buffer.
+  The first b of them are the batch. With reuse the buffer keeps them all: the
+  next steps train on the others.
   """
-  rule_key = jax.random.fold_in(jax.random.fold_in(key, 3), state.step)
+  rule_key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   sampler, pool = sample(spec, state, data, spec.selection.pool_size, key)
   scored, batch_stats = score(spec, state, pool, rule_key)
   scores = rule_scores(spec, scored)
@@ -158,7 +162,7 @@ def selected_batch(
   wrong = jnp.argmax(scored.logits, axis=1) != pool['label']
   selected = select(spec, ranked, {**pool, 'wrong': wrong})
   metrics = metrics_lib.of_selection(spec, pool, scores, wrong, selected)
-  buffer, batch = {}, selected
+  buffer, batch = {}, {**selected}
   if spec.selection.reuse > 1:
     buffer = jax.lax.all_gather(selected, spec.axis_name, tiled=True)
     batch = from_buffer(spec, buffer, jnp.int32(0))
@@ -195,7 +199,7 @@ def sample(
     state.sampler,
     data,
     size,
-    key=jax.random.fold_in(key, 2),
+    key=jax.random.fold_in(key, DATA),
     step=state.step,
     axis_name=spec.axis_name,
   )
@@ -217,7 +221,7 @@ def score(
     variables = {x: state.proxy[x] for x in ('params', 'batch_stats')}
   scorer, batch_stats = spec.selection.scorer, state.batch_stats
 
-  def forward(inputs: Array) -> tuple[Array, Array]:
+  def eval_forward(inputs: Array) -> tuple[Array, Array]:
     return scorer.apply(variables, scorer_inputs(spec, inputs), train=False)
 
   if spec.selection.pool_statistics:
@@ -233,7 +237,7 @@ def score(
       batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
   else:
     logits, features = in_chunks(
-      forward, pool['inputs'], spec.selection.chunk_size
+      eval_forward, pool['inputs'], spec.selection.chunk_size
     )
   rows = logits.shape[0]
   positions = jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
@@ -275,12 +279,14 @@ def head_kernel(params: PyTree) -> Array:
 def rule_scores(spec: StepSpec, scored: selection.Scored) -> Array:
   """Returns the rule's scores of this device's examples, (n,) float32.
 
-  What has no finite logits has no score, whatever the rule reads.
+  An example with a logit that is not finite scores NaN, whatever the rule
+  reads.
   """
   rule, rows = spec.selection.rule, scored.labels.shape[0]
   read, expected = scored, rows
   whole = rule.whole_pool and spec.selection.scope == 'global'
   if whole:
+    # All but the kernel, which every device has.
     shared = scored._replace(kernel=None)
     read = jax.lax.all_gather(shared, spec.axis_name, tiled=True)
     read = read._replace(kernel=scored.kernel)
@@ -330,10 +336,10 @@ def transform(
 
 def select(spec: StepSpec, scores: Array, examples: PyTree) -> PyTree:
   """Returns this device's shard of the reuse * b lowest-scored examples."""
-  count, axis_name = spec.selection.reuse * spec.batch_size, spec.axis_name
+  size, axis_name = spec.selection.reuse * spec.batch_size, spec.axis_name
   if spec.selection.scope == 'device':
-    count, axis_name = count // jax.lax.axis_size(axis_name), None
-  return selection.take_lowest(scores, examples, count, axis_name)
+    size, axis_name = size // jax.lax.axis_size(axis_name), None
+  return selection.take_lowest(scores, examples, size, axis_name)
 
 
 def from_buffer(spec: StepSpec, buffer: PyTree, position: Array) -> PyTree:
@@ -367,7 +373,7 @@ def batch_gradient(
     return gradient_of(spec, state, examples, key, keep)
 
   gradient, batch_stats, metrics = switch(
-    spec.variant and spec.variant.backward_size,
+    None if spec.variant is None else spec.variant.backward_size,
     spec.backward_size(state.step),
     {n: functools.partial(of_hardest, n) for n in spec.backward_sizes()},
   )
@@ -394,30 +400,32 @@ def hardest(
     spec.dataset.prepare(batch['inputs']),
     train=False,
   )
-  examples = optax.softmax_cross_entropy_with_integer_labels(
+  risks = optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), batch['label']
   )
   # NaN counts as hardest: it must reach the loss, and stop the run.
-  examples = jnp.where(jnp.isnan(examples), jnp.inf, examples)
-  return selection.take_lowest(-examples, batch, size, spec.axis_name)
+  risks = jnp.where(jnp.isnan(risks), jnp.inf, risks)
+  return selection.take_lowest(-risks, batch, size, spec.axis_name)
 
 
 def gradient_of(
-  spec: StepSpec, state: TrainState, batch: PyTree, key: Array, keep
+  spec: StepSpec,
+  state: TrainState,
+  batch: PyTree,
+  key: Array,
+  keep: Array | None,
 ) -> tuple[PyTree, PyTree, Metrics]:
   """Differentiates the loss of the batch; see `batch_gradient`."""
 
   def loss_function(params: PyTree):
-    outputs, batch_stats = forward(spec, params, state.batch_stats, batch, key)
+    outputs, batch_stats = training_forward(spec, params, state, batch, key)
     risks = spec.risk(outputs)
     total = mean_risk(spec, risks, keep)
     if spec.risk_weight is not None:
       total = spec.risk_weight * total
     means = {'loss': jnp.mean(risks)}
     for term in spec.terms:
-      value = term.loss(outputs)
-      value = jnp.mean(value) if value.ndim else value
-      means[term.metric] = value
+      means[term.metric] = value = mean_loss(term, outputs)
       if term.weight is not None:
         total = total + term.weight(state.step) * value
     return total, (batch_stats, outputs.logits, risks, means)
@@ -436,12 +444,17 @@ def gradient_of(
   return gradient, batch_stats, metrics
 
 
-def forward(
-  spec: StepSpec, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array
+def training_forward(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  batch: PyTree,
+  key: Array,
 ) -> tuple[losses.Outputs, PyTree]:
   """Runs the model in training mode; returns its outputs and batch_stats."""
-  variables = {'params': params, 'batch_stats': batch_stats}
+  variables = {'params': params, 'batch_stats': state.batch_stats}
   inputs = spec.dataset.prepare(batch['inputs'])
+  key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
   device = jax.lax.axis_index(spec.axis_name)
   with nn.intercept_methods(dropout.by_position(device)):
     (logits, features), updates = spec.model.apply(
@@ -470,6 +483,17 @@ def forward(
     axis_name=spec.axis_name,
   )
   return outputs, batch_stats
+
+
+def mean_loss(term: LossTerm, outputs: losses.Outputs) -> Array:
+  """Returns a loss of the batch, or the mean of the examples' losses."""
+  value = jnp.asarray(term.loss(outputs))
+  if value.shape not in ((), outputs.labels.shape):
+    raise ValueError(
+      f'the loss {term.metric!r} must return shape () or '
+      f'{outputs.labels.shape}, got {value.shape}'
+    )
+  return jnp.mean(value) if value.ndim else value
 
 
 def mean_risk(spec: StepSpec, risks: Array, keep: Array | None) -> Array:
@@ -544,7 +568,7 @@ def init_state(
 
   @jax.jit
   def init(seed: Array) -> tuple[dict[str, PyTree], PyTree]:
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), INIT))
     proxy = {} if spec.proxy is None else variables(spec.proxy, keys[1])
     return variables(spec.model, keys[0]), proxy
 
