@@ -44,7 +44,7 @@ def test_device_scope_ranks_within_each_device():
   this = helpers.Setup(devices=4, **fields, **{'selection.scope': 'device'})
   state, _ = this.run(1)
   pool = helpers.first_pool(this)
-  logits, _ = this.method.model.apply(
+  logits, _ = this.spec.model.apply(
     {'params': this.first.params},
     this.dataset.prepare(pool['inputs']),
     train=False,
@@ -121,7 +121,8 @@ def test_a_switch_on_the_device_equals_the_host_picking(fields):
   host = helpers.Setup(**fields)
   device = helpers.Setup(steps_per_call=4, **fields, **every)
   assert len(device.program.programs) == 1
-  assert len(host.program.programs) == len(host.method.branches()) > 1
+  variants = {host.program.variant(step) for step in range(12)}
+  assert len(host.program.programs) == len(variants) > 1
   one, _ = host.run(8)
   many, _ = device.run(2)
   # Rounding may swap two examples at the edge of what trimming keeps, which
@@ -204,7 +205,7 @@ def test_trimming_keeps_what_the_schedule_says():
   """p from 1 to 0.2 by epoch, half to even, no recompilation."""
   fields = {'trimming.last': 0.2, 'selection.rule': 'uniform', 'steps': 785}
   this = helpers.Setup(**fields)
-  trimming = this.method.trimming
+  trimming = this.spec.trimming
   assert trimming.steps_per_epoch == 157  # 1257 // 8
   # 8, 6.4, 4.8, 3.2, 1.6 examples.
   assert trimming.keep == (8, 6, 5, 3, 2)

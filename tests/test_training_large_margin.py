@@ -149,13 +149,15 @@ def test_the_released_configuration_is_what_is_built():
   config = mnist_large_margin.get_config('small=0.01,noisy=0.4')
   assert config.data.fraction == 0.01
   assert config.data.label_noise == 0.4
-  method = setup_lib.make_spec(config, helpers.digits(), 1)
-  assert method.large_margin.layers == ('input', 'norm1', 'norm2')
-  assert method.large_margin.cross_entropy == 0
-  options = method.large_margin.options
+  spec = setup_lib.make_spec(config, helpers.digits(), 1)
+  assert spec.risk_weight == 0
+  (options,) = (
+    term.loss.keywords for term in spec.terms if term.metric == 'large_margin'
+  )
+  assert options['layers'] == ('input', 'norm1', 'norm2')
   assert (options['gamma'], options['alpha']) == (1e4, 4)
   assert (options['norm'], options['top_k']) == ('l_inf', 1)
-  rates = [float(method.learning_rate(s)) for s in (0, 1999, 2000, 46_000)]
+  rates = [float(spec.learning_rate(s)) for s in (0, 1999, 2000, 46_000)]
   np.testing.assert_allclose(rates, [0.1, 0.1, 0.096, 0.1 * 0.96**23], 1e-6)
   attacked = mnist_large_margin.get_config('attack=pgd,epsilon=0.2')
   assert setup_lib.make_attack(attacked) is not None
