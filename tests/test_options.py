@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import margin_jax
 from margin_jax import config as config_lib
 from margin_jax import models, selection
 from margin_jax.train import loop, runs
@@ -50,7 +51,7 @@ def test_device_scope_ranks_within_each_device():
     train=False,
   )
   scores = np.asarray(
-    selection.mms(logits, this.first.params['head']['kernel'], None, None)
+    margin_jax.mms_scores(logits, this.first.params['head']['kernel'])
   )
   chosen = [
     8 * d + i for d in range(4) for i in np.argsort(scores[8 * d :][:8])[:2]
