@@ -17,6 +17,7 @@ from margin_jax import (
 )
 from tests import references
 from tests.custom import small_network
+from tests.helpers import slow
 
 NORMS = ('l1', 'l2', 'l_inf')
 
@@ -40,7 +41,7 @@ def network(name='resnet8'):
 LABELS = jnp.array([0, 1, 2, 3, 4, 0])
 
 
-@pytest.mark.parametrize('name', ['resnet8', 'cnn', 'mnist_cnn'])
+@pytest.mark.parametrize('name', [*slow('resnet8'), 'cnn', 'mnist_cnn'])
 def test_at_the_features_the_linear_margins_come_out(name):
   model, variables, inputs = network(name)
   logits, _ = model.apply(variables, inputs, train=False)

@@ -6,12 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-import margin_jax
 from margin_jax import config as config_lib
 from margin_jax import models, selection
 from margin_jax.train import loop, runs
 from tests import helpers
-from tests.helpers import slow
 
 RULES = [rule for rule in selection.RULES if rule != 'random']
 
@@ -22,12 +20,9 @@ def run(calls, devices=1, **fields):
 
 
 @pytest.mark.parametrize(
-  ('rule', 'reuse'),
-  [
-    ('mms', 1),
-    *slow(*((x, 1) for x in [*RULES, 'balanced'] if x != 'mms'), ('mms', 2)),
-  ],
+  ('rule', 'reuse'), [*((rule, 1) for rule in [*RULES, 'balanced']), ('mms', 2)]
 )
+@pytest.mark.slow
 def test_device_count_changes_nothing(rule, reuse):
   """Draws, arrangements and the reserve are of the whole pool."""
   fields = {'selection.rule': rule, 'selection.reuse': reuse}
@@ -51,7 +46,9 @@ def test_device_scope_ranks_within_each_device():
     train=False,
   )
   scores = np.asarray(
-    margin_jax.mms_scores(logits, this.first.params['head']['kernel'])
+    selection.mms(
+      helpers.scored(logits, this.first.params['head']['kernel'], None, None)
+    )
   )
   chosen = [
     8 * d + i for d in range(4) for i in np.argsort(scores[8 * d :][:8])[:2]
@@ -102,18 +99,17 @@ def test_every_start_and_stop_say_which_steps_score():
   'fields',
   [
     {'selection.every': 2, 'selection.start': 1},
-    *slow(
-      {'selection.reuse': 2},
-      # Three steps an epoch: the first eight keep 400, 293 and 187.
-      {
-        'trimming.last': 0.2,
-        'trimming.backward': 'kept',
-        'steps': 12,
-        'batch_size': 400,
-      },
-    ),
+    {'selection.reuse': 2},
+    # Three steps an epoch: the first eight keep 400, 293 and 187.
+    {
+      'trimming.last': 0.2,
+      'trimming.backward': 'kept',
+      'steps': 12,
+      'batch_size': 400,
+    },
   ],
 )
+@pytest.mark.slow
 def test_a_switch_on_the_device_equals_the_host_picking(fields):
   """Several steps a call switch inside the program; the costs are the same."""
   rule = 'uniform' if 'trimming.last' in fields else 'mms'
@@ -281,6 +277,7 @@ def test_metrics_tell_what_selection_did():
   assert np.all(metrics['batch_classes'] <= metrics['pool_classes'])
 
 
+@pytest.mark.slow
 def test_class_rates_count_all_that_a_pool_feeds():
   _, metrics = run(4, **{'selection.rule': 'mms', 'selection.reuse': 2})
   pools, batches = metrics['pool_classes'], metrics['batch_classes']
@@ -322,6 +319,7 @@ def own_rule(scored):
   return -scored.labels.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own(tmp_path):
   config = helpers.small_config(**{'selection.rule': 'random'}, steps=10)
   result = loop.train(config, str(tmp_path), rule=own_rule, log=lambda _: None)

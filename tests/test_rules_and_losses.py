@@ -55,6 +55,7 @@ def rarest_class(scored):
   return counts + uniforms
 
 
+@pytest.mark.slow
 def test_a_rule_of_the_whole_pool_does_not_depend_on_devices():
   margin_jax.register_rule('rarest', rarest_class, whole_pool=True)
   margin_jax.register_rule('rarest_of_shard', rarest_class)
@@ -184,6 +185,7 @@ def test_a_registered_loss_is_added_with_its_weight(devices):
   assert metrics['loss_small'][0] > 0
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_whole_batch_is_taken_as_it_is():
   """() is over all devices already."""
 
@@ -200,6 +202,7 @@ def test_a_loss_of_the_whole_batch_is_taken_as_it_is():
   helpers.assert_trees_close(one.params, four.params, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   margin_jax.register_loss(
     'bad', lambda outputs: jnp.log(-jnp.abs(outputs.logits[:, 0]))
@@ -211,6 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     loop.train(config, str(tmp_path), log=lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_loss_may_be_called_as_a_column_is(tmp_path):
   """It takes no other number's place, and a bad one is seen."""
   for name in ('skipped', 'loss', 'seconds', 'pool_classes'):

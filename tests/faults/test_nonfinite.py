@@ -140,6 +140,7 @@ def test_skipping_ranks_nan_scores_last_and_goes_on(tmp_path):
   assert {int(row['skipped']) for row in rows} == {0}
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_parameters_and_averages_alone():
   fields = {**EXPLODES, 'on_nonfinite': 'skip', 'optimizer.momentum': 0.9}
   setup = helpers.Setup(**fields)
