@@ -89,12 +89,11 @@ class Program:
 
     first = next(iter(examples))
     compiled = {None: examples[first]} if self._switches else examples
-    self._programs = {
-      variant: devices.compile(
+    self._programs: dict[Variant | None, devices_lib.Compiled] = {}
+    for variant, data in compiled.items():
+      self._programs[variant] = devices.compile(
         step(spec, variant, steps_per_call), state, data, donate_first=True
       )
-      for variant, data in compiled.items()
-    }
     # XLA counts the body of a loop once: a program of many steps has the FLOPs
     # of one, and one that scores in chunks too few. Of a switch it cannot tell
     # which branch runs.
