@@ -610,8 +610,7 @@ FIELDS: dict[str, Field] = {
   'large_margin.cross_entropy': Field(
     1.0,
     AT_LEAST_0,
-    'Weight of cross-entropy beside it; 0 trains on the large-margin loss '
-    'alone.',
+    'Weight of the risk beside it; 0 trains on the large-margin loss alone.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.layers': Field(

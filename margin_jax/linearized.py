@@ -123,8 +123,9 @@ def layer_margins(
     TypeError: the logits are not floating, or `labels` not integer.
     ValueError: a shape does not fit, or `norm` is unknown.
 
-  Source: Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
-  (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
+  References:
+    Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
+    (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
   """
   check_norm(norm)
   valid = None

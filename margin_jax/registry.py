@@ -24,8 +24,9 @@ def register_rule(
     name: what no rule here is called.
     rule: pure and traceable, `scored -> (B,) scores`, the lowest of which are
       selected; see `selection.Scored` for what it can read.
-    whole_pool: whether it sees the pool of all devices at once, so that it can
-      compare examples with each other. Else it sees one device's shard.
+    whole_pool: whether it sees the pool of all devices at once (with
+      `selection.scope='device'` its device's), so that it can compare examples
+      with each other on any number of devices. Else it sees one device's shard.
 
   Raises:
     TypeError: `rule` is no function of one argument.

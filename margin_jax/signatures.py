@@ -28,7 +28,8 @@ def normalize(
   Returns:
     (N,); NaN where the activations do not vary.
 
-  Source: Jiang et al. 2019, section 3.2.
+  References:
+    Jiang et al. 2019, section 3.2.
   """
   if not total_variation > 0:
     return np.full(np.shape(margins), np.nan)
@@ -56,7 +57,8 @@ def signature(
   Raises:
     ValueError: `kind` is unknown, or `margins` not a vector.
 
-  Source: Jiang et al. 2019, section 3.3.
+  References:
+    Jiang et al. 2019, section 3.3.
   """
   if kind not in SIGNATURES:
     raise ValueError(f'kind must be one of {SIGNATURES}, got {kind!r}')
@@ -136,7 +138,8 @@ def fit_generalization_gap(
     ValueError: a shape does not fit, there are fewer than three networks, or
       a number is not finite, or a signature not positive.
 
-  Source: Jiang et al. 2019, section 3.4, Eq. 7.
+  References:
+    Jiang et al. 2019, section 3.4, Eq. 7.
   """
   from sklearn import linear_model, metrics, model_selection
 

@@ -47,7 +47,8 @@ def pgd(
   Raises:
     ValueError: `steps` is below 1.
 
-  Source: Madry et al. 2018, Eq. 3, without the random start, so that a result
+  References:
+    Madry et al. 2018, Eq. 3, without the random start, so that a result
     needs no seed.
   """
   if steps < 1:
@@ -83,7 +84,8 @@ def fgsm(
 
   Args and returns: those of `pgd`.
 
-  Source: Goodfellow et al. 2015, section 4.
+  References:
+    Goodfellow et al. 2015, section 4.
   """
   return pgd(
     logits_fn,

@@ -106,7 +106,7 @@ def make_spec(
   """Returns the static description of the train step that `config` asks for.
 
   Args:
-    config: validated.
+    config: validated, and effective.
     dataset: of the examples.
     device_count: over all processes.
     rule: a rule of the caller's own, in place of `config.selection.rule`.
@@ -420,7 +420,7 @@ def init_state(
   """Returns the state before the first step.
 
   Args:
-    config: validated.
+    config: validated, and effective.
     dataset: of the examples.
     spec: as `make_spec` returns it.
     restoring: a checkpoint will take the place of the values, so that no
