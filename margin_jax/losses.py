@@ -206,11 +206,12 @@ def large_margin_loss(
 
   Example:
     >>> logits_fn = lambda x: x @ jnp.array([[3.0, 0.0], [0.0, 4.0]])
-    >>> large_margin_loss(
+    >>> loss = large_margin_loss(
     ...   logits_fn, jnp.array([[1.0, 0.0]]), jnp.array([0]), gamma=1.0,
     ...   difference='logits',
-    ... ).round(3).tolist()
-    [-0.6]
+    ... )
+    >>> round(float(loss[0]), 3)
+    -0.6
   """
   _check_options(norm, difference, gamma=gamma, alpha=alpha, epsilon=epsilon)
   labels = jnp.asarray(labels)
