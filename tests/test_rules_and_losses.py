@@ -238,6 +238,12 @@ def test_a_loss_of_another_shape_is_refused():
     plain(**fields).program  # noqa: B018
 
 
+def test_a_risk_is_of_every_example():
+  margin_jax.register_loss('mean', lambda outputs: jnp.mean(outputs.logits))
+  with pytest.raises(ValueError, match=r'loss\.risk must have shape \(8,\)'):
+    plain(**{'loss.risk': 'mean'}).program  # noqa: B018
+
+
 def test_losses_and_their_weights_go_together():
   for fields, message in (
     ({'loss.names': ('hinge',)}, r'loss\.weights=\(\) is not allowed'),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import linearized, losses, selection
+from margin_jax import linearized, losses, margins, selection
 from margin_jax.train import dropout, guard
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
@@ -420,6 +420,7 @@ def gradient_of(
   def loss_function(params: PyTree):
     outputs, batch_stats = training_forward(spec, params, state, batch, key)
     risks = spec.risk(outputs)
+    margins.check_shape('loss.risk', risks, batch['label'].shape, 'an example')
     total = mean_risk(spec, risks, keep)
     if spec.risk_weight is not None:
       total = spec.risk_weight * total
