@@ -38,7 +38,7 @@ RUN = (
 )
 TRACED = (
   ('glue_bert', 'mrpc'),
-  ('glue_bert', 'mnli,spec=baseline'),
+  ('glue_bert', 'mnli,method=baseline'),
   ('cifar100_wrn28_10', 'mms_mmr'),
   ('imagenet_mobilenet', 'mmr'),
   ('figures', 'figure5c'),

@@ -24,7 +24,7 @@ from margin_jax.data.dataset import Split
 
 NAMES = ('entailment',)
 # As GLUE's RTE counts them.
-NOT_ENTAILMENT = 1
+ENTAILMENT, NOT_ENTAILMENT = 0, 1
 EXAMPLES = {'train': 8000, 'test': 1000}
 # Tokens of the longest pair.
 LONGEST = 40

@@ -113,10 +113,9 @@ def test_a_penalty_that_is_in_no_loss_may_overflow(alpha):
   assert int(state.step) == (alpha == 0)
 
 
-def nan_scores(logits, kernel, labels, keys):
-  """A rule of one's own that fails for one class."""
-  del kernel, keys
-  return jnp.where(labels == 3, jnp.nan, logits[:, 0])
+def nan_scores(scored):
+  """A custom rule that fails for one class."""
+  return jnp.where(scored.labels == 3, jnp.nan, scored.logits[:, 0])
 
 
 @pytest.mark.slow

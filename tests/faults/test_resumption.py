@@ -55,7 +55,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, name):
   with pytest.raises(Interrupted):
     train(tmp_path / 'parts', interrupt_at=15, **fields)
   again, lines = train(tmp_path / 'parts', **fields)
-  assert 'starting at step 10' in lines[0]
+  assert any('starting at step 10' in line for line in lines)
   assert runs.digest(tmp_path / 'parts', 20) == runs.digest(
     tmp_path / 'whole', 20
   )
