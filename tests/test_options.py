@@ -60,6 +60,7 @@ def test_device_scope_ranks_within_each_device():
   assert not np.array_equal(whole.counts, expected)
 
 
+@pytest.mark.slow
 def test_reuse_feeds_ranks_in_order():
   """Two steps of one pool train on what one step of twice the batch would."""
   fields = {'selection.rule': 'mms', 'selection.log_counts': True}

@@ -102,6 +102,7 @@ def test_digits_registered_are_the_digits(tmp_path):
 
 
 @pytest.mark.usefixtures('registered')
+@pytest.mark.slow
 def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
   def nearest(scored):
     return selection.mms(scored)

@@ -101,6 +101,7 @@ def test_every_pair_is_in_one_bucket_that_holds_it():
   assert sorted(seen) == list(range(dataset().counts['train']))
 
 
+@pytest.mark.slow
 def test_a_step_selects_the_lowest_of_a_pool_of_one_width():
   this = setup()
   pool = whole_pool(this, 0)
