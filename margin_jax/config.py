@@ -621,8 +621,8 @@ FIELDS: dict[str, Field] = {
     0.5,
     number_or(number(least=0, most=1), 'auto'),
     "Fraction of the examples that is easy. 'auto' follows what is learned: so "
-    'many that of all examples (1 - sqrt(e))^2 are dropped, where e are '
-    'misclassified (rule signed_margin).',
+    'many that an epoch leaves out (1 - sqrt(e))^2 of all examples, where the '
+    'fraction e was misclassified when last seen.',
     needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
   ),
   'selection.drop': Field(

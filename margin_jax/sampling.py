@@ -20,6 +20,22 @@ LARGEST_WEIGHT = 10.0
 Scores = Float[Array, ' N']
 
 
+class Remembered(NamedTuple):
+  """What is remembered of every training example.
+
+  Attributes:
+    scores: (N,) float32, -inf of an example that was in no batch yet.
+    visited: (N,) int32, the step at which each was in a batch last, -1 for
+      none; () where no sampler asks.
+    wrong: (N,) bool, whether each was misclassified then, or was in none; ()
+      where no sampler asks.
+  """
+
+  scores: Float32[Array, ' N']
+  visited: Int32[Array, ' N'] | tuple[()]
+  wrong: Bool[Array, ' N'] | tuple[()]
+
+
 class Order(NamedTuple):
   """The examples of an epoch, in order.
 
@@ -54,8 +70,7 @@ def prune(
   scores: Scores,
   key: Key[Array, ''],
   *,
-  share: float | str = 0.5,
-  threshold: str = 'share',
+  share: float | Float32[Array, ''] | None,
   drop: float = 0.5,
   unbiased: bool = False,
 ) -> Order:
@@ -67,9 +82,8 @@ def prune(
   Args:
     scores: (N,) floating, the largest are easy. -inf and NaN never are.
     key: decides which are dropped, and the order.
-    share: with `threshold='share'`, the fraction of the examples that is easy,
-      those of the largest scores; 'auto' follows `learned_share`.
-    threshold: 'share', or 'mean': easy is what scores above the mean.
+    share: the fraction of the examples that is easy, those of the largest
+      scores; None: easy is what scores above the mean.
     drop: the fraction of the easy examples that is dropped, below 1.
     unbiased: whether the easy examples that stay weigh 1 / (1 - drop), so that
       the expectation of the epoch's loss is that of all examples.
@@ -78,16 +92,10 @@ def prune(
     The order; its `count` is N - ceil(drop * easy).
 
   References:
-    Qin et al. 2024 (InfoBatch), with `threshold='mean'` and minus the loss as
-    scores.
+    Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
   """
   n = scores.shape[0]
-  if threshold == 'mean':
-    easy = above_mean(scores)
-  elif share == 'auto':
-    easy = largest(scores, learned_share(scores, drop))
-  else:
-    easy = largest(scores, jnp.float32(share))
+  easy = above_mean(scores) if share is None else largest(scores, share)
   dropping, ordering = jax.random.split(key)
   total = jnp.sum(easy)
   # A little more than exact: 0.1 * 50 must not become 4 by rounding.
@@ -111,13 +119,15 @@ def above_mean(scores: Scores) -> Bool[Array, ' N']:
   return scores > mean
 
 
-def largest(scores: Scores, share: Float32[Array, '']) -> Bool[Array, ' N']:
+def largest(
+  scores: Scores, share: float | Float32[Array, '']
+) -> Bool[Array, ' N']:
   """Returns which examples are the `share` of largest scores.
 
   Ties go by index, to the later; -inf and NaN are never among them.
   """
   n = scores.shape[0]
-  many = jnp.floor(share * n * (1 + 1e-6)).astype(jnp.int32)
+  many = jnp.floor(jnp.float32(share) * n * (1 + 1e-6)).astype(jnp.int32)
   known = scores > -jnp.inf
   return known & (ranks(jnp.where(known, scores, -jnp.inf)) >= n - many)
 
@@ -129,21 +139,21 @@ def ranks(scores: Scores) -> Int32[Array, ' N']:
   return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
 
 
-def learned_share(scores: Scores, drop: float) -> Float32[Array, '']:
+def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
   """Returns a share of easy examples that follows what is learned.
 
       share = min(1 - e, (1 - sqrt(e))^2 / drop)
 
-  e is the fraction of examples whose score is not positive: of remembered
-  signed margins, those misclassified when last seen. So the fraction
-  (1 - sqrt(e))^2 of all examples is dropped in an epoch: a quarter where a
-  quarter is misclassified, 81% where 1% is.
+  e is the fraction of examples that were misclassified when they were in a
+  batch last, or were in none. So the fraction (1 - sqrt(e))^2 of all examples
+  is dropped in an epoch: a quarter of them where a quarter is misclassified,
+  81% where 1% is.
 
   Args:
-    scores: (N,) signed margins.
-    drop: the fraction of the easy examples that is dropped.
+    wrong: (N,) bool.
+    drop: the fraction of the easy examples that is dropped, above 0.
   """
-  error = 1 - jnp.mean(scores > 0, dtype=jnp.float32)
+  error = jnp.mean(wrong, dtype=jnp.float32)
   return jnp.minimum(1 - error, jnp.square(1 - jnp.sqrt(error)) / drop)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from margin_jax import margins, sampling
+from margin_jax import margins, sampling, selection
 from margin_jax.train.spec import MemorySpec, StepSpec
 
 PyTree = Any
@@ -25,17 +25,13 @@ class Memory(flax.struct.PyTreeNode):
   """What is remembered of every training example; the same on all devices.
 
   Attributes:
-    scores: (N,) float32, lowest first as everywhere; -inf where an example was
-      in no batch yet.
-    visited: (N,) int32, the last step that each was in a batch at, -1 for none;
-      () where no sampler asks.
+    examples: of each its score, and what else a sampler asks for.
     feature_norm: () float32, the running mean of the features' norms, which
       scores that are distances are divided by: features grow while training,
       and old and new scores could not be compared. 0 before the first batch.
   """
 
-  scores: Array
-  visited: PyTree
+  examples: sampling.Remembered
   feature_norm: Array
 
 
@@ -43,11 +39,12 @@ def create(spec: MemorySpec | None, examples: int) -> PyTree:
   """Returns the memory before the first step; {} where none is kept."""
   if spec is None:
     return {}
-  return Memory(
+  remembered = sampling.Remembered(
     scores=jnp.full(examples, -jnp.inf, jnp.float32),
     visited=jnp.full(examples, -1, jnp.int32) if spec.visits else (),
-    feature_norm=jnp.float32(0),
+    wrong=jnp.ones(examples, bool) if spec.errors else (),
   )
+  return Memory(remembered, jnp.float32(0))
 
 
 class Sampler:
@@ -64,21 +61,20 @@ class Sampler:
     self, key: Array, epoch: Array, rows: Array | None
   ) -> sampling.Order:
     """See `data.Sampler`; the first epochs and the tail are shuffled."""
-    memory = self._memory
-    scores, visited = memory.scores, memory.visited
+    remembered = self._memory.examples
     if rows is not None:
-      scores = scores[rows]
-      visited = visited[rows] if self._spec.visits else visited
+      remembered = jax.tree.map(lambda x: x[rows], remembered)
+    examples = len(remembered.scores)
     return jax.lax.cond(
       (epoch < self._spec.warmup) | self.tail,
-      lambda: sampling.shuffle(key, len(scores), self._spec.weighted),
-      lambda: self._spec.sample(scores, visited, key, self._step),
+      lambda: sampling.shuffle(key, examples, self._spec.weighted),
+      lambda: self._spec.sample(remembered, key, self._step),
     )
 
 
 def sampler(spec: StepSpec, memory: PyTree, step: Array) -> Sampler | None:
   """Returns the sampler of a step; None shuffles."""
-  if spec.memory is None or spec.memory.sample is None:
+  if spec.memory is None:
     return None
   return Sampler(spec.memory, memory, step)
 
@@ -88,8 +84,7 @@ def write(
   memory: PyTree,
   step: Array,
   scores: Array,
-  features: Array,
-  index: Array,
+  scored: selection.Scored,
 ) -> PyTree:
   """Returns the memory with the scores of a batch.
 
@@ -98,28 +93,27 @@ def write(
     memory: of the step before.
     step: () int32.
     scores: (b,) of this device's shard of the batch.
-    features: (b, D).
-    index: (b,) int32, which training examples these are.
+    scored: what they are scores of.
   """
-  norms = margins.row_norms(features.astype(jnp.float32))
+  norms = margins.row_norms(scored.features.astype(jnp.float32))
+  wrong = jnp.argmax(scored.logits, axis=1) != scored.labels
   # Gathered first: a mean of the devices' means would depend on their number.
-  scores, norms, index = jax.lax.all_gather(
-    (scores, norms, index), spec.axis_name, tiled=True
+  scores, norms, wrong, index = jax.lax.all_gather(
+    (scores, norms, wrong, scored.index), spec.axis_name, tiled=True
   )
+  old = memory.examples
   mean = jnp.mean(norms)
   running = NORM_DECAY * memory.feature_norm + (1 - NORM_DECAY) * mean
   running = jnp.where(memory.feature_norm == 0, mean, running)
   if spec.memory.rule.distance:
     scores = scores / jnp.where(running > 0, running, 1)
   if spec.memory.decay:
-    old = memory.scores[index]
-    average = spec.memory.decay * old + (1 - spec.memory.decay) * scores
-    scores = jnp.where(jnp.isfinite(old), average, scores)
-  visited = memory.visited
-  if spec.memory.visits:
-    visited = visited.at[index].set(step)
-  return memory.replace(
-    scores=memory.scores.at[index].set(scores),
-    visited=visited,
-    feature_norm=running,
+    last = old.scores[index]
+    average = spec.memory.decay * last + (1 - spec.memory.decay) * scores
+    scores = jnp.where(jnp.isfinite(last), average, scores)
+  new = sampling.Remembered(
+    scores=old.scores.at[index].set(scores),
+    visited=old.visited.at[index].set(step) if spec.memory.visits else (),
+    wrong=old.wrong.at[index].set(wrong) if spec.memory.errors else (),
   )
+  return Memory(new, running)

@@ -253,9 +253,9 @@ def _check_memory(flat: Flat) -> None:
     )
     require(size <= pool <= most, 'pool_size', pool, allowed)
   if flat['selection.share'] == 'auto':
-    allowed = f"a number with selection.rule={rule!r}: 'auto' is of "
-    allowed += "'signed_margin', whose sign tells what is learned"
-    require(rule == 'signed_margin', 'selection.share', 'auto', allowed)
+    drop = flat['selection.drop']
+    allowed = "above 0 with selection.share='auto', which divides by it"
+    require(drop > 0, 'selection.drop', drop, allowed)
 
 
 def _check_trimming(flat: Flat) -> None:

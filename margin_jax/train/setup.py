@@ -274,6 +274,7 @@ def _memory(
     sample=_sampler(config, tail),
     weighted=options.unbiased,
     visits=options.explore > 0,
+    errors=options.share == 'auto',
     warmup=options.warmup,
     tail=tail,
   )
@@ -283,32 +284,35 @@ def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
   """Returns what makes the order of an epoch from the remembered scores."""
   options = config.selection
 
-  def pool(scores: Array, visited: Any, key: Array, step: Array):
+  def pool(remembered: sampling.Remembered, key: Array, step: Array):
     del step
     return sampling.pools(
-      scores,
-      visited,
+      remembered.scores,
+      remembered.visited,
       key,
       pool_size=config.pool_size,
       batch_size=config.batch_size,
       explore=options.explore,
     )
 
-  def prune(scores: Array, visited: Any, key: Array, step: Array):
-    del visited, step
+  def prune(remembered: sampling.Remembered, key: Array, step: Array):
+    del step
+    share = options.share
+    if options.threshold == 'mean':
+      share = None
+    elif share == 'auto':
+      share = sampling.learned_share(remembered.wrong, options.drop)
     return sampling.prune(
-      scores,
+      remembered.scores,
       key,
-      threshold=options.threshold,
-      share=options.share,
+      share=share,
       drop=options.drop,
       unbiased=options.unbiased,
     )
 
-  def weighted(scores: Array, visited: Any, key: Array, step: Array):
-    del visited
+  def weighted(remembered: sampling.Remembered, key: Array, step: Array):
     return sampling.weighted(
-      scores,
+      remembered.scores,
       key,
       batch_size=config.batch_size,
       # It falls geometrically, and would be 1 at the tail.

@@ -78,8 +78,8 @@ class Selection:
     return (step - self.start) % self.reuse
 
 
-# (scores, visited, key, step) -> the order of an epoch, from the score memory.
-SampleFunction = Callable[[Array, Array, Array, Array], sampling.Order]
+# (remembered, key, step) -> the order of an epoch.
+SampleFunction = Callable[[sampling.Remembered, Array, Array], sampling.Order]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +89,20 @@ class MemorySpec:
   Attributes:
     rule: scores the examples of a batch.
     decay: of the exponential average of an example's scores; 0 keeps the last.
-    sample: makes the order of an epoch; None only remembers.
+    sample: makes the order of an epoch.
     weighted: whether that order has weights.
     visits: whether it is remembered when an example was in a batch.
+    errors: whether it is remembered if it was misclassified then.
     warmup: the first epochs, which are shuffled.
     tail: the first step of the run's last part, which is shuffled.
   """
 
   rule: selection.Rule
   decay: float
-  sample: SampleFunction | None
+  sample: SampleFunction
   weighted: bool
   visits: bool
+  errors: bool
   warmup: int
   tail: int
 

@@ -561,9 +561,7 @@ def remember(
   key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   scored = what_rules_read(spec, logits, features, kernel, batch, key)
   scores = rule_scores(spec, spec.memory.rule, scored, True)
-  return memory_lib.write(
-    spec, state.memory, state.step, scores, features, batch['index']
-  )
+  return memory_lib.write(spec, state.memory, state.step, scores, scored)
 
 
 def train_proxy(
