@@ -287,3 +287,12 @@ def large_margin_losses(
       per_layer.append(-sum(min(max(d, low), gamma) for d in distances))
     losses.append(sum(per_layer) / len(per_layer))
   return np.array(losses)
+
+
+def class_accuracies(labels, predictions) -> dict[int, float]:
+  """How many of each class are recognised, for the classes that there are."""
+  right, counts = {}, {}
+  for label, prediction in zip(labels, predictions, strict=True):
+    counts[label] = counts.get(label, 0) + 1
+    right[label] = right.get(label, 0) + (label == prediction)
+  return {label: right[label] / counts[label] for label in counts}
