@@ -274,7 +274,7 @@ def stable(name: str, found: dict) -> dict[str, object]:
   for split in ('test', 'validation'):
     if split in kept:  # of a class, one example is a lot
       kept[split] = {**kept[split]}
-      del kept[split]['worst_class_accuracy']
+      kept[split].pop('worst_class_accuracy', None)
   if name == STABLE[-1]:
     kept['counts'] = found['state']['counts']
   return {'columns': found['columns'], **kept}
