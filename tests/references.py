@@ -325,3 +325,12 @@ def pool_batches(scores, visited, order, pool_size, batch_size, explore=0.0):
     rest = sorted((i for i in pool if i not in oldest), key=lambda i: scores[i])
     batches.append(oldest + rest[: batch_size - count])
   return batches
+
+
+def class_accuracies(labels, predictions) -> dict[int, float]:
+  """How many of each class are recognised, for the classes that there are."""
+  right, counts = {}, {}
+  for label, prediction in zip(labels, predictions, strict=True):
+    counts[label] = counts.get(label, 0) + 1
+    right[label] = right.get(label, 0) + (label == prediction)
+  return {label: right[label] / counts[label] for label in counts}

@@ -10,6 +10,7 @@ import pytest
 
 import margin_jax
 from margin_jax import data
+from margin_jax.data import in_memory
 from margin_jax.train import loop
 from tests import helpers, references
 from tests.helpers import slow
@@ -102,23 +103,20 @@ def test_a_step_writes_the_scores_of_its_batch(rule):
 
 def test_an_average_of_scores_decays():
   """The first score of an example stands; later ones are averaged in."""
-  (one, _), (average, _) = (
-    setup(**{**PRUNE, 'selection.decay': decay}).run(1) for decay in (0.0, 0.75)
+  last, average = (
+    setup(**{**PRUNE, 'selection.decay': decay}) for decay in (0.0, 0.75)
   )
-  helpers.assert_trees_equal(one.memory, average.memory)
-  this = setup(**{**PRUNE, 'selection.decay': 0.75, 'selection.rule': 'loss'})
-  before, _ = this.run(12)  # the whole first epoch
-  batch, logits, _ = scored_batch(this, before, 12)
-  after, _ = this.run(13)
-  index = np.flatnonzero(
-    before.memory.examples.scores != after.memory.examples.scores
-  )
+  before, _ = last.run(12)  # the whole first epoch
+  helpers.assert_trees_equal(before.memory, average.run(12)[0].memory)
+  old = before.memory.examples.scores
+  new = last.run(13)[0].memory.examples.scores
+  index = np.flatnonzero(old != new)
   assert len(index) == 8
-  del batch, logits
-  last = setup(**{**PRUNE, 'selection.rule': 'loss'})
-  # The samplers of both agree as long as their memories do.
-  new = last.run(12)[0].memory.examples.scores[index]
-  np.testing.assert_allclose(before.memory.examples.scores[index], new)
+  np.testing.assert_allclose(
+    average.run(13)[0].memory.examples.scores[index],
+    0.75 * old[index] + 0.25 * new[index],
+    1e-5,
+  )
 
 
 @pytest.mark.parametrize('sampler', [*SAMPLERS])
@@ -203,9 +201,10 @@ def test_a_stopped_run_ends_with_the_same_bits(sampler, tmp_path):
 def test_a_memory_step_is_a_plain_step(tmp_path):
   """The same parameters as plain training, while epochs are whole."""
   fields = {'steps': 12, 'log_every': 12}
+  whole = {'selection.tail': 0.0}
   (plain, _), (memory, _) = (
     setup(**{**fields, **more}).run(12)
-    for more in ({'selection.rule': 'uniform'}, PRUNE)
+    for more in ({'selection.rule': 'uniform'}, {**PRUNE, **whole})
   )
   helpers.assert_trees_close(plain.params, memory.params, 1e-6)
   cost = setup(**PRUNE).program.cost(0, 12)
@@ -363,17 +362,18 @@ def test_weights_of_sampler_and_dataset_multiply():
   }
   this = helpers.Setup(dataset=of_vectors('both', weights), **fields)
   state, _ = this.run(9)  # one step into the second epoch
-  sampler = state.sampler
-  rows = np.asarray(sampler.order)[:8]
-  given = np.asarray(sampler.weights)[:8]
-  assert {*given.round(3).tolist()} <= {1.0, 2.5}
-  before, _ = this.run(8)
-  key = jax.random.fold_in(jax.random.key(0), 2)
-  state = jax.tree.map(jnp.asarray, sampler.replace(cursor=jnp.int32(0)))
-  del before
-  _, batch = helpers.sampler(this.dataset, 8)(state, this.data, key, 8)
-  np.testing.assert_array_equal(batch['index'], rows)
-  np.testing.assert_allclose(batch['weights'], given * weights[rows])
+  rows, given = (
+    np.asarray(x)[:8] for x in (state.sampler.order, state.sampler.weights)
+  )
+  assert {*given.round(3).tolist()} == {1.0, 2.5}
+
+  def take():
+    return in_memory.take_weights(
+      state.sampler.replace(cursor=0), {'weights': weights[rows]}, 8, 'device'
+    )
+
+  _, batch = jax.vmap(take, axis_name='device', axis_size=1)()
+  np.testing.assert_allclose(batch['weights'][0], given * weights[rows])
 
 
 @pytest.mark.parametrize(
