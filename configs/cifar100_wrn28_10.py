@@ -47,6 +47,7 @@ def get_config(argument: str | None = None):
     argument,
     method=('baseline', 'mmr', 'mms', 'mms_mmr'),
     regime=('standard', 'early_drop'),
+    selection=('fresh', 'memory', 'proxy'),
   )
   regime = REGIMES[args.regime]
   config = config_lib.default()
@@ -63,7 +64,9 @@ def get_config(argument: str | None = None):
   config.optimizer.boundaries = regime['boundaries']
   config.optimizer.weight_decay = 5e-4
   if 'mms' in args.method.split('_'):
-    config.selection.rule = 'mms'
+    config.update_from_flattened_dict(
+      config_lib.preset(args.selection, config.data.name)
+    )
   if 'mmr' in args.method.split('_'):
     config.mmr.alpha = 1e-5
     config.mmr.alpha_end = 1e-3

@@ -5,7 +5,8 @@
 
 Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
 steps, the papers' 200 epochs of 50,000 images; 5,000 are held out here) or
-`regime=early_drop` (44K steps).
+`regime=early_drop` (44K steps), and `selection=fresh` (the papers' pools),
+`memory` (soft pruning by remembered margins; no pool) or `proxy`.
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
 submission, Table 1):
@@ -50,6 +51,7 @@ def get_config(argument: str | None = None):
     argument,
     method=('baseline', 'mmr', 'mms', 'mms_mmr'),
     regime=('standard', 'early_drop'),
+    selection=('fresh', 'memory', 'proxy'),
   )
   regime = REGIMES[args.regime]
   config = config_lib.default()
@@ -66,7 +68,9 @@ def get_config(argument: str | None = None):
   config.optimizer.boundaries = regime['boundaries']
   config.optimizer.weight_decay = 1e-4
   if 'mms' in args.method.split('_'):
-    config.selection.rule = 'mms'
+    config.update_from_flattened_dict(
+      config_lib.preset(args.selection, config.data.name)
+    )
   if 'mmr' in args.method.split('_'):
     config.mmr.alpha = 1e-5
     config.mmr.alpha_end = 1e-3

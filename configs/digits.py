@@ -2,6 +2,9 @@
 
     python -m margin_jax.train --config=configs/digits.py --workdir=/tmp/digits
 
+Argument: how examples are selected, `selection=fresh` (MMS of a pool of 128),
+`memory` (soft pruning by remembered margins, no pool is scored) or `proxy`.
+
 Expected: at least 98% test accuracy. Cost: under a minute on two CPU cores.
 No paper has this row; it is the first thing to run.
 """
@@ -9,8 +12,11 @@ No paper has this row; it is the first thing to run.
 from margin_jax import config as config_lib
 
 
-def get_config():
+def get_config(argument: str | None = None):
   """A small CNN, b=32 of B=128, MMR rising linearly."""
+  args = config_lib.parse_arguments(
+    argument, selection=('fresh', 'memory', 'proxy')
+  )
   config = config_lib.default()
   config.steps = 1000
   config.batch_size = 32
@@ -25,7 +31,9 @@ def get_config():
   config.optimizer.learning_rates = (0.05, 0.005)
   config.optimizer.boundaries = (700,)
   config.optimizer.weight_decay = 1e-4
-  config.selection.rule = 'mms'
+  config.update_from_flattened_dict(
+    config_lib.preset(args.selection, config.data.name)
+  )
   config.mmr.alpha = 1e-5
   config.mmr.alpha_end = 1e-3
   return config

@@ -73,6 +73,15 @@ def number(
   return Check(holds, lambda: allowed, float)
 
 
+def number_or(check: Check, *words: str) -> Check:
+  """Allows what a check of a number allows, and some words."""
+  return Check(
+    lambda value: value in words or check.holds(value),
+    lambda: f'{check.allowed()}, or one of {words}',
+    object,
+  )
+
+
 def string() -> Check:
   """Allows a string that is not empty."""
   return Check(

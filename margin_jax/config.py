@@ -20,6 +20,7 @@ from margin_jax.checks import (
   integer,
   known,
   number,
+  number_or,
   one_of,
   optional,
   several,
@@ -112,9 +113,21 @@ def _model(words: str, option: str) -> Need:
 
 
 def _any_batch_norm(config: Flat) -> bool:
-  proxy = config['selection.proxy'] if SCORING.met(config) else None
+  proxy = config['selection.proxy'] if FRESH.met(config) else None
   names = config['model.name'], proxy
   return any(name and models.find(name).batch_norm for name in names)
+
+
+def scores_pools(config: Flat) -> bool:
+  """Returns whether a forward pass scores pools of examples."""
+  return config['selection.rule'] != UNIFORM and not config['selection.memory']
+
+
+def samples_pools(config: Flat) -> bool:
+  """Returns whether batches are selected from pools, however these score."""
+  if config['selection.rule'] == UNIFORM:
+    return False
+  return scores_pools(config) or config['selection.sampler'] == 'pool'
 
 
 def _is_images(name: str) -> bool:
@@ -127,6 +140,22 @@ SCORING = Need(
   lambda config: config['selection.rule'] != UNIFORM,
   'selection.rule',
 )
+FRESH = Need(
+  f'a selection.rule other than {UNIFORM!r}, without selection.memory',
+  lambda config: scores_pools(config),
+  'selection.memory',
+)
+POOL = Need(
+  "a selection.rule other than 'uniform', and of samplers 'pool'",
+  lambda config: samples_pools(config),
+  'selection.sampler',
+)
+MEMORY = Need(
+  'selection.memory',
+  lambda config: config['selection.memory'] and SCORING.met(config),
+  'selection.memory',
+)
+PRUNE = _equal('selection.sampler', 'prune')
 TRIMMING = Need(
   'trimming.first or trimming.last below 1',
   lambda config: min(config['trimming.first'], config['trimming.last']) < 1,
@@ -149,7 +178,8 @@ def _steps_may_change(config: Flat) -> bool:
   """Unless something is linear between the first step and the last."""
   trims = config['trimming.first'] != config['trimming.last']
   alpha = config['mmr.alpha_end'] is not None
-  return not (trims or alpha or config['optimizer.decay'] == 'linear')
+  decays = config['optimizer.decay'] == 'linear'
+  return not (trims or alpha or decays or MEMORY.met(config))
 
 
 def _devices_may_change(config: Flat) -> bool:
@@ -198,8 +228,8 @@ FIELDS: dict[str, Field] = {
   'pool_size': Field(
     640,
     integer(1),
-    'Examples that are scored to select from, B, over all devices.',
-    needs=[SCORING],
+    'Examples to select a batch from, B, over all devices.',
+    needs=[POOL],
   ),
   'devices': Field(
     None,
@@ -474,56 +504,147 @@ FIELDS: dict[str, Field] = {
     'global',
     one_of('global', 'device'),
     'Examples are ranked over all devices, or over those of each device.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.batch_stats': Field(
     'selected',
     one_of('selected', 'pool'),
     "The model's running BatchNorm statistics follow the selected batches, or "
     'the pool, which a train-mode forward then scores.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.reuse': Field(
     1,
     integer(1),
     'One scored pool feeds so many steps, best ranks first.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.every': Field(
     1,
     integer(1),
     'Score at every n-th step; the others are plain.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.start': Field(
     0,
     integer(0),
     'First step that scores; those before are plain.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.stop': Field(
     None,
     optional(integer(1)),
     'From this step on nothing is scored.',
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.score_dtype': Field(
     None,
     optional(DTYPE),
     "Score in this dtype; None is the model's.",
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.score_resolution': Field(
     None,
     optional(integer(4)),
     "Score images of this side; None is the images' own.",
-    needs=[SCORING],
+    needs=[FRESH],
   ),
   'selection.proxy': Field(
     None,
     optional(MODEL),
     'Score with this small model, trained along; None is the model itself.',
+    needs=[FRESH],
+  ),
+  'selection.proxy_every': Field(
+    1,
+    integer(1),
+    'The proxy is trained at every n-th step.',
+    needs=[
+      FRESH,
+      Need(
+        'a selection.proxy',
+        lambda config: config['selection.proxy'] is not None,
+        'selection.proxy',
+      ),
+    ],
+  ),
+  # The score memory, in place of scoring pools.
+  'selection.memory': Field(
+    False,
+    flag(),
+    'No pool is scored: the rule scores each batch by its own training '
+    "forward, and the sampler chooses the next epoch's examples by these "
+    'scores.',
     needs=[SCORING],
+  ),
+  'selection.sampler': Field(
+    'pool',
+    one_of('pool', 'prune', 'weighted'),
+    "Which examples an epoch has: of small pools the lowest scores ('pool'), "
+    "all but a random part of the easy ones ('prune'), or batches sampled by "
+    "rank, low scores most often ('weighted').",
+    needs=[MEMORY],
+  ),
+  'selection.warmup': Field(
+    1,
+    integer(0),
+    'First epochs of all examples, shuffled.',
+    needs=[MEMORY],
+  ),
+  'selection.tail': Field(
+    0.125,
+    number(least=0, most=1),
+    'Last fraction of the steps that samples all examples, shuffled.',
+    needs=[MEMORY],
+  ),
+  'selection.decay': Field(
+    0.0,
+    number(least=0, below=1),
+    "Of the exponential average of an example's scores; 0 keeps the last.",
+    needs=[MEMORY],
+  ),
+  'selection.explore': Field(
+    0.0,
+    number(least=0, most=1),
+    'Fraction of the batch that are the examples of the pool trained on '
+    'longest ago.',
+    needs=[MEMORY, _equal('selection.sampler', 'pool')],
+  ),
+  'selection.threshold': Field(
+    'share',
+    one_of('share', 'mean'),
+    'Which examples are easy: the selection.share of largest scores, or those '
+    "above the mean ('mean'; with the rule loss this is InfoBatch).",
+    needs=[MEMORY, PRUNE],
+  ),
+  'selection.share': Field(
+    0.5,
+    number_or(number(least=0, most=1), 'auto'),
+    "Fraction of the examples that is easy. 'auto' follows what is learned: so "
+    'many that an epoch leaves out (1 - sqrt(e))^2 of all examples, where the '
+    'fraction e was misclassified when last seen.',
+    needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
+  ),
+  'selection.drop': Field(
+    0.5,
+    number(least=0, below=1),
+    'Fraction of the easy examples that an epoch leaves out, at random.',
+    needs=[MEMORY, PRUNE],
+  ),
+  'selection.pressure': Field(
+    100.0,
+    number(least=1, most=losses.LARGEST),
+    'How many times more often the lowest score is sampled than the largest, '
+    'at first; it falls geometrically to 1.',
+    needs=[MEMORY, _equal('selection.sampler', 'weighted')],
+  ),
+  'selection.unbiased': Field(
+    False,
+    flag(),
+    'Weigh examples so that the expected loss is that of all: those of '
+    "'prune' that are easy and stay by 1 / (1 - drop), those of 'weighted' by "
+    'clipped inverse probabilities.',
+    needs=[MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(
     0.0,
@@ -531,13 +652,13 @@ FIELDS: dict[str, Field] = {
     'How much the hard fraction of the batch grows per epoch of pools, the '
     'rest being random; classes are balanced. 0 is plain hard-negative '
     "mining; the authors' value is 0.1.",
-    needs=[_equal('selection.rule', 'loss')],
+    needs=[FRESH, _equal('selection.rule', 'loss')],
   ),
   'selection.beta': Field(
     1.0,
     AT_LEAST_0,
     'Power of the loss percentile.',
-    needs=[_equal('selection.rule', 'selective_backprop')],
+    needs=[FRESH, _equal('selection.rule', 'selective_backprop')],
   ),
   'selection.log_counts': Field(
     False,
@@ -706,9 +827,39 @@ def default() -> ml_collections.ConfigDict:
     for section in sections:
       values = values.setdefault(section, {})
     values[leaf] = field.default
-    if field.default is None:
-      values[leaf] = config_dict.placeholder(field.check.type)
+    if field.default is None or field.check.type is object:
+      values[leaf] = config_dict.FieldReference(field.default, field.check.type)
   return ml_collections.ConfigDict(nested)
+
+
+# Ways to select, by name: an argument of config files, a method of `compare`.
+PRESETS = ('memory', 'proxy', 'fresh')
+
+
+def preset(name: str, dataset: str) -> Flat:
+  """Returns the fields of a way to select, so that nobody has to know ten.
+
+  Args:
+    name: 'memory' prunes softly by remembered margins, and scores no pool;
+      'proxy' scores pools by a small model, 'fresh' by the model itself.
+    dataset: a `data.name`, for which there is a proxy.
+  """
+  small = 'bert2_128_2' if dataset in data.SENTENCES else 'resnet8'
+  memory = {
+    'selection.rule': 'signed_margin',
+    'selection.memory': True,
+    'selection.sampler': 'prune',
+    'selection.share': 'auto',
+    'selection.drop': 0.9,
+  }
+  proxy = {
+    'selection.rule': 'mms',
+    'selection.memory': False,
+    'selection.proxy': small,
+    'selection.proxy_every': 4,
+  }
+  fresh = {'selection.rule': 'mms', 'selection.memory': False}
+  return {'memory': memory, 'proxy': proxy, 'fresh': fresh}[name]
 
 
 def require(holds: bool, name: str, value: Any, allowed: str) -> None:

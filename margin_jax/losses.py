@@ -31,6 +31,7 @@ def mmr_penalty(
   *,
   reduction: str = 'mean_of_squares',
   stop_feature_gradient: bool = False,
+  weights: Float[Array, ' B'] | None = None,
   axis_name: str | None = None,
 ) -> Float[Array, '']:
   """Computes the multi-margin regularization (MMR) of a batch.
@@ -43,6 +44,8 @@ def mmr_penalty(
   `reduction='square_of_mean'` it is the form of the authors' later code,
 
       mmr = (max_k || phi_k || * mean_i || w_y - w_m ||)^2
+
+  With `weights` v the means are of v_i R_i and of v_i || w_y - w_m ||.
 
   The gradient flows through both factors, and is 0 (never NaN) at equal
   columns, at zero features, and where the penalty overflows to infinity.
@@ -60,6 +63,7 @@ def mmr_penalty(
     labels: (B,) integers in [0, C). Another label makes the result NaN.
     reduction: 'mean_of_squares' (the paper) or 'square_of_mean'.
     stop_feature_gradient: treat the second factor as a constant.
+    weights: (B,) floating, of the examples in the mean; None is 1.
     axis_name: the mapped axis to reduce over, if any.
 
   Returns:
@@ -96,6 +100,10 @@ def mmr_penalty(
   )
   if not features.shape[0]:
     raise ValueError('features must hold at least one example, got none')
+  if weights is not None:
+    weights = jnp.asarray(weights)
+    margins.check_floating('weights', weights, 1)
+    margins.check_shape('weights', weights, labels.shape, 'one an example')
   dtype, wide = margins.compute_dtype(features, logits, kernel)
   features, columns = features.astype(wide), kernel.astype(wide).T
 
@@ -117,6 +125,8 @@ def mmr_penalty(
   square_of_mean = reduction == 'square_of_mean'
   if square_of_mean:
     width = jnp.where(valid, margins.row_norms(difference), jnp.nan)
+  if weights is not None:
+    width = weights.astype(wide) * width
   mean = jnp.mean(width)
   if axis_name is not None:
     mean = jax.lax.pmean(mean, axis_name)
@@ -308,6 +318,8 @@ class Outputs(NamedTuple):
     kernel: (D, C) float32, the last layer's weights.
     labels: (b,) int32 in [0, C).
     index: (b,) int32, which training example each is.
+    weights: (b,) float32, how much each counts in the mean; or None, which is
+      1. The trainer applies them to what is returned for each example.
     linearize: `layers -> (logits_fn, perturbations)` as of `at_layers`, in
       evaluation mode with the statistics of the batch itself. In training mode
       the examples would leak into each other's gradients through BatchNorm, and
@@ -320,6 +332,7 @@ class Outputs(NamedTuple):
   kernel: Float[Array, 'D C']
   labels: Integer[Array, ' b']
   index: Int32[Array, ' b']
+  weights: Float32[Array, ' b'] | None
   linearize: Callable
   axis_name: str
 
@@ -354,6 +367,7 @@ def mmr(outputs: Outputs, **options: object) -> Float32[Array, '']:
     outputs.logits,
     outputs.kernel,
     outputs.labels,
+    weights=outputs.weights,
     axis_name=outputs.axis_name,
     **options,
   )

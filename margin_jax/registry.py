@@ -10,11 +10,16 @@ import flax.linen as nn
 import numpy as np
 
 from margin_jax import data, losses, models, selection
+from margin_jax.config import PRESETS
 from margin_jax.data import registered
 
 
 def register_rule(
-  name: str, rule: selection.RuleFunction, *, whole_pool: bool = False
+  name: str,
+  rule: selection.RuleFunction,
+  *,
+  whole_pool: bool = False,
+  distance: bool = False,
 ) -> None:
   """Makes a function of your own a rule: a `selection.rule`.
 
@@ -27,15 +32,17 @@ def register_rule(
     whole_pool: whether it sees the pool of all devices at once (with
       `selection.scope='device'` its device's), so that it can compare examples
       with each other on any number of devices. Else it sees one device's shard.
+    distance: whether scores are distances between features and boundaries:
+      `selection.memory` divides them by the mean norm of the features.
 
   Raises:
     TypeError: `rule` is no function of one argument.
     ValueError: the name is taken.
   """
-  if name in selection.RULES or name == 'uniform':
+  if name in (*selection.RULES, 'uniform', *PRESETS):
     raise ValueError(f'rule {name!r} is there already; take another name')
   check_rule(name, rule)
-  selection.REGISTERED[name] = selection.Rule(rule, whole_pool)
+  selection.REGISTERED[name] = selection.Rule(rule, whole_pool, distance)
 
 
 def check_rule(name: str, rule: object) -> None:
@@ -73,7 +80,7 @@ def register_loss(name: str, loss: losses.Loss) -> None:
   if problem:
     raise TypeError(
       f'loss {name!r} {problem}: write `def loss(outputs)` and read '
-      'outputs.logits, .features, .kernel, .labels and .index'
+      'outputs.logits, .features, .kernel, .labels, .index and .weights'
     )
   losses.REGISTERED[name] = loss
 
@@ -139,7 +146,7 @@ def register_model(
 def register_dataset(
   name: str,
   *,
-  train: tuple[np.ndarray, np.ndarray],
+  train: tuple[np.ndarray, ...],
   test: tuple[np.ndarray, np.ndarray],
   num_classes: int | None = None,
 ) -> None:
@@ -151,9 +158,11 @@ def register_dataset(
 
   Args:
     name: what no dataset here is called.
-    train: inputs (N, H, W, channels) uint8 or (N, ...) floating, and labels
-      (N,) integers in [0, C).
-    test: the same of the test split.
+    train: inputs (N, H, W, channels) uint8 or (N, ...) floating, labels (N,)
+      integers in [0, C) and, if examples shall not all weigh 1 in the losses,
+      weights (N,) floating, at least 0: a loss is the mean of weight times an
+      example's loss.
+    test: inputs and labels of the test split.
     num_classes: C; None is the largest label plus one.
 
   Raises:

@@ -56,10 +56,14 @@ class Rule:
     score: reads a `Scored` and returns (B,) scores.
     whole_pool: whether it reads the examples of all devices at once. Else it
       reads those of one device.
+    distance: whether scores are distances between features and boundaries,
+      which grow with the features: the score memory divides them by the mean
+      norm of the features.
   """
 
   score: RuleFunction
   whole_pool: bool = False
+  distance: bool = False
 
 
 def _order_keys(scores: Array) -> Array:
@@ -255,6 +259,17 @@ def mms(scored: Scored) -> Scores:
   return margins.mms_scores(scored.logits, scored.kernel)
 
 
+def signed_margin(scored: Scored) -> Scores:
+  """Scores by the signed margin of the label: misclassified first.
+
+  (B,) `signed_margins` of the logits, the kernel and the labels.
+
+  References:
+    Weinstein et al. 2020, Eq. 7.
+  """
+  return margins.signed_margins(scored.logits, scored.kernel, scored.labels)
+
+
 def loss(scored: Scored) -> Scores:
   """Scores by minus the cross-entropy: hard-negative mining.
 
@@ -297,7 +312,8 @@ def random(scored: Scored) -> Scores:
 
 
 RULES: dict[str, Rule] = {
-  'mms': Rule(mms),
+  'mms': Rule(mms, distance=True),
+  'signed_margin': Rule(signed_margin, distance=True),
   'loss': Rule(loss),
   'entropy': Rule(entropy),
   'margin': Rule(margin),

@@ -29,9 +29,9 @@ flags.adopt_module_key_flags(flags_lib)
 _METHODS = flags.DEFINE_string(
   'methods',
   None,
-  'Comma-separated rules; config fields may follow a rule, as in '
-  'mms+reuse=5+pool_size=320. Default: those of the config file, or '
-  + ','.join(experiment.METHODS),
+  'Comma-separated rules, or presets (memory, proxy, fresh); config fields may '
+  'follow, as in mms+reuse=5+pool_size=320. Default: those of the config file, '
+  'or ' + ','.join(experiment.METHODS),
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'How many; the first is config.seed.')
 _BUDGET = flags.DEFINE_enum(

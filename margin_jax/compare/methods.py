@@ -1,7 +1,8 @@
 """What is compared: methods, the grid of a sweep, trials.
 
 A method is a rule and the config fields that it changes: `mms`, or
-`mms+reuse=5+pool_size=320`. A sweep spans a grid of config fields. A trial is a
+`mms+reuse=5+pool_size=320`; or a preset, `memory`, which may follow a rule too:
+`random+memory`. A sweep spans a grid of config fields. A trial is a
 method at a grid point; it is trained once for every seed.
 """
 
@@ -93,8 +94,8 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   """Returns the fields that a text such as 'mms+reuse=5' sets.
 
   Args:
-    text: a rule, then '+field=value' any number of times. A field of
-      `selection` may stand without that word before it.
+    text: a rule or a preset, then '+field=value' or '+preset' any number of
+      times. A field of `selection` may stand without that word before it.
     config: has every field.
 
   Raises:
@@ -102,19 +103,31 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   """
   where = f'methods: {text!r}'
   # A plus before a digit is part of a number, as in 1e+5.
-  rule, *settings = re.split(r'\+(?=[A-Za-z_])', text)
-  allowed = schema.choices(RULE)
-  if rule not in allowed:
-    raise ConfigError(f'{where}: the rule {rule!r} must be one of {allowed}')
+  first, *settings = re.split(r'\+(?=[A-Za-z_])', text)
   known = config_lib.flatten(config)
-  fields = {RULE: rule}
+  rules, presets = schema.choices(RULE), config_lib.PRESETS
+  fields: Fields = {}
+  for name in (first, *settings):
+    if name in presets:
+      fields |= config_lib.preset(name, config.data.name)
+  if first not in presets:
+    if first not in rules:
+      raise ConfigError(
+        f'{where}: {first!r} must be one of the rules {rules} or of the '
+        f'presets {presets}'
+      )
+    fields[RULE] = first
+  given = set()
   for setting in settings:
+    if setting in presets:
+      continue
     name, equals, value = setting.partition('=')
     if not equals:
       raise ConfigError(f'{where}: {setting!r} must be field=value')
     name = _full_name(name, where, known)
-    if name in fields:
+    if name in given:
       raise ConfigError(f'{where}: {name} is given twice')
+    given.add(name)
     fields[name] = _parse_value(config, name, value, where)
   return fields
 
@@ -323,12 +336,26 @@ def with_controls(
     if own in controls:
       continue
     controls.append(own)
-    texts = (f'{k.removeprefix("selection.")}={v}' for k, v in own.items())
-    name = '+'.join([CONTROL, *texts])
+    name = '+'.join([CONTROL, *_as_text(own, config)])
     if name in complete:
       raise ConfigError(f'methods: {name!r} is what the control is called')
     complete[name] = {RULE: CONTROL, **own}
   return complete
+
+
+def _as_text(fields: Fields, config: ml_collections.ConfigDict) -> list[str]:
+  """Returns what follows a rule to set the fields: a preset's by its name."""
+  for preset in config_lib.PRESETS:
+    known = config_lib.flatten(config)
+    whole = {
+      name: value
+      for name, value in config_lib.preset(preset, config.data.name).items()
+      if name != RULE and known[name] != value
+    }
+    if whole and whole.items() <= fields.items():
+      rest = {k: v for k, v in fields.items() if k not in whole}
+      return [preset, *_as_text(rest, config)]
+  return [f'{k.removeprefix("selection.")}={v}' for k, v in fields.items()]
 
 
 def warnings(

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from margin_jax.data import in_memory
-from margin_jax.data.dataset import Devices, PyTree, Split
+from margin_jax.data.dataset import Devices, PyTree, Sampler, Split
 
 # For each bucket its width, and which examples of the split it has.
 Buckets = list[tuple[int, np.ndarray]]
@@ -99,10 +99,20 @@ class SamplerState(flax.struct.PyTreeNode):
   buckets: tuple[in_memory.SamplerState, ...]
 
   @classmethod
-  def create(cls, counts: Sequence[int]) -> 'SamplerState':
+  def create(
+    cls, counts: Sequence[int], weighted: bool = False
+  ) -> 'SamplerState':
     """Returns the state before the first step, of buckets of such sizes."""
-    buckets = tuple(in_memory.SamplerState.create(count) for count in counts)
+    buckets = tuple(
+      in_memory.SamplerState.create(count, weighted) for count in counts
+    )
     return cls(epoch=jnp.int32(0), sampled=jnp.int32(0), buckets=buckets)
+
+  @property
+  def epoch_fraction(self) -> Array:
+    """The examples of the buckets' epochs, as a fraction of all."""
+    total = sum(one.order.shape[0] for one in self.buckets)
+    return sum(one.count for one in self.buckets) / total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +153,10 @@ class Bucketed(in_memory.InMemory):
       for width, rows in self.buckets[name]
     ]
 
-  def state(self) -> PyTree:
+  def state(self, sampler_weights: bool = False) -> PyTree:
     """See `Dataset.state`."""
-    return SamplerState.create([len(x) for _, x in self.buckets['train']])
+    counts = [len(x) for _, x in self.buckets['train']]
+    return SamplerState.create(counts, sampler_weights)
 
   def sample(
     self,
@@ -156,12 +167,13 @@ class Bucketed(in_memory.InMemory):
     key: Array,
     step: Array,
     axis_name: str,
+    sampler: Sampler | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; the width of `data` tells the bucket."""
     bucket = self.widths.index(data['inputs'].shape[1])
     moved, examples = super().sample(
       state.buckets[bucket], data, size, key=jax.random.fold_in(key, bucket),
-      step=step, axis_name=axis_name,
+      step=step, axis_name=axis_name, sampler=sampler,
     )  # fmt: skip
     examples['index'] = data['row'][examples['index']]
     buckets = list(state.buckets)

@@ -11,8 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
+from margin_jax import sampling
+
 PyTree = Any
-# 'inputs', (N, ...), and 'label', (N,) int32.
+# 'inputs', (N, ...), and 'label', (N,) int32; of a training split there may be
+# 'weights', (N,) float32.
 Split = dict[str, np.ndarray]
 
 
@@ -34,6 +37,29 @@ class Devices(Protocol):
   process_shard: Shard
   replicate: Callable[[PyTree], PyTree]
   shard: Callable[[PyTree], PyTree]
+
+
+class Sampler(Protocol):
+  """Makes the order of an epoch, at its beginning.
+
+  Attributes:
+    tail: () bool, whether the run has come to its plain tail, where a new epoch
+      begins.
+  """
+
+  tail: Array
+
+  def order(
+    self, key: Array, epoch: Array, rows: Array | None
+  ) -> sampling.Order:
+    """Returns the order of an epoch.
+
+    Args:
+      key: of the epoch.
+      epoch: () int32, from 0.
+      rows: (n,) the training examples to order, positions in which the order
+        names; None is all.
+    """
 
 
 class Loader(Protocol):
@@ -120,6 +146,7 @@ class Dataset(Protocol):
     vocabulary: of sentences, how many different tokens there are; else None.
     f1: whether F1 of class 1 is reported beside accuracy.
     most_steps_per_call: how many steps one call may run on the same data.
+    weighted: whether the training examples have weights of their own.
   """
 
   name: str
@@ -132,9 +159,18 @@ class Dataset(Protocol):
   vocabulary: int | None
   f1: bool
   most_steps_per_call: int
+  weighted: bool
 
-  def state(self) -> PyTree:
-    """Returns the sampler state before the first step; it has an `epoch`."""
+  def state(self, sampler_weights: bool = False) -> PyTree:
+    """Returns the sampler state before the first step.
+
+    Args:
+      sampler_weights: whether the sampler gives examples weights.
+
+    Returns:
+      A state with `epoch`, and `epoch_fraction`, the examples of the epoch as a
+      fraction of all.
+    """
 
   def sample(
     self,
@@ -145,6 +181,7 @@ class Dataset(Protocol):
     key: Array,
     step: Array,
     axis_name: str,
+    sampler: Sampler | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """Samples the next `size` training examples; per device.
 
@@ -159,10 +196,12 @@ class Dataset(Protocol):
       key: the run's PRNG key for data.
       step: () int32.
       axis_name: of the mapped axis.
+      sampler: makes the order of an epoch; None shuffles.
 
     Returns:
       The new sampler state, and this device's shard of the examples:
-      'inputs', 'label', and 'index', their rows in the training split.
+      'inputs', 'label', 'index', their rows in the training split, and, where
+      dataset or sampler give some, 'weights'.
     """
 
   def fit(

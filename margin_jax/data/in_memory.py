@@ -7,6 +7,7 @@ reads them.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,8 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from margin_jax import sampling
 from margin_jax.data import augment as augment_lib
-from margin_jax.data.dataset import Devices, PyTree, Split, chunk_size
+from margin_jax.data.dataset import (
+  Devices,
+  PyTree,
+  Sampler,
+  Split,
+  chunk_size,
+)
 
 
 class SamplerState(flax.struct.PyTreeNode):
@@ -27,22 +35,82 @@ class SamplerState(flax.struct.PyTreeNode):
   Attributes:
     epoch: () int32, the epoch that `order` belongs to; -1 before the first.
     cursor: () int32, how much of `order` is sampled.
-    order: (N,) int32, a permutation: kept because sorting N keys at every
-      step costs more than a small model's step.
+    order: (N,) int32, the examples of the epoch: kept because sorting N keys at
+      every step costs more than a small model's step.
+    count: () int32, how many of `order` the epoch has.
+    weights: (N,) float32, those of `order`; () where all examples weigh 1.
+    tail: () bool, whether `order` was made in the plain tail of the run.
   """
 
   epoch: Array
   cursor: Array
   order: Array
+  count: Array
+  weights: PyTree
+  tail: Array
 
   @classmethod
-  def create(cls, examples: int) -> 'SamplerState':
+  def create(cls, examples: int, weighted: bool = False) -> 'SamplerState':
     """Returns the state before the first step."""
     return cls(
       epoch=jnp.int32(-1),
       cursor=jnp.int32(examples),
       order=jnp.arange(examples, dtype=jnp.int32),
+      count=jnp.int32(examples),
+      weights=jnp.ones(examples, jnp.float32) if weighted else (),
+      tail=jnp.zeros((), bool),
     )
+
+  @property
+  def epoch_fraction(self) -> Array:
+    """The examples of the epoch, as a fraction of all."""
+    return self.count / self.order.shape[0]
+
+
+def advance(
+  state: SamplerState,
+  size: int,
+  key: Array,
+  sampler: Sampler | None = None,
+  rows: Array | None = None,
+) -> SamplerState:
+  """Returns the state at which `size` examples can be read from its cursor.
+
+  That is the same state or, where too few are left of the epoch, or the plain
+  tail begins, one at the beginning of the next.
+
+  Args:
+    state: of the sampler.
+    size: how many examples; static.
+    key: of the order of all epochs.
+    sampler: makes the order of an epoch; None shuffles.
+    rows: see `Sampler.order`.
+  """
+  n = state.order.shape[0]
+  spent = state.cursor + size > state.count
+  if sampler is not None:
+    spent = spent | (sampler.tail != state.tail)
+  epoch = state.epoch + spent
+
+  def next_order() -> sampling.Order:
+    epoch_key = jax.random.fold_in(key, epoch)
+    if sampler is None:
+      return sampling.shuffle(epoch_key, n)
+    return sampler.order(epoch_key, epoch, rows)
+
+  order = jax.lax.cond(
+    spent,
+    next_order,
+    lambda: sampling.Order(state.order, state.count, state.weights),
+  )
+  return SamplerState(
+    epoch=epoch,
+    cursor=jnp.where(spent, 0, state.cursor),
+    order=order.rows,
+    count=order.count,
+    weights=order.weights,
+    tail=state.tail if sampler is None else sampler.tail,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +153,14 @@ class InMemory:
     """The dtype in which inputs are stored."""
     return self.splits['train']['inputs'].dtype
 
-  def state(self) -> PyTree:
+  @property
+  def weighted(self) -> bool:
+    """Whether examples have weights of their own."""
+    return 'weights' in self.splits['train']
+
+  def state(self, sampler_weights: bool = False) -> PyTree:
     """See `Dataset.state`."""
-    return SamplerState.create(self.counts['train'])
+    return SamplerState.create(self.counts['train'], sampler_weights)
 
   def sample(
     self,
@@ -98,22 +171,16 @@ class InMemory:
     key: Array,
     step: Array,
     axis_name: str,
+    sampler: Sampler | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` has at least `size` rows."""
     order_key, augment_key = jax.random.split(key)
-    spent = state.cursor + size > state.order.shape[0]
-    epoch = state.epoch + spent
-    cursor = jnp.where(spent, 0, state.cursor)
-    order = jax.lax.cond(
-      spent,
-      lambda: jax.random.permutation(
-        jax.random.fold_in(order_key, epoch), state.order.shape[0]
-      ).astype(jnp.int32),
-      lambda: state.order,
-    )
+    state = advance(state, size, order_key, sampler, data.get('row'))
     local = size // jax.lax.axis_size(axis_name)
     first = jax.lax.axis_index(axis_name) * local
-    index = jax.lax.dynamic_slice_in_dim(order, cursor + first, local)
+    index = jax.lax.dynamic_slice_in_dim(
+      state.order, state.cursor + first, local
+    )
     keys = augment_lib.example_keys(
       augment_key, step, first + jnp.arange(local)
     )
@@ -122,8 +189,15 @@ class InMemory:
       'label': data['label'][index],
       'index': index,
     }
-    after = SamplerState(epoch=epoch, cursor=cursor + size, order=order)
-    return after, examples
+    weights = []
+    if 'weights' in data:
+      weights.append(data['weights'][index])
+    if not isinstance(state.weights, tuple):
+      start = state.cursor + first
+      weights.append(jax.lax.dynamic_slice_in_dim(state.weights, start, local))
+    if weights:
+      examples['weights'] = math.prod(weights)
+    return state.replace(cursor=state.cursor + size), examples
 
   def fit(
     self, examples: dict[str, Array], data: dict[str, Array]
@@ -258,7 +332,7 @@ class Splits:
 
 def first_examples(split: Split, examples: int | None) -> Split:
   """Returns the first examples of a split, or all, with their 'row'."""
-  split = {name: values[:examples] for name, values in split.items()}
+  split = {name: split[name][:examples] for name in ('inputs', 'label')}
   return {**split, 'row': np.arange(len(split['label']), dtype=np.int32)}
 
 

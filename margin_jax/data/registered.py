@@ -14,7 +14,7 @@ class Registered:
   """The arrays of a registered dataset.
 
   Attributes:
-    train: the training split: 'inputs' and 'label'.
+    train: the training split: 'inputs', 'label' and maybe 'weights'.
     test: the test split.
     num_classes: C.
   """
@@ -38,7 +38,7 @@ class Registered:
     """A digest of all arrays: one name may stand for others tomorrow."""
     digest = hashlib.sha256(str(self.num_classes).encode())
     for split in (self.train, self.test):
-      for array in (split['inputs'], split['label']):
+      for array in split.values():
         digest.update(f'{array.shape} {array.dtype}'.encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
@@ -92,10 +92,32 @@ def _labels(what: str, labels: np.ndarray, examples: int) -> np.ndarray:
   return labels
 
 
+def _weights(what: str, weights: np.ndarray, examples: int) -> np.ndarray:
+  """Returns checked weights, float32."""
+  weights = np.asarray(weights)
+  if weights.shape != (examples,):
+    raise ValueError(
+      f'{what}: weights must have shape ({examples},), one an example, got '
+      f'{weights.shape}'
+    )
+  if not np.issubdtype(weights.dtype, np.floating):
+    raise ValueError(
+      f'{what}: weights must be floating, got dtype {weights.dtype}'
+    )
+  weights = weights.astype(np.float32)
+  bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+  if bad.size:
+    raise ValueError(
+      f'{what}: weights must be finite and at least 0, row {bad[0]} is '
+      f'{weights[bad[0]]}'
+    )
+  return weights
+
+
 def from_arrays(
   name: str,
   *,
-  train: tuple[np.ndarray, np.ndarray],
+  train: tuple[np.ndarray, ...],
   test: tuple[np.ndarray, np.ndarray],
   num_classes: int | None,
 ) -> Registered:
@@ -103,21 +125,24 @@ def from_arrays(
 
   Args:
     name: for messages.
-    train: inputs and labels.
-    test: the same.
+    train: inputs, labels and maybe weights.
+    test: inputs and labels.
     num_classes: C, or None.
 
   Raises:
     ValueError: the arrays are not as they must be.
   """
   splits = {}
-  for split, (inputs, labels) in (('train', train), ('test', test)):
+  for split, (inputs, labels, *_) in (('train', train), ('test', test)):
     what = f'dataset {name!r}, {split}'
     inputs = _inputs(what, inputs)
     splits[split] = {
       'inputs': inputs,
       'label': _labels(what, labels, len(inputs)),
     }
+  if len(train) > 2:
+    what = f'dataset {name!r}, train'
+    splits['train']['weights'] = _weights(what, train[2], len(train[0]))
   one, other = (splits[split]['inputs'] for split in ('train', 'test'))
   if (one.shape[1:], one.dtype) != (other.shape[1:], other.dtype):
     raise ValueError(

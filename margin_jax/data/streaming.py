@@ -316,6 +316,7 @@ class Streaming:
   vocabulary = None
   f1 = False
   most_steps_per_call = 1
+  weighted = False
 
   @property
   def input_shape(self) -> tuple[int, ...]:

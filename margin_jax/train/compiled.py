@@ -114,14 +114,15 @@ class Program:
       self._spec.kind_of(every),
       self._spec.backward_size(every),
       [self._loader.bucket(step) for step in range(steps)],
+      self._spec.trains_proxy(every),
       self._spec.examples_sampled(every),
     )
     rows = np.unique(np.stack(columns, axis=1), axis=0)
     return {
-      Variant(StepKind(kind), int(backward), int(bucket)): self._loader.example(
-        int(bucket), int(sampled)
-      )
-      for kind, backward, bucket, sampled in rows
+      Variant(
+        StepKind(kind), int(backward), int(bucket), int(proxy)
+      ): self._loader.example(int(bucket), int(sampled))
+      for kind, backward, bucket, proxy, sampled in rows
     }
 
   @property
@@ -141,6 +142,7 @@ class Program:
       StepKind(self._spec.kind_of(step)),
       self._spec.backward_size(step),
       self._loader.bucket(step),
+      int(self._spec.trains_proxy(step)),
     )
 
   def __call__(

@@ -11,7 +11,8 @@ Of every step, float32 unless stated:
 * `gradient_norm`, `update_norm` (of the change of the parameters),
   `learning_rate`, `alpha`;
 * `statistics_norm` of BatchNorm's running statistics, where there are any;
-* `proxy_loss`, `proxy_gradient_norm` with a proxy;
+* `epoch_fraction` with a score memory: the examples of the epoch, over all;
+* `proxy_loss`, `proxy_gradient_norm` with a proxy, 0 where it is not trained;
 * `bad_gradient`, int32: the index of the first parameter whose gradient is not
   finite, or -1; `nonfinite`, int32, and `skipped`: see `guard.guard`.
 
@@ -51,6 +52,8 @@ QUANTILES = {
 }
 # Zero in the steps that score nothing, so averaged over the others.
 SCORED_ONLY = ('pool_error', 'batch_error', *QUANTILES)
+# Zero in the steps that do not train the proxy.
+PROXY_ONLY = ('proxy_loss', 'proxy_gradient_norm')
 # Summed over the steps.
 SUMMED = ('nan_scores', 'scored', 'skipped')
 # By class: reported as the fraction of each class's pool examples selected.
@@ -138,6 +141,8 @@ def of_update(
     'update_norm': optax.tree.norm(updates),
   }
   statistics = after.batch_stats, after.proxy.get('batch_stats', {})
+  if spec.memory is not None:
+    metrics['epoch_fraction'] = after.sampler.epoch_fraction
   if jax.tree.leaves(statistics):
     metrics['statistics_norm'] = optax.tree.norm(statistics)
   return metrics
@@ -164,12 +169,14 @@ def summarize(
   pooled = steps.pop(POOL_CLASSES, None)
   selected = steps.pop(BATCH_CLASSES, None)
   scored = steps.get('scored', np.zeros(1)) > 0
+  trained = steps.pop('proxy_trained', np.zeros(1)) > 0
   row = {}
   for name, values in steps.items():
     if name in SUMMED:
       row[name] = float(values.sum(dtype=np.float64))
       continue
-    values = values[scored if name in SCORED_ONLY else good]
+    counted = scored if name in SCORED_ONLY else good
+    values = values[counted & trained if name in PROXY_ONLY else counted]
     row[name] = float(values.mean(dtype=np.float64)) if values.size else np.nan
   if pooled is None:
     return row, None

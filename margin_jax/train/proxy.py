@@ -20,14 +20,12 @@ def train(
 
   Args:
     spec: the step's.
-    proxy: its 'params', 'batch_stats' and 'opt_state'; {} without a proxy.
-    batch: 'inputs' and 'label'.
+    proxy: its 'params', 'batch_stats' and 'opt_state'.
+    batch: 'inputs', 'label' and maybe 'weights'.
 
   Returns:
     The new variables, and metrics.
   """
-  if spec.proxy is None:
-    return proxy, {}
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': proxy['batch_stats']}
@@ -42,6 +40,8 @@ def train(
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits.astype(jnp.float32), batch['label']
     )
+    if 'weights' in batch:
+      losses = batch['weights'] * losses
     return jnp.mean(losses), updates.get('batch_stats', {})
 
   (loss, batch_stats), gradient = jax.value_and_grad(
@@ -59,6 +59,16 @@ def train(
     'opt_state': opt_state,
   }
   return proxy, {
+    'proxy_trained': jnp.float32(1),
     'proxy_loss': jax.lax.pmean(loss, spec.axis_name),
     'proxy_gradient_norm': optax.tree.norm(gradient),
   }
+
+
+def keep(
+  spec: StepSpec, proxy: PyTree, batch: PyTree
+) -> tuple[PyTree, dict[str, jax.Array]]:
+  """Leaves the proxy as it is; without one there are no metrics either."""
+  del batch
+  names = ('proxy_trained', 'proxy_loss', 'proxy_gradient_norm')
+  return proxy, {x: jnp.float32(0) for x in names if spec.proxy is not None}

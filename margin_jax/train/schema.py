@@ -13,9 +13,10 @@ from margin_jax import config as config_lib
 from margin_jax import data, models
 from margin_jax.config import (
   FIELDS,
-  SCORING,
+  FRESH,
+  MEMORY,
+  POOL,
   TRIMMING,
-  UNIFORM,
   ConfigError,
   Flat,
   flatten,
@@ -40,6 +41,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_models(flat)
   _check_selection(flat)
   _check_scoring(flat)
+  _check_memory(flat)
   _check_trimming(flat)
   _check_losses(flat)
   _check_attack(flat)
@@ -190,7 +192,7 @@ def _check_models(flat: Flat) -> None:
 
 def _check_selection(flat: Flat) -> None:
   """Checks which steps score, and how many examples."""
-  if not SCORING.met(flat):
+  if not FRESH.met(flat):
     return
   pool, size = flat['pool_size'], flat['batch_size'] * flat['selection.reuse']
   allowed = f'at least batch_size * selection.reuse = {size}'
@@ -233,6 +235,27 @@ def _check_scoring(flat: Flat) -> None:
     allowed = f"'selected' for {name!r}, which has no BatchNorm"
     holds = models.find(name).batch_norm
     require(holds, 'selection.batch_stats', 'pool', allowed)
+
+
+def _check_memory(flat: Flat) -> None:
+  """Checks that the sampler can do with the remembered scores what it is to."""
+  if not MEMORY.met(flat):
+    return
+  rule, size = flat['selection.rule'], flat['batch_size']
+  allowed = "'loss' with selection.memory, and of samplers 'weighted'"
+  holds = rule != 'selective_backprop'
+  require(holds, 'selection.rule', rule, allowed)
+  if flat['selection.sampler'] == 'pool':
+    pool, most = flat['pool_size'], 4 * size
+    allowed = (
+      f'from batch_size = {size} to 4 * batch_size = {most} with '
+      'selection.memory: of larger pools most examples would never be seen'
+    )
+    require(size <= pool <= most, 'pool_size', pool, allowed)
+  if flat['selection.share'] == 'auto':
+    drop = flat['selection.drop']
+    allowed = "above 0 with selection.share='auto', which divides by it"
+    require(drop > 0, 'selection.drop', drop, allowed)
 
 
 def _check_trimming(flat: Flat) -> None:
@@ -287,8 +310,8 @@ def validate_data(
   Raises:
     ConfigError: naming the field, its value and what is allowed.
   """
-  scored = config.selection.rule != UNIFORM
-  name = 'pool_size' if scored else 'batch_size'
+  pools = POOL.met(flatten(config))
+  name = 'pool_size' if pools else 'batch_size'
   require(
     config[name] <= examples, name, config[name],
     f'at most {examples}, the number of training examples',
@@ -333,7 +356,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
     ConfigError: naming the field, its value and what is allowed.
   """
   names = ['batch_size']
-  if config.selection.rule != UNIFORM:
+  if POOL.met(flatten(config)):
     names.append('pool_size')
   for name in names:
     holds = config[name] % devices == 0

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax import Array
 
+from margin_jax import config as config_lib
 from margin_jax import (
   cpu,
   data,
@@ -19,6 +21,7 @@ from margin_jax import (
   losses,
   models,
   registry,
+  sampling,
   selection,
 )
 from margin_jax.config import UNIFORM, ConfigError, require
@@ -26,7 +29,14 @@ from margin_jax.models import pretrained
 from margin_jax.train import attacks, optimizers, schema, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
-from margin_jax.train.spec import LossTerm, Selection, StepSpec, Trimming
+from margin_jax.train.spec import (
+  LossTerm,
+  MemorySpec,
+  SampleFunction,
+  Selection,
+  StepSpec,
+  Trimming,
+)
 
 MAX_STEPS_PER_CALL = 100
 # In how many equal steps the backward pass of trimming shrinks.
@@ -88,10 +98,10 @@ def _check_custom_rule(
 def _dataset(
   config: ml_collections.ConfigDict, workdir: str | None
 ) -> data.Dataset:
-  scores = config.selection.rule != UNIFORM
+  pools = config_lib.samples_pools(config_lib.flatten(config))
   fields = config.data.to_dict()
   fields['vocabulary'] = vocabulary.find(config, workdir)
-  sample_size = config.pool_size if scores else config.batch_size
+  sample_size = config.pool_size if pools else config.batch_size
   return data.load(
     fields.pop('name'), seed=config.seed, sample_size=sample_size, **fields
   )
@@ -140,8 +150,10 @@ def make_spec(
     selection=_selection(
       config, rule, proxy or model, dataset.num_classes, device_count
     ),
+    memory=_memory(config, rule),
     trimming=_trimming(config, dataset.counts['train'], device_count),
     proxy=proxy,
+    proxy_every=config.selection.proxy_every,
     risk=losses.find(config.loss.risk),
     risk_weight=config.large_margin.cross_entropy if has_large_margin else None,
     terms=_loss_terms(config, alpha, model, dataset),
@@ -206,7 +218,9 @@ def _selection(
   num_classes: int,
   device_count: int,
 ) -> Selection | None:
-  if rule is None and config.selection.rule == UNIFORM:
+  if config.selection.memory or (
+    rule is None and config.selection.rule == UNIFORM
+  ):
     return None
   if config.selection.score_dtype is not None:
     scorer = scorer.clone(dtype=jnp.dtype(config.selection.score_dtype))
@@ -245,6 +259,68 @@ def _score_transform(
       batches=config.selection.reuse,
     )
   return None
+
+
+def _memory(
+  config: ml_collections.ConfigDict, rule: selection.RuleFunction | None
+) -> MemorySpec | None:
+  options = config.selection
+  if not options.memory:
+    return None
+  tail = config.steps - round(options.tail * config.steps)
+  return MemorySpec(
+    rule=selection.Rule(rule) if rule else selection.find(options.rule),
+    decay=options.decay,
+    sample=_sampler(config, tail),
+    weighted=options.unbiased,
+    visits=options.explore > 0,
+    errors=options.share == 'auto',
+    warmup=options.warmup,
+    tail=tail,
+  )
+
+
+def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
+  """Returns what makes the order of an epoch from the remembered scores."""
+  options = config.selection
+
+  def pool(remembered: sampling.Remembered, key: Array, step: Array):
+    del step
+    return sampling.pools(
+      remembered.scores,
+      remembered.visited,
+      key,
+      pool_size=config.pool_size,
+      batch_size=config.batch_size,
+      explore=options.explore,
+    )
+
+  def prune(remembered: sampling.Remembered, key: Array, step: Array):
+    del step
+    share = options.share
+    if options.threshold == 'mean':
+      share = None
+    elif share == 'auto':
+      share = sampling.learned_share(remembered.wrong, options.drop)
+    return sampling.prune(
+      remembered.scores,
+      key,
+      share=share,
+      drop=options.drop,
+      unbiased=options.unbiased,
+    )
+
+  def weighted(remembered: sampling.Remembered, key: Array, step: Array):
+    return sampling.weighted(
+      remembered.scores,
+      key,
+      batch_size=config.batch_size,
+      # It falls geometrically, and would be 1 at the tail.
+      pressure=options.pressure ** (1 - step / max(tail, 1)),
+      unbiased=options.unbiased,
+    )
+
+  return {'pool': pool, 'prune': prune, 'weighted': weighted}[options.sampler]
 
 
 def _trimming(

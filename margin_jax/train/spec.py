@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from margin_jax import losses, selection
+from margin_jax import losses, sampling, selection
 from margin_jax.data import Dataset
 from margin_jax.train import guard
 
@@ -77,6 +78,35 @@ class Selection:
     return (step - self.start) % self.reuse
 
 
+# (remembered, key, step) -> the order of an epoch.
+SampleFunction = Callable[[sampling.Remembered, Array, Array], sampling.Order]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySpec:
+  """What is remembered of every training example, and what that is used for.
+
+  Attributes:
+    rule: scores the examples of a batch.
+    decay: of the exponential average of an example's scores; 0 keeps the last.
+    sample: makes the order of an epoch.
+    weighted: whether that order has weights.
+    visits: whether it is remembered when an example was in a batch.
+    errors: whether it is remembered if it was misclassified then.
+    warmup: the first epochs, which are shuffled.
+    tail: the first step of the run's last part, which is shuffled.
+  """
+
+  rule: selection.Rule
+  decay: float
+  sample: SampleFunction
+  weighted: bool
+  visits: bool
+  errors: bool
+  warmup: int
+  tail: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Trimming:
   """Mini-batch trimming: the loss is over the hardest part of the batch.
@@ -122,11 +152,13 @@ class Variant(NamedTuple):
     kind: where the batch comes from.
     backward_size: how many examples the backward pass runs on.
     bucket: the bucket of the dataset that the examples come from.
+    trains_proxy: 1 where the proxy is trained, else 0.
   """
 
   kind: StepKind
   backward_size: int
   bucket: int
+  trains_proxy: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +170,12 @@ class StepSpec:
     optimizer: applied to the mean gradient over devices.
     dataset: samples the examples, and prepares them for the model.
     batch_size: b, over all devices.
-    selection: how the batch is selected; None is plain training.
+    selection: how the batch is selected from a pool that is scored; None is
+      plain training.
+    memory: how scores of earlier steps are remembered and used; or None.
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
+    proxy_every: it is trained at every n-th step.
     risk: the loss of an example: cross-entropy or hinge.
     risk_weight: of the risk in the total; None is 1.
     terms: the other losses, added in this order.
@@ -158,8 +193,10 @@ class StepSpec:
   dataset: Dataset
   batch_size: int
   selection: Selection | None
+  memory: MemorySpec | None
   trimming: Trimming | None
   proxy: nn.Module | None
+  proxy_every: int
   risk: losses.Loss
   risk_weight: float | None
   terms: tuple[LossTerm, ...]
@@ -188,6 +225,12 @@ class StepSpec:
     """Returns the metrics that must be finite: not of losses only measured."""
     weighted = [term.metric for term in self.terms if term.weight is not None]
     return guard.checked(weighted)
+
+  @property
+  def weighted(self) -> bool:
+    """Whether examples have weights: of the dataset, or of a sampler."""
+    sampler = self.memory is not None and self.memory.weighted
+    return sampler or self.dataset.weighted
 
   def kind_of(self, step: Step) -> Step:
     """Returns the `StepKind` of a step."""
@@ -220,6 +263,18 @@ class StepSpec:
     if self.trimming is None or self.trimming.backward_sizes is None:
       return (self.batch_size,)
     return tuple(sorted({*self.trimming.backward_sizes}))
+
+  def trains_proxy(self, step: Step) -> Step:
+    """Returns 1 for a step that trains the proxy, else 0."""
+    if self.proxy is None:
+      return 0 * step
+    return 0 * step + (step % self.proxy_every == 0)
+
+  def proxy_branches(self) -> tuple[int, ...]:
+    """Returns what `trains_proxy` is for some step."""
+    if self.proxy is None:
+      return (0,)
+    return (1,) if self.proxy_every == 1 else (0, 1)
 
   def examples_sampled(self, step: Step) -> Step:
     """Returns how many new examples a step reads, over all devices."""

@@ -20,6 +20,7 @@ from jax import Array
 
 from margin_jax import linearized, losses, margins, selection
 from margin_jax.train import dropout, guard
+from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
 from margin_jax.train.spec import LossTerm, StepKind, StepSpec
@@ -42,6 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
     params, batch_stats: the model's variables.
     opt_state: the optimizer's.
     proxy: the same three of the proxy model; {} without one.
+    memory: the scores of all training examples; {} where none are remembered.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
     nonfinite: () int32, what has stopped the run, see `guard.guard`; 0 while
@@ -56,6 +58,7 @@ class TrainState(flax.struct.PyTreeNode):
   batch_stats: PyTree
   opt_state: PyTree
   proxy: PyTree
+  memory: PyTree
   counts: PyTree
   nonfinite: Array
 
@@ -83,17 +86,20 @@ def train_step(
     buffer=sampled.buffer,
     batch_stats=sampled.batch_stats,
   )
-  gradient, batch_stats, metrics = batch_gradient(spec, state, batch, key)
+  gradient, batch_stats, memory, metrics = batch_gradient(
+    spec, state, batch, key
+  )
   updates, opt_state = spec.optimizer.update(
     gradient, state.opt_state, state.params
   )
-  proxy, proxy_metrics = proxy_lib.train(spec, state.proxy, batch)
+  proxy, proxy_metrics = train_proxy(spec, state, batch)
   state = state.replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
     proxy=proxy,
+    memory=memory,
     counts=count(spec, state.counts, batch),
   )
   metrics |= metrics_lib.of_update(spec, before.step, gradient, updates, state)
@@ -105,7 +111,8 @@ class Sampled(NamedTuple):
   """A step's batch, and what has changed by sampling it.
 
   Attributes:
-    batch: this device's shard: 'inputs', 'label', 'index'.
+    batch: this device's shard: 'inputs', 'label', 'index', and 'weights' where
+      examples have some.
     sampler, buffer, batch_stats: of the new state.
     metrics: of the selection; {} without one.
   """
@@ -157,7 +164,8 @@ def selected_batch(
   rule_key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   sampler, pool = sample(spec, state, data, spec.selection.pool_size, key)
   scored, batch_stats = score(spec, state, pool, rule_key)
-  scores = rule_scores(spec, scored)
+  whole = spec.selection.scope == 'global'
+  scores = rule_scores(spec, spec.selection.rule, scored, whole)
   ranked = transform(spec, scores, scored, rule_key, sampler.epoch)
   wrong = jnp.argmax(scored.logits, axis=1) != pool['label']
   selected = select(spec, ranked, {**pool, 'wrong': wrong})
@@ -202,6 +210,7 @@ def sample(
     key=jax.random.fold_in(key, DATA),
     step=state.step,
     axis_name=spec.axis_name,
+    sampler=memory_lib.sampler(spec, state.memory, state.step),
   )
 
 
@@ -239,16 +248,8 @@ def score(
     logits, features = in_chunks(
       eval_forward, pool['inputs'], spec.selection.chunk_size
     )
-  rows = logits.shape[0]
-  positions = jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
-  scored = selection.Scored(
-    logits=logits.astype(jnp.float32),
-    features=features,
-    kernel=head_kernel(variables['params']),
-    labels=pool['label'],
-    index=pool['index'],
-    keys=jax.vmap(jax.random.fold_in, (None, 0))(key, positions),
-  )
+  kernel = head_kernel(variables['params'])
+  scored = what_rules_read(spec, logits, features, kernel, pool, key)
   return scored, batch_stats
 
 
@@ -276,15 +277,47 @@ def head_kernel(params: PyTree) -> Array:
   return params['head']['kernel'].astype(jnp.float32)
 
 
-def rule_scores(spec: StepSpec, scored: selection.Scored) -> Array:
+def what_rules_read(
+  spec: StepSpec,
+  logits: Array,
+  features: Array,
+  kernel: Array,
+  examples: PyTree,
+  key: Array,
+) -> selection.Scored:
+  """Returns what is known of this device's examples; `key` is the step's."""
+  rows = logits.shape[0]
+  positions = jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
+  return selection.Scored(
+    logits=logits.astype(jnp.float32),
+    features=features,
+    kernel=kernel,
+    labels=examples['label'],
+    index=examples['index'],
+    keys=jax.vmap(jax.random.fold_in, (None, 0))(key, positions),
+  )
+
+
+def rule_scores(
+  spec: StepSpec,
+  rule: selection.Rule,
+  scored: selection.Scored,
+  whole: bool,
+) -> Array:
   """Returns the rule's scores of this device's examples, (n,) float32.
 
   An example with a logit that is not finite scores NaN, whatever the rule
   reads.
+
+  Args:
+    spec: the step's.
+    rule: scores the examples.
+    scored: what it reads.
+    whole: whether it may read the examples of all devices, if it wants to.
   """
-  rule, rows = spec.selection.rule, scored.labels.shape[0]
+  rows = scored.labels.shape[0]
   read, expected = scored, rows
-  whole = rule.whole_pool and spec.selection.scope == 'global'
+  whole = whole and rule.whole_pool
   if whole:
     # All but the kernel, which every device has.
     shared = scored._replace(kernel=None)
@@ -357,22 +390,22 @@ def from_buffer(spec: StepSpec, buffer: PyTree, position: Array) -> PyTree:
 
 def batch_gradient(
   spec: StepSpec, state: TrainState, batch: PyTree, key: Array
-) -> tuple[PyTree, PyTree, Metrics]:
-  """Returns the mean gradient over devices, the new batch_stats, and metrics.
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+  """Returns the mean gradient over devices, batch_stats, memory, and metrics.
 
-  With a short backward pass of trimming, all three are of the examples that it
-  runs on.
+  With a short backward pass of trimming, all are of the examples that it runs
+  on.
   """
   keep = None
   if spec.trimming is not None:
     table = jnp.array(spec.trimming.keep, jnp.int32)
     keep = table[spec.trimming.epoch(state.step)]
 
-  def of_hardest(size: int) -> tuple[PyTree, PyTree, Metrics]:
+  def of_hardest(size: int) -> tuple[PyTree, PyTree, PyTree, Metrics]:
     examples = hardest(spec, state, batch, size)
     return gradient_of(spec, state, examples, key, keep)
 
-  gradient, batch_stats, metrics = switch(
+  gradient, batch_stats, memory, metrics = switch(
     None if spec.variant is None else spec.variant.backward_size,
     spec.backward_size(state.step),
     {n: functools.partial(of_hardest, n) for n in spec.backward_sizes()},
@@ -386,7 +419,7 @@ def batch_gradient(
       batch_stats,
       state.batch_stats,
     )
-  return gradient, batch_stats, metrics
+  return gradient, batch_stats, memory, metrics
 
 
 def hardest(
@@ -414,14 +447,14 @@ def gradient_of(
   batch: PyTree,
   key: Array,
   keep: Array | None,
-) -> tuple[PyTree, PyTree, Metrics]:
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
   """Differentiates the loss of the batch; see `batch_gradient`."""
 
   def loss_function(params: PyTree):
     outputs, batch_stats = training_forward(spec, params, state, batch, key)
     risks = spec.risk(outputs)
     margins.check_shape('loss.risk', risks, batch['label'].shape, 'an example')
-    total = mean_risk(spec, risks, keep)
+    total = mean_risk(spec, weigh(risks, outputs.weights), keep)
     if spec.risk_weight is not None:
       total = spec.risk_weight * total
     means = {'loss': jnp.mean(risks)}
@@ -429,20 +462,22 @@ def gradient_of(
       means[term.metric] = value = mean_loss(term, outputs)
       if term.weight is not None:
         total = total + term.weight(state.step) * value
-    return total, (batch_stats, outputs.logits, risks, means)
+    forward = (batch_stats, outputs.logits, outputs.features)
+    return total, (*forward, risks, means)
 
-  gradient, (batch_stats, logits, risks, means) = jax.grad(
+  gradient, (batch_stats, logits, features, risks, means) = jax.grad(
     loss_function, has_aux=True
   )(state.params)
   gradient = jax.lax.pmean(gradient, spec.axis_name)
   if spec.average_batch_stats:
     batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
-  metrics = metrics_lib.of_batch(
-    spec, batch['label'], logits, head_kernel(state.params), means
-  )
+  kernel = head_kernel(state.params)
+  memory = remember(spec, state, batch, logits, features, kernel, key)
+  metrics = metrics_lib.of_batch(spec, batch['label'], logits, kernel, means)
   if keep is not None:
+    risks = weigh(risks, batch.get('weights'))
     metrics['trimmed_loss'] = mean_risk(spec, risks, keep)
-  return gradient, batch_stats, metrics
+  return gradient, batch_stats, memory, metrics
 
 
 def training_forward(
@@ -480,6 +515,7 @@ def training_forward(
     kernel=head_kernel(params),
     labels=batch['label'],
     index=batch['index'],
+    weights=batch.get('weights'),
     linearize=linearize,
     axis_name=spec.axis_name,
   )
@@ -487,14 +523,19 @@ def training_forward(
 
 
 def mean_loss(term: LossTerm, outputs: losses.Outputs) -> Array:
-  """Returns a loss of the batch, or the mean of the examples' losses."""
+  """Returns a loss of the batch, or the weighted mean of the examples'."""
   value = jnp.asarray(term.loss(outputs))
   if value.shape not in ((), outputs.labels.shape):
     raise ValueError(
       f'the loss {term.metric!r} must return shape () or '
       f'{outputs.labels.shape}, got {value.shape}'
     )
-  return jnp.mean(value) if value.ndim else value
+  return jnp.mean(weigh(value, outputs.weights)) if value.ndim else value
+
+
+def weigh(values: Array, weights: Array | None) -> Array:
+  """Returns the examples' values times their weights, if they have any."""
+  return values if weights is None else weights * values
 
 
 def mean_risk(spec: StepSpec, risks: Array, keep: Array | None) -> Array:
@@ -503,6 +544,39 @@ def mean_risk(spec: StepSpec, risks: Array, keep: Array | None) -> Array:
     return jnp.mean(risks)
   gathered = jax.lax.all_gather(risks, spec.axis_name, tiled=True)
   return losses.trimmed_mean(gathered, keep)
+
+
+def remember(
+  spec: StepSpec,
+  state: TrainState,
+  batch: PyTree,
+  logits: Array,
+  features: Array,
+  kernel: Array,
+  key: Array,
+) -> PyTree:
+  """Returns the memory with the batch's own scores, where there is one."""
+  if spec.memory is None:
+    return state.memory
+  key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
+  scored = what_rules_read(spec, logits, features, kernel, batch, key)
+  scores = rule_scores(spec, spec.memory.rule, scored, True)
+  return memory_lib.write(spec, state.memory, state.step, scores, scored)
+
+
+def train_proxy(
+  spec: StepSpec, state: TrainState, batch: PyTree
+) -> tuple[PyTree, Metrics]:
+  """Returns the proxy's new variables and metrics, in every n-th step."""
+  table = (proxy_lib.keep, proxy_lib.train)
+  return switch(
+    None if spec.variant is None else spec.variant.trains_proxy,
+    spec.trains_proxy(state.step),
+    {
+      x: functools.partial(table[x], spec, state.proxy, batch)
+      for x in spec.proxy_branches()
+    },
+  )
 
 
 def count(spec: StepSpec, counts: PyTree, batch: PyTree) -> PyTree:
@@ -578,9 +652,12 @@ def init_state(
   return TrainState(
     step=jnp.int32(0),
     seed=seed,
-    sampler=spec.dataset.state(),
+    sampler=spec.dataset.state(
+      spec.memory is not None and spec.memory.weighted
+    ),
     buffer=empty_buffer(spec, inputs),
     proxy=proxy,
+    memory=memory_lib.create(spec.memory, spec.dataset.counts['train']),
     counts=() if counted is None else jnp.zeros(counted, jnp.int32),
     nonfinite=jnp.int32(0),
     **model,
@@ -592,7 +669,7 @@ def empty_buffer(spec: StepSpec, inputs: PyTree) -> PyTree:
   if spec.selection is None or spec.selection.reuse == 1:
     return {}
   rows = spec.selection.reuse * spec.batch_size
-  return {
+  buffer = {
     'inputs': jax.tree.map(
       lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), inputs
     ),
@@ -600,6 +677,9 @@ def empty_buffer(spec: StepSpec, inputs: PyTree) -> PyTree:
     'index': jnp.zeros(rows, jnp.int32),
     'wrong': jnp.zeros(rows, bool),
   }
+  if spec.weighted:
+    buffer['weights'] = jnp.zeros(rows, jnp.float32)
+  return buffer
 
 
 def examples_of_step(spec: StepSpec, state: TrainState, data: PyTree) -> PyTree:

@@ -1,0 +1,244 @@
+"""Sampling: which examples an epoch has, in which order, by remembered scores.
+
+Every function returns an `Order`. It is made once an epoch, from the scores
+that earlier steps left behind (the score memory): so no example is scored, and
+whoever reads the examples knows the epoch before it begins. As elsewhere, the
+lowest scores are those to train on; the largest are easy. A score of -inf is
+that of an example that was never in a batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32, Key
+
+# Largest weight of an example, in batch means; larger ones are clipped to it.
+LARGEST_WEIGHT = 10.0
+
+Scores = Float[Array, ' N']
+
+
+class Remembered(NamedTuple):
+  """What is remembered of every training example.
+
+  Attributes:
+    scores: (N,) float32, -inf of an example that was in no batch yet.
+    visited: (N,) int32, the step at which each was in a batch last, -1 for
+      none; () where no sampler asks.
+    wrong: (N,) bool, whether each was misclassified then, or was in none; ()
+      where no sampler asks.
+  """
+
+  scores: Float32[Array, ' N']
+  visited: Int32[Array, ' N'] | tuple[()]
+  wrong: Bool[Array, ' N'] | tuple[()]
+
+
+class Order(NamedTuple):
+  """The examples of an epoch, in order.
+
+  Attributes:
+    rows: (N,) int32, which examples; what follows the first `count` is unused.
+    count: () int32, the examples of the epoch.
+    weights: (N,) float32, of the examples at the same positions; () where all
+      weigh 1.
+  """
+
+  rows: Int32[Array, ' N']
+  count: Int32[Array, '']
+  weights: Float32[Array, ' N'] | tuple[()]
+
+
+def shuffle(
+  key: Key[Array, ''], examples: int, weighted: bool = False
+) -> Order:
+  """Returns an epoch of all examples, in random order.
+
+  Args:
+    key: decides the order.
+    examples: N; static.
+    weighted: whether the order has weights, which are 1; static.
+  """
+  rows = jax.random.permutation(key, examples).astype(jnp.int32)
+  weights = jnp.ones(examples, jnp.float32) if weighted else ()
+  return Order(rows, jnp.int32(examples), weights)
+
+
+def prune(
+  scores: Scores,
+  key: Key[Array, ''],
+  *,
+  share: float | Float32[Array, ''] | None,
+  drop: float = 0.5,
+  unbiased: bool = False,
+) -> Order:
+  """Returns an epoch without a part of the easy examples: soft pruning.
+
+  Of the easy examples a random `drop` sits this epoch out. The others, and all
+  that are not easy, are visited once, in random order.
+
+  Args:
+    scores: (N,) floating, the largest are easy. -inf and NaN never are.
+    key: decides which are dropped, and the order.
+    share: the fraction of the examples that is easy, those of the largest
+      scores; None: easy is what scores above the mean.
+    drop: the fraction of the easy examples that is dropped, below 1.
+    unbiased: whether the easy examples that stay weigh 1 / (1 - drop), so that
+      the expectation of the epoch's loss is that of all examples.
+
+  Returns:
+    The order; its `count` is N - ceil(drop * easy).
+
+  References:
+    Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
+  """
+  n = scores.shape[0]
+  easy = above_mean(scores) if share is None else largest(scores, share)
+  dropping, ordering = jax.random.split(key)
+  total = jnp.sum(easy)
+  # A little more than exact: 0.1 * 50 must not become 4 by rounding.
+  staying = jnp.floor((1 - drop) * total * (1 + 1e-6)).astype(jnp.int32)
+  # Easy examples first, in random order: the first `staying` of them stay.
+  shuffled = jnp.lexsort((jax.random.bits(dropping, (n,)), ~easy))
+  position = jnp.zeros(n, jnp.int32).at[shuffled].set(jnp.arange(n))
+  dropped = easy & (position >= staying)
+  rows = jnp.lexsort((jax.random.bits(ordering, (n,)), dropped))
+  weights = ()
+  if unbiased:
+    weights = jnp.where(easy, 1 / (1 - drop), 1).astype(jnp.float32)[rows]
+  count = n - (total - staying)
+  return Order(rows.astype(jnp.int32), count.astype(jnp.int32), weights)
+
+
+def above_mean(scores: Scores) -> Bool[Array, ' N']:
+  """Returns which scores are above the mean of those that are finite."""
+  known = jnp.isfinite(scores)
+  mean = jnp.sum(jnp.where(known, scores, 0)) / jnp.maximum(jnp.sum(known), 1)
+  return scores > mean
+
+
+def largest(
+  scores: Scores, share: float | Float32[Array, '']
+) -> Bool[Array, ' N']:
+  """Returns which examples are the `share` of largest scores.
+
+  Ties go by index, to the later; -inf and NaN are never among them.
+  """
+  n = scores.shape[0]
+  many = jnp.floor(jnp.float32(share) * n * (1 + 1e-6)).astype(jnp.int32)
+  known = scores > -jnp.inf
+  return known & (ranks(jnp.where(known, scores, -jnp.inf)) >= n - many)
+
+
+def ranks(scores: Scores) -> Int32[Array, ' N']:
+  """Returns the rank of each score: 0 is the lowest, ties by index."""
+  n = scores.shape[0]
+  order = jnp.argsort(scores)
+  return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+
+
+def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
+  """Returns a share of easy examples that follows what is learned.
+
+      share = min(1 - e, (1 - sqrt(e))^2 / drop)
+
+  e is the fraction of examples that were misclassified when they were in a
+  batch last, or were in none. So the fraction (1 - sqrt(e))^2 of all examples
+  is dropped in an epoch: a quarter of them where a quarter is misclassified,
+  81% where 1% is.
+
+  Args:
+    wrong: (N,) bool.
+    drop: the fraction of the easy examples that is dropped, above 0.
+  """
+  error = jnp.mean(wrong, dtype=jnp.float32)
+  return jnp.minimum(1 - error, jnp.square(1 - jnp.sqrt(error)) / drop)
+
+
+def weighted(
+  scores: Scores,
+  key: Key[Array, ''],
+  *,
+  batch_size: int,
+  pressure: float | Float32[Array, ''],
+  unbiased: bool = False,
+) -> Order:
+  """Returns an epoch of batches sampled by rank, hardest most often.
+
+      p_i proportional to pressure ^ (-rank_i / N),    rank 0 is the lowest
+
+  Every batch is a sample of all N examples without replacement (Gumbel top-k);
+  an example may be in several batches of the epoch.
+
+  Args:
+    scores: (N,) floating; NaN ranks last.
+    key: decides the sample.
+    batch_size: b; static. An epoch has N // b batches.
+    pressure: how many times more often the lowest score is sampled than the
+      largest; 1 samples all alike.
+    unbiased: whether example i weighs min(1 / (N p_i), `LARGEST_WEIGHT`).
+
+  References:
+    Song et al. 2018 (Ada-Boundary).
+  """
+  n = scores.shape[0]
+  batches = n // batch_size
+  fractions = ranks(scores).astype(jnp.float32) / n
+  log_p = jax.nn.log_softmax(-jnp.log(pressure) * fractions)
+
+  def sample(key: Array) -> Array:
+    perturbed = log_p + jax.random.gumbel(key, (n,))
+    return jax.lax.top_k(perturbed, batch_size)[1].astype(jnp.int32)
+
+  sampled = jax.lax.map(sample, jax.random.split(key, batches)).reshape(-1)
+  count = batches * batch_size
+  rows = jnp.zeros(n, jnp.int32).at[:count].set(sampled)
+  weights = ()
+  if unbiased:
+    inverse = jnp.exp(-log_p) / n
+    weights = jnp.minimum(inverse, LARGEST_WEIGHT)[rows]
+  return Order(rows, jnp.int32(count), weights)
+
+
+def pools(
+  scores: Scores,
+  visited: Int32[Array, ' N'] | tuple[()],
+  key: Key[Array, ''],
+  *,
+  pool_size: int,
+  batch_size: int,
+  explore: float = 0.0,
+) -> Order:
+  """Returns an epoch of small pools, of each the lowest scores.
+
+  All examples are divided at random into pools of B, but for what fills none.
+  Of each pool the round(explore * b) examples that were trained on longest ago
+  and the lowest scores of the others are a batch.
+
+  Args:
+    scores: (N,) floating; NaN ranks last.
+    visited: (N,) int32, the step at which each was in a batch last, -1 for
+      never; () without `explore`.
+    key: decides the pools.
+    pool_size: B; static.
+    batch_size: b; static.
+    explore: fraction of the batch by age; static.
+  """
+  n = scores.shape[0]
+  many = n // pool_size
+  members = jax.random.permutation(key, n)[: many * pool_size]
+  members = members.astype(jnp.int32).reshape(many, pool_size)
+  oldest = round(explore * batch_size)
+
+  def select(pool: Array) -> Array:
+    by_age = jnp.ones(pool_size, bool)
+    if oldest:
+      by_age = ranks(visited[pool]) >= oldest
+    return pool[jnp.lexsort((scores[pool], by_age))[:batch_size]]
+
+  selected = jax.vmap(select)(members).reshape(-1)
+  count = many * batch_size
+  rows = jnp.zeros(n, jnp.int32).at[:count].set(selected)
+  return Order(rows, jnp.int32(count), ())

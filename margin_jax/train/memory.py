@@ -1,0 +1,119 @@
+"""The score memory: what every training example scored when last in a batch.
+
+A step scores its own batch by the training-mode forward that it makes anyway,
+so that a score costs nothing. At an epoch's beginning a sampler chooses the
+examples of the epoch by these scores.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from margin_jax import margins, sampling, selection
+from margin_jax.train.spec import MemorySpec, StepSpec
+
+PyTree = Any
+
+# Of the running mean of the features' norms: a hundred steps' worth or so.
+NORM_DECAY = 0.99
+
+
+class Memory(flax.struct.PyTreeNode):
+  """What is remembered of every training example; the same on all devices.
+
+  Attributes:
+    examples: of each its score, and what else a sampler asks for.
+    feature_norm: () float32, the running mean of the features' norms, which
+      scores that are distances are divided by: features grow while training,
+      and old and new scores could not be compared. 0 before the first batch.
+  """
+
+  examples: sampling.Remembered
+  feature_norm: Array
+
+
+def create(spec: MemorySpec | None, examples: int) -> PyTree:
+  """Returns the memory before the first step; {} where none is kept."""
+  if spec is None:
+    return {}
+  remembered = sampling.Remembered(
+    scores=jnp.full(examples, -jnp.inf, jnp.float32),
+    visited=jnp.full(examples, -1, jnp.int32) if spec.visits else (),
+    wrong=jnp.ones(examples, bool) if spec.errors else (),
+  )
+  return Memory(remembered, jnp.float32(0))
+
+
+class Sampler:
+  """Makes orders of epochs from the memory: see `data.Sampler`."""
+
+  def __init__(self, spec: MemorySpec, memory: Memory, step: Array):
+    """Reads the memory as it is before `step`."""
+    self._spec = spec
+    self._memory = memory
+    self._step = step
+    self.tail = step >= spec.tail
+
+  def order(
+    self, key: Array, epoch: Array, rows: Array | None
+  ) -> sampling.Order:
+    """See `data.Sampler`; the first epochs and the tail are shuffled."""
+    remembered = self._memory.examples
+    if rows is not None:
+      remembered = jax.tree.map(lambda x: x[rows], remembered)
+    examples = len(remembered.scores)
+    return jax.lax.cond(
+      (epoch < self._spec.warmup) | self.tail,
+      lambda: sampling.shuffle(key, examples, self._spec.weighted),
+      lambda: self._spec.sample(remembered, key, self._step),
+    )
+
+
+def sampler(spec: StepSpec, memory: PyTree, step: Array) -> Sampler | None:
+  """Returns the sampler of a step; None shuffles."""
+  if spec.memory is None:
+    return None
+  return Sampler(spec.memory, memory, step)
+
+
+def write(
+  spec: StepSpec,
+  memory: PyTree,
+  step: Array,
+  scores: Array,
+  scored: selection.Scored,
+) -> PyTree:
+  """Returns the memory with the scores of a batch.
+
+  Args:
+    spec: the step's.
+    memory: of the step before.
+    step: () int32.
+    scores: (b,) of this device's shard of the batch.
+    scored: what they are scores of.
+  """
+  norms = margins.row_norms(scored.features.astype(jnp.float32))
+  wrong = jnp.argmax(scored.logits, axis=1) != scored.labels
+  # Gathered first: a mean of the devices' means would depend on their number.
+  scores, norms, wrong, index = jax.lax.all_gather(
+    (scores, norms, wrong, scored.index), spec.axis_name, tiled=True
+  )
+  old = memory.examples
+  mean = jnp.mean(norms)
+  running = NORM_DECAY * memory.feature_norm + (1 - NORM_DECAY) * mean
+  running = jnp.where(memory.feature_norm == 0, mean, running)
+  if spec.memory.rule.distance:
+    scores = scores / jnp.where(running > 0, running, 1)
+  if spec.memory.decay:
+    last = old.scores[index]
+    average = spec.memory.decay * last + (1 - spec.memory.decay) * scores
+    scores = jnp.where(jnp.isfinite(last), average, scores)
+  new = sampling.Remembered(
+    scores=old.scores.at[index].set(scores),
+    visited=old.visited.at[index].set(step) if spec.memory.visits else (),
+    wrong=old.wrong.at[index].set(wrong) if spec.memory.errors else (),
+  )
+  return Memory(new, running)
