@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -262,7 +263,7 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
       (name, FRESH, size.short, fields)
       for name, fields in {
         'mms, B=128': fresh('mms', 128),
-        'mms, B=128, proxy': fresh('mms', 128, proxy=size.proxy),
+        'mms, B=128, proxy': fresh('mms', 128, proxy=size.proxy, proxy_every=4),
         'mms, B=640': fresh('mms', 640),
         'hard-negative, ramp': fresh('loss', 640, ramp=0.1),
       }.items()
@@ -354,8 +355,11 @@ def read_run(run: runs.Run, config: str) -> list[Row]:
   rows = []
   with (run.folder / 'eval.csv').open(newline='', encoding='utf-8') as file:
     for row in csv.DictReader(file):
-      if row['split'] == 'test':
-        rows.append({
+      if row['split'] != 'test':
+        continue
+      worst = float(row['worst_class_accuracy'])
+      rows.append(
+        {
           'method': run.trial.name,
           'seed': run.seed,
           'config': config,
@@ -363,10 +367,9 @@ def read_run(run: runs.Run, config: str) -> list[Row]:
           'examples_scored': int(float(row['examples_scored'])),
           'flops': float(row['flops']),
           'error': round(1 - float(row['accuracy']), 6),
-          'worst_class_error': round(
-            1 - float(row['worst_class_accuracy']), 6
-          ),
-        })  # fmt: skip
+          'worst_class_error': round(1 - worst, 6),
+        }
+      )
   return rows
 
 
@@ -547,8 +550,8 @@ def write_report(
   text = [
     f'# Time to accuracy: {size.model} on {size.dataset}',
     '',
-    f'`python -m benchmarks.time_to_accuracy --size={args.size}`, b=64, SGD with '
-    'momentum 0.9 and weight decay 1e-4, augmentations: '
+    f'`python -m benchmarks.time_to_accuracy --size={args.size}`, b=64, SGD '
+    'with momentum 0.9 and weight decay 1e-4, augmentations: '
     f'{", ".join(size.augmentations) or "none"}; learning rate 0.1, divided by '
     f'10 at steps {", ".join(f"{x:,}" for x in size.long[1:])} of '
     f'{size.long[0]:,}, the same parts of the runs cut short. '
@@ -600,9 +603,9 @@ def table(
       '-',
       '-',
     ]
-    if name in points and points[name].family != PLAIN:
-      if compared := against_line(points[name], points):
-        line[-2] = f'{100 * compared[0]:+.2f}'
+    compared = against_line(points[name], points) if name in points else None
+    if compared is not None and points[name].family != PLAIN:
+      line[-2] = f'{100 * compared[0]:+.2f}'
     if seconds is not None and goal is not None:
       line[-1] = arrival(found, goal, seconds)
     lines.append(line)
@@ -740,13 +743,13 @@ def plot(path: pathlib.Path, points: Mapping[str, Point]) -> None:
 
 def label(axes: Any, points: Mapping[str, Point]) -> None:
   """Writes each name near its point, where nothing else is."""
-  figure, to_pixels = axes.figure, axes.transData.transform
+  to_pixels, to_points = axes.transData.transform, 72 / axes.figure.dpi
   centers = {
     name: to_pixels((x.seconds, 100 * x.error)) for name, x in points.items()
   }
   line = to_pixels([(x.seconds, 100 * x.error) for x in line_to_beat(points)])
   taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in centers.values()]
-  for start, end in zip(line[:-1], line[1:], strict=True):
+  for start, end in itertools.pairwise(line):
     along = start + np.linspace(0, 1, 30)[:, None] * (end - start)
     taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
   taken.append(axes.get_legend().get_window_extent().extents)
@@ -765,8 +768,9 @@ def label(axes: Any, points: Mapping[str, Point]) -> None:
   for name in sorted(points, key=lambda name: centers[name][1]):
     color = COLORS[points[name].family]
     text = axes.annotate(
-      name, centers[name], centers[name], 'figure pixels', 'figure pixels',
-      fontsize=8.5, color=color, ha='center', va='center',
+      name, (points[name].seconds, 100 * points[name].error), (0, 0),
+      textcoords='offset points', fontsize=8.5, color=color, ha='center',
+      va='center',
       arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6},
     )  # fmt: skip
     half = np.array(text.get_window_extent().size) / 2
@@ -779,7 +783,7 @@ def label(axes: Any, points: Mapping[str, Point]) -> None:
       place = next((i for i, box in enumerate(boxes) if free(box)), None)
       if place is not None:
         taken.append(boxes[place])
-        text.set_position(centers[name] + offsets[place])
+        text.set_position(to_points * offsets[place])
         break
 
 
