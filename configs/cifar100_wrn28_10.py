@@ -4,8 +4,9 @@
         --config=configs/cifar100_wrn28_10.py:mms,regime=early_drop \\
         --workdir=/tmp/wrn
 
-Arguments: the method (`baseline`, `mmr`, `mms`, `mms_mmr`), and regime=standard
-(156.2K steps) or early_drop (80K steps).
+Arguments: the method (`baseline`, `mmr`, `mms`, `mms_mmr`), regime=standard
+(156.2K steps) or early_drop (80K steps), and selection=fresh (the papers'
+pools), memory (soft pruning by remembered margins; no pool) or proxy.
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1; ICLR 2020 submission,
 Table 1):

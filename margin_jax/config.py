@@ -113,7 +113,7 @@ def _model(words: str, option: str) -> Need:
 
 
 def _any_batch_norm(config: Flat) -> bool:
-  proxy = config['selection.proxy'] if FRESH.met(config) else None
+  proxy = config['selection.proxy'] if scores_pools(config) else None
   names = config['model.name'], proxy
   return any(name and models.find(name).batch_norm for name in names)
 
@@ -140,15 +140,21 @@ SCORING = Need(
   lambda config: config['selection.rule'] != UNIFORM,
   'selection.rule',
 )
-FRESH = Need(
-  f'a selection.rule other than {UNIFORM!r}, without selection.memory',
-  lambda config: scores_pools(config),
-  'selection.memory',
+FRESH = (
+  SCORING,
+  Need(
+    'pools that are scored',
+    lambda config: not config['selection.memory'],
+    'selection.memory',
+  ),
 )
-POOL = Need(
-  "a selection.rule other than 'uniform', and of samplers 'pool'",
-  lambda config: samples_pools(config),
-  'selection.sampler',
+POOL = (
+  SCORING,
+  Need(
+    "selection.sampler='pool' with selection.memory",
+    lambda config: samples_pools(config),
+    'selection.sampler',
+  ),
 )
 MEMORY = Need(
   'selection.memory',
@@ -229,7 +235,7 @@ FIELDS: dict[str, Field] = {
     640,
     integer(1),
     'Examples to select a batch from, B, over all devices.',
-    needs=[POOL],
+    needs=POOL,
   ),
   'devices': Field(
     None,
@@ -504,63 +510,63 @@ FIELDS: dict[str, Field] = {
     'global',
     one_of('global', 'device'),
     'Examples are ranked over all devices, or over those of each device.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.batch_stats': Field(
     'selected',
     one_of('selected', 'pool'),
     "The model's running BatchNorm statistics follow the selected batches, or "
     'the pool, which a train-mode forward then scores.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.reuse': Field(
     1,
     integer(1),
     'One scored pool feeds so many steps, best ranks first.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.every': Field(
     1,
     integer(1),
     'Score at every n-th step; the others are plain.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.start': Field(
     0,
     integer(0),
     'First step that scores; those before are plain.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.stop': Field(
     None,
     optional(integer(1)),
     'From this step on nothing is scored.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.score_dtype': Field(
     None,
     optional(DTYPE),
     "Score in this dtype; None is the model's.",
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.score_resolution': Field(
     None,
     optional(integer(4)),
     "Score images of this side; None is the images' own.",
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.proxy': Field(
     None,
     optional(MODEL),
     'Score with this small model, trained along; None is the model itself.',
-    needs=[FRESH],
+    needs=FRESH,
   ),
   'selection.proxy_every': Field(
     1,
     integer(1),
     'The proxy is trained at every n-th step.',
     needs=[
-      FRESH,
+      *FRESH,
       Need(
         'a selection.proxy',
         lambda config: config['selection.proxy'] is not None,
@@ -652,13 +658,13 @@ FIELDS: dict[str, Field] = {
     'How much the hard fraction of the batch grows per epoch of pools, the '
     'rest being random; classes are balanced. 0 is plain hard-negative '
     "mining; the authors' value is 0.1.",
-    needs=[FRESH, _equal('selection.rule', 'loss')],
+    needs=[*FRESH, _equal('selection.rule', 'loss')],
   ),
   'selection.beta': Field(
     1.0,
     AT_LEAST_0,
     'Power of the loss percentile.',
-    needs=[FRESH, _equal('selection.rule', 'selective_backprop')],
+    needs=[*FRESH, _equal('selection.rule', 'selective_backprop')],
   ),
   'selection.log_counts': Field(
     False,

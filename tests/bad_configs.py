@@ -10,6 +10,8 @@ REAL = 'a finite number, at least 0'
 RATES = 'optimizer.learning_rates'
 BOUNDARIES = 'optimizer.boundaries'
 MMS = {'selection.rule': 'mms'}
+MEMORY = {**MMS, 'selection.memory': True}
+PRUNE = {**MEMORY, 'selection.sampler': 'prune'}
 TRIMMING = {'trimming.last': 0.2}
 
 # Field, a bad value, and what the message must say is allowed.
@@ -122,6 +124,19 @@ BAD = [
   ('selection.score_dtype', 'float16', "'bfloat16'"),
   ('selection.score_resolution', 3, 'an integer, at least 4'),
   ('selection.proxy', 'resnet9', "'resnet8'"),
+  ('selection.proxy_every', 0, POSITIVE),
+  ('selection.memory', 1, 'True or False'),
+  ('selection.sampler', 'shuffle', "('pool', 'prune', 'weighted')"),
+  ('selection.warmup', -1, NATURAL),
+  ('selection.tail', 1.5, 'at most 1'),
+  ('selection.decay', 1.0, 'below 1'),
+  ('selection.explore', -0.5, REAL),
+  ('selection.threshold', 'median', "('share', 'mean')"),
+  ('selection.share', 'most', "or one of ('auto',)"),
+  ('selection.share', 1.5, 'at most 1'),
+  ('selection.drop', 1.0, 'below 1'),
+  ('selection.pressure', 0.5, 'at least 1'),
+  ('selection.unbiased', 'yes', 'True or False'),
   ('selection.ramp', -0.1, REAL),
   ('selection.beta', NAN, REAL),
   ('selection.log_counts', 1, 'True or False'),
@@ -227,6 +242,16 @@ BAD_TOGETHER = [
   ({'pool_size': 127, 'selection.reuse': 2, **MMS}, 'reuse = 128'),
   ({'selection.every': 2, 'selection.reuse': 2, **MMS}, 'which steps score'),
   ({'selection.stop': 5, 'selection.start': 5, **MMS}, 'ever scored'),
+  ({'pool_size': 257, **MEMORY}, '4 * batch_size = 256'),
+  ({'pool_size': 63, **MEMORY}, 'from batch_size = 64'),
+  (
+    {**MEMORY, 'selection.rule': 'selective_backprop'},
+    "of samplers 'weighted'",
+  ),
+  (
+    {'selection.drop': 0.0, 'selection.share': 'auto', **PRUNE},
+    'which divides by it',
+  ),
   ({RATES: (1e39,)}, 'at most 1e+38'),
   ({'selection.start': 1000, **MMS}, 'below steps=1000'),
   ({'selection.score_resolution': 4, **MMS}, 'images of one size only'),
@@ -326,6 +351,32 @@ UNUSED = [
   ({'selection.score_dtype': 'bfloat16'}, NO_POOL),
   ({'selection.score_resolution': 4}, NO_POOL),
   ({'selection.proxy': 'bert_base'}, NO_POOL),
+  ({'selection.memory': True}, NO_POOL),
+  ({'selection.reuse': 2, 'pool_size': 128, **MEMORY}, 'pools that are scored'),
+  ({'pool_size': 128, **PRUNE}, "selection.sampler='pool' with"),
+  ({'selection.sampler': 'prune', **MMS}, 'selection.memory, but'),
+  ({'selection.warmup': 2, **MMS}, 'selection.memory, but'),
+  ({'selection.tail': 0.5, **MMS}, 'selection.memory, but'),
+  ({'selection.decay': 0.5, **MMS}, 'selection.memory, but'),
+  ({'selection.explore': 0.5, **PRUNE}, "selection.sampler='pool', but"),
+  ({'selection.pressure': 10.0, **PRUNE}, "selection.sampler='weighted', but"),
+  (
+    {'selection.share': 0.3, 'selection.threshold': 'mean', **PRUNE},
+    "selection.threshold='share', but",
+  ),
+  (
+    {'selection.drop': 0.3, 'pool_size': 128, **MEMORY},
+    "selection.sampler='prune', but",
+  ),
+  (
+    {'selection.threshold': 'mean', 'pool_size': 128, **MEMORY},
+    "selection.sampler='prune', but",
+  ),
+  (
+    {'selection.unbiased': True, 'pool_size': 128, **MEMORY},
+    "selection.sampler='prune' or 'weighted', but",
+  ),
+  ({'selection.proxy_every': 2, **MMS}, 'a selection.proxy, but'),
   ({'selection.ramp': 0.1, **MMS}, "selection.rule='loss', but selection.rule"),
   ({'selection.beta': 2.0, **MMS}, "selection.rule='selective_backprop', but"),
   ({'trimming.backward': 'kept'}, 'trimming.first or trimming.last below 1'),
@@ -374,6 +425,16 @@ GOOD = [
   {'selection.rule': 'selective_backprop', 'selection.beta': 3},
   {'selection.reuse': 10, 'selection.start': 3, 'selection.stop': 4, **MMS},
   {'selection.proxy': 'resnet8', 'selection.score_resolution': 16, **MMS},
+  {'selection.proxy': 'resnet8', 'selection.proxy_every': 4, **MMS},
+  {
+    'selection.explore': 1.0,
+    'selection.decay': 0.5,
+    'pool_size': 256,
+    **MEMORY,
+  },
+  {'selection.share': 'auto', 'selection.drop': 0.99, **PRUNE},
+  {'selection.threshold': 'mean', 'selection.unbiased': True, **PRUNE},
+  {**MEMORY, 'selection.sampler': 'weighted', 'selection.pressure': 1.0},
   {'selection.score_dtype': 'bfloat16', 'selection.every': 3, **MMS},
   {'selection.batch_stats': 'pool', 'model.name': 'resnet8', **MMS},
   {'trimming.backward': 'kept', **TRIMMING},

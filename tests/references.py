@@ -287,3 +287,38 @@ def large_margin_losses(
       per_layer.append(-sum(min(max(d, low), gamma) for d in distances))
     losses.append(sum(per_layer) / len(per_layer))
   return np.array(losses)
+
+
+def infobatch(losses, keep_ratio, order):
+  """InfoBatch's `prune`: (kept, weights), of the easy the first of `order`.
+
+  Of the easy examples (below the mean loss) the released code keeps
+  int(keep_ratio * count), chosen by `np.random.choice`: here those that come
+  first in `order`. Weights are of all examples, 1 where none is given.
+  """
+  losses = float64(losses)
+  easy = losses < losses.mean()
+  count = int(keep_ratio * easy.sum())
+  chosen = [i for i in order if easy[i]][:count]
+  weights = np.ones(len(losses))
+  weights[chosen] = 1 / keep_ratio
+  return {*np.flatnonzero(~easy), *chosen}, weights
+
+
+def pruned_count(scores, share, drop) -> int:
+  """How many examples an epoch keeps, of a share of easy ones."""
+  known = sum(s > -math.inf for s in scores)
+  easy = min(int(share * len(scores) + 1e-9), known)
+  return len(scores) - easy + int((1 - drop) * easy + 1e-9)
+
+
+def pool_batches(scores, visited, order, pool_size, batch_size, explore=0.0):
+  """Pools of `order`; of each the oldest, then the lowest of the others."""
+  batches = []
+  for start in range(0, len(order) - pool_size + 1, pool_size):
+    pool = list(order[start : start + pool_size])
+    count = round(explore * batch_size)
+    oldest = sorted(pool, key=lambda i: visited[i])[:count] if count else []
+    rest = sorted((i for i in pool if i not in oldest), key=lambda i: scores[i])
+    batches.append(oldest + rest[: batch_size - count])
+  return batches

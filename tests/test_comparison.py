@@ -59,7 +59,10 @@ def test_a_method_is_a_rule_and_fields(text, fields):
 @pytest.mark.parametrize(
   ('text', 'words'),
   [
-    ('mmr', ["rule 'mmr'", "'mms', 'loss'"]),
+    (
+      'mmr',
+      ["'mmr' must be one of the rules", "'mms', 'signed_margin', 'loss'"],
+    ),
     ('mms+reuse', ["'reuse' must be field=value"]),
     ('mms+fast=1', ["'fast' is no config field", "'pool_size'"]),
     ('mms+reuse=2+selection.reuse=3', ['selection.reuse is given twice']),

@@ -26,7 +26,7 @@ from margin_jax.data.normalization import (
   zero_pixel,
 )
 from margin_jax.data.registered import REGISTERED
-from margin_jax.data.streaming import Streaming
+from margin_jax.data.streaming import Ordered, Streaming
 
 __all__ = [
   'GENERATED',
@@ -78,6 +78,7 @@ def load(
   buckets: Sequence[int] = (32, 64),
   vocabulary: str | None = None,
   sample_size: int = 1,
+  ordered: bool = False,
 ) -> Dataset:
   """Loads a dataset into host memory, or opens one that is too large for it.
 
@@ -106,6 +107,7 @@ def load(
     vocabulary: the path of a vocab.txt, for those of `VOCABULARY_NEEDED`.
     sample_size: how many training examples a step samples, at most; no bucket
       has fewer.
+    ordered: whether a sampler on the devices orders the training examples.
 
   Returns:
     The dataset, with splits 'train', 'test' (GLUE's validation split; its own
@@ -148,7 +150,7 @@ def load(
     )
     # Both normalisations: ImageNet's statistics are those of the dataset.
     prepare = normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
-    return Streaming(
+    return (Ordered if ordered else Streaming)(
       name=name,
       num_classes=num_classes,
       records={k: records['test' if k == 'test' else 'train'] for k in rows},

@@ -224,6 +224,7 @@ class Loader:
 
   seconds_waited = 0.0
   undecodable = 0
+  ordered = False
 
   def __init__(
     self, devices: Devices, buckets: list[Split], sizes: Sequence[int]
@@ -251,8 +252,9 @@ class Loader:
     """Returns the bucket that the step samples from."""
     return self._data[self.bucket(step)]
 
-  def replay(self, step: int) -> PyTree:
+  def replay(self, step: int, sampler: PyTree) -> PyTree:
     """Returns the bucket that the step samples from."""
+    del sampler
     return self(step)
 
   def close(self) -> None:

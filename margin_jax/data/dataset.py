@@ -68,10 +68,14 @@ class Loader(Protocol):
   Attributes:
     seconds_waited: for data, while there may have been work to do.
     undecodable: images that another took the place of, in this process.
+    ordered: whether a sampler on the devices orders what this must read first.
+      The host then begins the epochs, by `Dataset.begin_epoch`, whenever
+      `begins_epoch` says so. Else the steps do it themselves.
   """
 
   seconds_waited: float
   undecodable: int
+  ordered: bool
 
   def bucket(self, step: int) -> int:
     """Returns which bucket the step samples from; 0 where there are none."""
@@ -84,11 +88,27 @@ class Loader(Protocol):
       size: how many examples it samples, over all devices; 0 is none.
     """
 
+  def begins_epoch(self, step: int, tail: bool) -> bool:
+    """Returns whether the host must begin an epoch before the step.
+
+    Args:
+      step: that comes next.
+      tail: whether the plain tail of the run begins at it.
+    """
+
+  def follow(self, step: int, sampler: PyTree) -> None:
+    """Begins to read the epoch of a sampler state, on the host, from `step`."""
+
   def __call__(self, step: int) -> PyTree:
     """Returns the data of the call that starts at `step`."""
 
-  def replay(self, step: int) -> PyTree:
-    """Returns the data of the call at an earlier step again."""
+  def replay(self, step: int, sampler: PyTree) -> PyTree:
+    """Returns the data of the call at an earlier step again.
+
+    Args:
+      step: the call's first.
+      sampler: the sampler state that the step reads, on the host.
+    """
 
   def close(self) -> None:
     """Ends the processes that read the data, if there are any."""
@@ -202,6 +222,20 @@ class Dataset(Protocol):
       The new sampler state, and this device's shard of the examples:
       'inputs', 'label', 'index', their rows in the training split, and, where
       dataset or sampler give some, 'weights'.
+    """
+
+  def begin_epoch(
+    self, state: PyTree, size: int, *, key: Array, sampler: Sampler
+  ) -> PyTree:
+    """Returns the sampler state in an epoch that has `size` examples left.
+
+    Only of data whose loader is `ordered`.
+
+    Args:
+      state: the sampler state.
+      size: how many examples the next step samples, over all devices.
+      key: the run's PRNG key for data.
+      sampler: makes the order of an epoch.
     """
 
   def fit(

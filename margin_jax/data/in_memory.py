@@ -7,7 +7,6 @@ reads them.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -113,6 +112,28 @@ def advance(
   )
 
 
+def take_weights(
+  state: SamplerState, examples: dict[str, Array], size: int, axis_name: str
+) -> tuple[SamplerState, dict[str, Array]]:
+  """Moves the cursor on, and weighs the examples that it was at.
+
+  Args:
+    state: its cursor is at the examples of all devices.
+    examples: this device's shard of them.
+    size: how many examples there are over all devices; static.
+    axis_name: of the mapped axis.
+  """
+  after = state.replace(cursor=state.cursor + size)
+  if isinstance(state.weights, tuple):
+    return after, examples
+  local = size // jax.lax.axis_size(axis_name)
+  start = state.cursor + jax.lax.axis_index(axis_name) * local
+  weights = jax.lax.dynamic_slice_in_dim(state.weights, start, local)
+  if 'weights' in examples:
+    weights = weights * examples['weights']
+  return after, {**examples, 'weights': weights}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemory:
   """A `Dataset` whose splits lie on every device.
@@ -189,15 +210,9 @@ class InMemory:
       'label': data['label'][index],
       'index': index,
     }
-    weights = []
-    if 'weights' in data:
-      weights.append(data['weights'][index])
-    if not isinstance(state.weights, tuple):
-      start = state.cursor + first
-      weights.append(jax.lax.dynamic_slice_in_dim(state.weights, start, local))
-    if weights:
-      examples['weights'] = math.prod(weights)
-    return state.replace(cursor=state.cursor + size), examples
+    if self.weighted:
+      examples['weights'] = data['weights'][index]
+    return take_weights(state, examples, size, axis_name)
 
   def fit(
     self, examples: dict[str, Array], data: dict[str, Array]
@@ -234,6 +249,7 @@ class Loader:
 
   seconds_waited = 0.0
   undecodable = 0
+  ordered = False
 
   def __init__(self, devices: Devices, split: Split):
     """Copies the split to the devices."""
@@ -254,8 +270,9 @@ class Loader:
     del step
     return self._data
 
-  def replay(self, step: int) -> PyTree:
+  def replay(self, step: int, sampler: PyTree) -> PyTree:
     """Returns the split."""
+    del sampler
     return self(step)
 
   def close(self) -> None:

@@ -21,11 +21,13 @@ from jax import Array
 from PIL import Image
 
 from margin_jax.data import augment as augment_lib
+from margin_jax.data import in_memory
 from margin_jax.data import workers as workers_lib
 from margin_jax.data.dataset import (
   DatasetError,
   Devices,
   PyTree,
+  Sampler,
   Shard,
   chunk_size,
 )
@@ -250,12 +252,47 @@ class _TrainingUnits:
     before = self._ends[step - 1] if step else 0
     local = self._sizes[step] // self._shard.count
     first = self._shard.index * local + (i - before) * self._unit
-    # An example's index among all that the step samples decides its pixels.
     index = first + np.arange(self._unit)
     epoch, cursor = (int(x) for x in self._positions[step])
-    rngs = [np.random.default_rng((self._seed, 3, step, int(k))) for k in index]
+    rngs = _crops(self._seed, step, index)
     batch = self._reader.read(self._epoch(epoch)[cursor + index], rngs, True)
     return {**batch, 'epoch': np.full(self._unit, epoch, np.int32)}
+
+
+def _crops(
+  seed: int, step: int, index: np.ndarray
+) -> list[np.random.Generator]:
+  """Returns what decides the crops of a step's examples: their index in it."""
+  return [np.random.default_rng((seed, 3, step, int(k))) for k in index]
+
+
+class _OrderedSteps:
+  """What Grain reads: this process's shard of the i-th step from `start` on."""
+
+  def __init__(
+    self,
+    reader: _Reader,
+    rows: np.ndarray,
+    size: int,
+    start: int,
+    shard: Shard,
+    seed: int,
+  ):
+    self._reader = reader
+    self._rows = rows
+    self._size = size
+    self._start = start
+    self._shard = shard
+    self._seed = seed
+
+  def __len__(self) -> int:
+    return len(self._rows) // self._size
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    local = self._size // self._shard.count
+    index = self._shard.index * local + np.arange(local)
+    rngs = _crops(self._seed, self._start + i, index)
+    return self._reader.read(self._rows[i * self._size + index], rngs, True)
 
 
 class _EvaluationChunks:
@@ -328,8 +365,9 @@ class Streaming:
     """The number of examples of each split."""
     return {name: len(rows) for name, rows in self.rows.items()}
 
-  def state(self) -> PyTree:
+  def state(self, sampler_weights: bool = False) -> PyTree:
     """See `Dataset.state`."""
+    del sampler_weights
     return SamplerState.create()
 
   def sample(
@@ -341,20 +379,33 @@ class Streaming:
     key: Array,
     step: Array,
     axis_name: str,
+    sampler: Sampler | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` are this device's shard already."""
+    del sampler
+    examples = self.augmented(data, size, key, step, axis_name)
+    return state.replace(epoch=data['epoch'][0]), examples
+
+  def augmented(
+    self,
+    data: dict[str, Array],
+    size: int,
+    key: Array,
+    step: Array,
+    axis_name: str,
+  ) -> dict[str, Array]:
+    """Returns this device's shard of the examples of `data`, augmented."""
     _, augment_key = jax.random.split(key)
     local = size // jax.lax.axis_size(axis_name)
     first = jax.lax.axis_index(axis_name) * local
     keys = augment_lib.example_keys(
       augment_key, step, first + jnp.arange(local)
     )
-    examples = {
+    return {
       'inputs': jax.vmap(self.augment)(keys, data['inputs']),
       'label': data['label'],
       'index': data['index'],
     }
-    return state.replace(epoch=data['epoch'][0]), examples
 
   def fit(
     self, examples: dict[str, Array], data: dict[str, Array]
@@ -381,7 +432,8 @@ class Streaming:
     del whole
     return Splits(self, devices, names, batch_size, examples)
 
-  def _reader(self, split: str) -> _Reader:
+  def reader(self, split: str) -> _Reader:
+    """Returns what reads the records of a split."""
     return _Reader(
       self.records[split],
       self.rows[split],
@@ -411,7 +463,7 @@ class Streaming:
     unit = int(np.gcd.reduce([size for size in local if size]))
     units = workers_lib.iterate(
       _TrainingUnits(
-        self._reader('train'), self.counts['train'], sizes, start, shard,
+        self.reader('train'), self.counts['train'], sizes, start, shard,
         unit, seed,
       ),
       self.workers,
@@ -432,12 +484,55 @@ class Streaming:
       the split is 'real' exactly once.
     """
     chunks = _EvaluationChunks(
-      self._reader(split), self.counts[split], size, shard
+      self.reader(split), self.counts[split], size, shard
     )
     with contextlib.closing(
       workers_lib.iterate(chunks, self.workers)
     ) as batches:
       yield from batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ordered(Streaming):
+  """A `Streaming` dataset whose epochs a sampler orders, on the devices.
+
+  The order is in the state, and so in checkpoints. Whenever an epoch begins the
+  host waits for it, and has the workers decode what it names.
+  """
+
+  def state(self, sampler_weights: bool = False) -> PyTree:
+    """See `Dataset.state`."""
+    state = in_memory.SamplerState
+    return state.create(self.counts['train'], sampler_weights)
+
+  def begin_epoch(
+    self, state: PyTree, size: int, *, key: Array, sampler: Sampler
+  ) -> PyTree:
+    """See `Dataset.begin_epoch`."""
+    order_key, _ = jax.random.split(key)
+    return in_memory.advance(state, size, order_key, sampler)
+
+  def sample(
+    self,
+    state: PyTree,
+    data: dict[str, Array],
+    size: int,
+    *,
+    key: Array,
+    step: Array,
+    axis_name: str,
+    sampler: Sampler | None = None,
+  ) -> tuple[PyTree, dict[str, Array]]:
+    """See `Dataset.sample`; the epoch has begun, and is decoded."""
+    del sampler
+    examples = self.augmented(data, size, key, step, axis_name)
+    return in_memory.take_weights(state, examples, size, axis_name)
+
+  def loader(
+    self, devices: Devices, sizes: Sequence[int], start: int, seed: int
+  ) -> 'OrderedLoader':
+    """See `Dataset.loader`; the workers start with every epoch."""
+    return OrderedLoader(self, devices, sizes, start, seed)
 
 
 class Loader:
@@ -450,6 +545,8 @@ class Loader:
     seconds_waited: for the workers, while there may have been work to do.
     undecodable: images that another took the place of, in this process's shard.
   """
+
+  ordered = False
 
   def __init__(
     self,
@@ -495,8 +592,9 @@ class Loader:
     self.undecodable += int(batch.pop('undecodable').sum())
     return self._devices.shard(batch)
 
-  def replay(self, step: int) -> PyTree:
+  def replay(self, step: int, sampler: PyTree) -> PyTree:
     """Reads the sample of the step once more, with workers of its own."""
+    del sampler
     dataset, devices, sizes, seed = self._args
     with contextlib.closing(
       Loader(dataset, devices, sizes, step, seed)
@@ -506,6 +604,64 @@ class Loader:
   def close(self) -> None:
     """Stops the workers."""
     self._batches.close()
+
+
+class OrderedLoader(Loader):
+  """One sample a step, of the epochs that a sampler orders."""
+
+  ordered = True
+
+  def __init__(
+    self,
+    dataset: Ordered,
+    devices: Devices,
+    sizes: Sequence[int],
+    start: int,
+    seed: int,
+  ):
+    """Starts nothing yet; the arguments are those of `Dataset.loader`."""
+    super().__init__(dataset, devices, sizes, start, seed)
+    self._dataset = dataset
+    self._seed = seed
+    self._left = 0
+
+  def begins_epoch(self, step: int, tail: bool) -> bool:
+    """See `dataset.Loader`."""
+    return tail or self._left < self._sizes[step]
+
+  def follow(self, step: int, sampler: PyTree) -> None:
+    """See `dataset.Loader`; the workers start with the rest of the epoch."""
+    self._batches.close()
+    rows = sampler.order[int(sampler.cursor) : int(sampler.count)]
+    self._left = len(rows)
+    steps = _OrderedSteps(
+      self._dataset.reader('train'),
+      rows,
+      self._sizes[step],
+      step,
+      self._devices.process_shard,
+      self._seed,
+    )
+    self._batches = workers_lib.iterate(steps, self._dataset.workers)
+
+  def example(self, bucket: int, size: int) -> PyTree:
+    """Returns a sample of zeros; what epoch it is of the state tells."""
+    data = super().example(bucket, size)
+    data.pop('epoch', None)
+    return data
+
+  def __call__(self, step: int) -> PyTree:
+    """Returns the sample of the step."""
+    self._left -= self._sizes[step]
+    return super().__call__(step)
+
+  def replay(self, step: int, sampler: PyTree) -> PyTree:
+    """Reads the sample of the step that the sampler is at once more."""
+    dataset, devices, sizes, seed = self._args
+    again = OrderedLoader(dataset, devices, sizes, step, seed)
+    with contextlib.closing(again):
+      again.follow(step, sampler)
+      return again(step)
 
 
 class Splits:

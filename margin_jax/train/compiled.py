@@ -78,6 +78,10 @@ class Program:
     self.steps_per_call = steps_per_call
     self._spec = spec
     self._loader = loader
+    self._begin_epoch: devices_lib.Compiled | None = None
+    if loader.ordered:
+      begin = functools.partial(step_lib.begin_epoch, spec)
+      self._begin_epoch = devices.compile(begin, state, donate_first=True)
     examples = self._examples(steps)
     one_shape = len({_shapes(data) for data in examples.values()}) == 1
     switches = steps_per_call > 1 or devices.platform != 'cpu'
@@ -128,7 +132,8 @@ class Program:
   @property
   def compile_seconds(self) -> float:
     """Seconds spent on compiling so far."""
-    late = (compiled.first_call_seconds for compiled in self.programs)
+    programs = [*self.programs, self._begin_epoch]
+    late = (x.first_call_seconds for x in programs if x is not None)
     return self._seconds + sum(late)
 
   @property
@@ -149,8 +154,19 @@ class Program:
     self, step: int, state: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
     """Dispatches a call that starts at `step`, which `state` is at."""
+    if self._loader.ordered:
+      state = self._in_epoch(step, state)
     variant = None if self._switches else self.variant(step)
     return self._programs[variant](state, self._loader(step))
+
+  def _in_epoch(
+    self, step: int, state: step_lib.TrainState
+  ) -> step_lib.TrainState:
+    """Begins an epoch where the last one is over; the loader then reads it."""
+    if self._loader.begins_epoch(step, step == self._spec.memory.tail):
+      state = self._begin_epoch(state)
+      self._loader.follow(step, jax.device_get(state.sampler))
+    return state
 
   def cost(self, first: int, last: int) -> Counters:
     """Returns the cost of steps first, ..., last - 1, without the seconds."""

@@ -491,7 +491,7 @@ def _examples_of_failed_step(run: Run) -> PyTree:
   def examples(state: PyTree, batch: PyTree) -> PyTree:
     return step_lib.examples_of_step(spec, state, batch)
 
-  batch = run.loader.replay(step)
+  batch = run.loader.replay(step, jax.device_get(run.state.sampler))
   program = run.devices.compile(examples, run.state, batch)
   return jax.device_get(program(run.state, batch))
 

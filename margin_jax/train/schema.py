@@ -13,9 +13,7 @@ from margin_jax import config as config_lib
 from margin_jax import data, models
 from margin_jax.config import (
   FIELDS,
-  FRESH,
   MEMORY,
-  POOL,
   TRIMMING,
   ConfigError,
   Flat,
@@ -192,7 +190,7 @@ def _check_models(flat: Flat) -> None:
 
 def _check_selection(flat: Flat) -> None:
   """Checks which steps score, and how many examples."""
-  if not FRESH.met(flat):
+  if not config_lib.scores_pools(flat):
     return
   pool, size = flat['pool_size'], flat['batch_size'] * flat['selection.reuse']
   allowed = f'at least batch_size * selection.reuse = {size}'
@@ -310,7 +308,7 @@ def validate_data(
   Raises:
     ConfigError: naming the field, its value and what is allowed.
   """
-  pools = POOL.met(flatten(config))
+  pools = config_lib.samples_pools(flatten(config))
   name = 'pool_size' if pools else 'batch_size'
   require(
     config[name] <= examples, name, config[name],
@@ -356,7 +354,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
     ConfigError: naming the field, its value and what is allowed.
   """
   names = ['batch_size']
-  if POOL.met(flatten(config)):
+  if config_lib.samples_pools(flatten(config)):
     names.append('pool_size')
   for name in names:
     holds = config[name] % devices == 0

@@ -103,7 +103,11 @@ def _dataset(
   fields['vocabulary'] = vocabulary.find(config, workdir)
   sample_size = config.pool_size if pools else config.batch_size
   return data.load(
-    fields.pop('name'), seed=config.seed, sample_size=sample_size, **fields
+    fields.pop('name'),
+    seed=config.seed,
+    sample_size=sample_size,
+    ordered=config.selection.memory,
+    **fields,
   )
 
 
@@ -224,9 +228,8 @@ def _selection(
     return None
   if config.selection.score_dtype is not None:
     scorer = scorer.clone(dtype=jnp.dtype(config.selection.score_dtype))
-  custom = rule and selection.Rule(rule)
   return Selection(
-    rule=custom or selection.find(config.selection.rule),
+    rule=_rule(config, rule),
     transform=_score_transform(config, num_classes, device_count),
     pool_size=config.pool_size,
     scope=config.selection.scope,
@@ -239,6 +242,14 @@ def _selection(
     chunk_size=cpu.chunk_size(config.pool_size // device_count),
     pool_statistics=config.selection.batch_stats == 'pool',
   )
+
+
+def _rule(
+  config: ml_collections.ConfigDict, rule: selection.RuleFunction | None
+) -> selection.Rule:
+  if rule is None:
+    return selection.find(config.selection.rule)
+  return selection.Rule(rule)
 
 
 def _score_transform(
@@ -264,25 +275,23 @@ def _score_transform(
 def _memory(
   config: ml_collections.ConfigDict, rule: selection.RuleFunction | None
 ) -> MemorySpec | None:
-  options = config.selection
-  if not options.memory:
+  if not config.selection.memory:
     return None
-  tail = config.steps - round(options.tail * config.steps)
+  tail = config.steps - round(config.selection.tail * config.steps)
   return MemorySpec(
-    rule=selection.Rule(rule) if rule else selection.find(options.rule),
-    decay=options.decay,
+    rule=_rule(config, rule),
+    decay=config.selection.decay,
     sample=_sampler(config, tail),
-    weighted=options.unbiased,
-    visits=options.explore > 0,
-    errors=options.share == 'auto',
-    warmup=options.warmup,
+    weighted=config.selection.unbiased,
+    visits=config.selection.explore > 0,
+    errors=config.selection.share == 'auto',
+    warmup=config.selection.warmup,
     tail=tail,
   )
 
 
 def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
   """Returns what makes the order of an epoch from the remembered scores."""
-  options = config.selection
 
   def pool(remembered: sampling.Remembered, key: Array, step: Array):
     del step
@@ -292,22 +301,22 @@ def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
       key,
       pool_size=config.pool_size,
       batch_size=config.batch_size,
-      explore=options.explore,
+      explore=config.selection.explore,
     )
 
   def prune(remembered: sampling.Remembered, key: Array, step: Array):
     del step
-    share = options.share
-    if options.threshold == 'mean':
+    share = config.selection.share
+    if config.selection.threshold == 'mean':
       share = None
     elif share == 'auto':
-      share = sampling.learned_share(remembered.wrong, options.drop)
+      share = sampling.learned_share(remembered.wrong, config.selection.drop)
     return sampling.prune(
       remembered.scores,
       key,
       share=share,
-      drop=options.drop,
-      unbiased=options.unbiased,
+      drop=config.selection.drop,
+      unbiased=config.selection.unbiased,
     )
 
   def weighted(remembered: sampling.Remembered, key: Array, step: Array):
@@ -316,11 +325,12 @@ def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
       key,
       batch_size=config.batch_size,
       # It falls geometrically, and would be 1 at the tail.
-      pressure=options.pressure ** (1 - step / max(tail, 1)),
-      unbiased=options.unbiased,
+      pressure=config.selection.pressure ** (1 - step / max(tail, 1)),
+      unbiased=config.selection.unbiased,
     )
 
-  return {'pool': pool, 'prune': prune, 'weighted': weighted}[options.sampler]
+  samplers = {'pool': pool, 'prune': prune, 'weighted': weighted}
+  return samplers[config.selection.sampler]
 
 
 def _trimming(

@@ -214,6 +214,20 @@ def sample(
   )
 
 
+def begin_epoch(spec: StepSpec, state: TrainState) -> TrainState:
+  """Returns the state in an epoch that the next step has examples of.
+
+  For data that must be read before the step: else the step does it itself.
+  """
+  sampler = spec.dataset.begin_epoch(
+    state.sampler,
+    spec.batch_size,
+    key=jax.random.fold_in(jax.random.key(state.seed), DATA),
+    sampler=memory_lib.sampler(spec, state.memory, state.step),
+  )
+  return state.replace(sampler=sampler)
+
+
 def score(
   spec: StepSpec, state: TrainState, pool: PyTree, key: Array
 ) -> tuple[selection.Scored, PyTree]:

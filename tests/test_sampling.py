@@ -1,0 +1,192 @@
+"""Orders of an epoch by remembered scores: against their oracles."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from margin_jax import sampling
+from tests import references
+
+N = 60
+EPOCHS = 400
+
+
+def keys(count=EPOCHS):
+  return jax.random.split(jax.random.key(0), count)
+
+
+@pytest.fixture
+def scores():
+  """Distinct; the example of index 7 was never seen."""
+  found = np.random.default_rng(0).normal(size=N).astype(np.float32)
+  found[7] = -math.inf
+  return found
+
+
+def epoch_of(order):
+  return np.asarray(order.rows)[: int(order.count)]
+
+
+@pytest.mark.parametrize('drop', [0.5, 0.25, 0.75])
+def test_with_a_mean_threshold_pruning_is_infobatch(drop):
+  """The same kept sets and weights, for the same losses and draws."""
+  losses = np.random.default_rng(1).gamma(1, size=N).astype(np.float32)
+  prune = jax.jit(
+    functools.partial(sampling.prune, share=None, drop=drop, unbiased=True)
+  )
+  for key in keys(20):
+    order = prune(-losses, key)
+    draws = np.asarray(jax.random.bits(jax.random.split(key)[0], (N,)))
+    kept, weights = references.infobatch(losses, 1 - drop, np.argsort(draws))
+    epoch = epoch_of(order)
+    assert sorted(epoch) == sorted(kept)
+    found = np.asarray(order.weights)[: len(epoch)]
+    np.testing.assert_allclose(found, weights[epoch], 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('share', 'drop'), [(0.0, 0.5), (0.3, 0.7), (0.5, 0.0), (0.9, 0.9), (1, 0.5)]
+)
+def test_an_epoch_keeps_what_share_and_drop_say(scores, share, drop):
+  """Each example once; only easy ones are dropped, each as often as others."""
+  prune = functools.partial(sampling.prune, share=share, drop=drop)
+  orders = jax.jit(jax.vmap(prune, (None, 0)))(scores, keys())
+  expected = references.pruned_count(scores, share, drop)
+  assert {*orders.count.tolist()} == {expected}
+  assert orders.weights == ()
+  visits = np.zeros(N)
+  for rows in np.asarray(orders.rows)[:, :expected]:
+    assert len({*rows.tolist()}) == expected
+    visits[rows] += 1
+  easy = np.argsort(scores)[N - min(int(share * N + 1e-9), N - 1) :]
+  hard = np.setdiff1d(np.arange(N), easy)
+  assert (visits[hard] == EPOCHS).all()
+  if len(easy):
+    stays = 1 - (N - expected) / len(easy)
+    spread = 4.5 * math.sqrt(EPOCHS * stays * (1 - stays)) + 1e-6
+    assert (abs(visits[easy] - EPOCHS * stays) <= spread).all()
+
+
+def test_nothing_that_is_unknown_is_easy():
+  """Neither what was never in a batch nor NaN."""
+  scores = jnp.array([1.0, -math.inf, math.nan, 2.0, -math.inf])
+  for share in (1.0, None):
+    order = sampling.prune(scores, jax.random.key(0), share=share, drop=0.99)
+    assert {1, 2, 4} <= {*epoch_of(order).tolist()}
+  assert (
+    int(sampling.prune(scores, jax.random.key(0), share=1.0, drop=0.99).count)
+    == 3
+  )
+
+
+def test_positions_are_random(scores):
+  """The first example of an epoch is any of those that stay, equally often."""
+  prune = functools.partial(sampling.prune, share=0.5, drop=0.0)
+  orders = jax.vmap(prune, (None, 0))(scores, keys(6000))
+  first = np.bincount(np.asarray(orders.rows)[:, 0], minlength=N)
+  assert scipy.stats.chisquare(first).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'dropped'), [(0.25, 0.25), (0.01, 0.81), (1.0, 0.0), (0.0, 0.9)]
+)
+def test_the_share_follows_what_is_learned(wrong, dropped):
+  """(1 - sqrt(e))^2 is dropped, but at most `drop` of what is learned."""
+  flags = jnp.arange(400) < 400 * wrong
+  share = sampling.learned_share(flags, 0.9)
+  np.testing.assert_allclose(0.9 * share, dropped, 1e-5, 1e-6)
+
+
+def weighted(scores, count, **options):
+  sample = functools.partial(sampling.weighted, **options)
+  return jax.jit(jax.vmap(sample, (None, 0)))(scores, keys(count))
+
+
+def probabilities(scores, pressure):
+  ranks = np.argsort(np.argsort(scores, kind='stable'))
+  p = pressure ** (-ranks / len(scores))
+  return p / p.sum()
+
+
+@pytest.mark.parametrize('pressure', [100.0, 4.0, 1.0])
+def test_weighted_sampling_has_its_probabilities(scores, pressure):
+  """Chi-square: of batches of one, and of the first of batches of five."""
+  p = probabilities(scores, pressure)
+  for batch_size in (1, 5):
+    orders = weighted(scores, 200, batch_size=batch_size, pressure=pressure)
+    assert {*orders.count.tolist()} == {N}
+    batches = np.asarray(orders.rows).reshape(-1, batch_size)
+    first = np.bincount(batches[:, 0], minlength=N)
+    assert scipy.stats.chisquare(first, p * len(batches)).pvalue > 1e-3
+    assert all(len({*batch}) == batch_size for batch in batches.tolist())
+
+
+def test_the_chi_square_sees_other_probabilities(scores):
+  """The test above can fail."""
+  orders = weighted(scores, 200, batch_size=1, pressure=5.0)
+  counts = np.bincount(np.asarray(orders.rows).ravel(), minlength=N)
+  p = probabilities(scores, 4.0)
+  assert scipy.stats.chisquare(counts, p * counts.sum()).pvalue < 1e-3
+
+
+def test_weights_make_the_mean_loss_unbiased(scores):
+  """Over many draws, within four standard errors; without weights it is not."""
+  losses = np.exp(-np.where(np.isfinite(scores), scores, 3))
+  samplers = {
+    'prune': functools.partial(sampling.prune, share=0.4, drop=0.75),
+    # Batches of one: of larger ones, without replacement, it is nearly so.
+    'weighted': functools.partial(
+      sampling.weighted, batch_size=1, pressure=30.0
+    ),
+  }
+  for sampler in samplers.values():
+    for unbiased in (True, False):
+      sample = functools.partial(sampler, unbiased=unbiased)
+      orders = jax.jit(jax.vmap(sample, (None, 0)))(scores, keys(1000))
+      inside = np.arange(N) < np.asarray(orders.count)[:, None]
+      values = losses[np.asarray(orders.rows)] * inside
+      if unbiased:
+        values = values * np.asarray(orders.weights)
+      epochs = values.sum(axis=1) / N  # mean(w * loss), over the whole epoch
+      error = epochs.std() / math.sqrt(len(epochs))
+      assert (abs(epochs.mean() - losses.mean()) < 4 * error) == unbiased
+
+
+def test_inverse_probabilities_are_clipped(scores):
+  order = sampling.weighted(
+    scores, jax.random.key(0), batch_size=1, pressure=1e6, unbiased=True
+  )
+  weights = np.asarray(order.weights)
+  p = probabilities(scores, 1e6)
+  expected = np.minimum(1 / (N * p), sampling.LARGEST_WEIGHT)
+  np.testing.assert_allclose(weights, expected[np.asarray(order.rows)], 1e-4)
+  assert expected.max() == sampling.LARGEST_WEIGHT
+
+
+@pytest.mark.parametrize('explore', [0.0, 0.4, 1.0])
+def test_pools_agree_with_their_oracle(scores, explore):
+  visited = np.random.default_rng(2).permutation(N).astype(np.int32)
+  key = jax.random.key(3)
+  order = jax.jit(
+    functools.partial(
+      sampling.pools, pool_size=16, batch_size=5, explore=explore
+    )
+  )(scores, visited, key)
+  expected = references.pool_batches(
+    scores, visited, np.asarray(jax.random.permutation(key, N)), 16, 5, explore
+  )
+  assert epoch_of(order).size == 15
+  found = epoch_of(order).reshape(3, 5).tolist()
+  assert [{*x} for x in found] == [{*x} for x in expected]
+
+
+def test_ranks_and_the_largest():
+  scores = jnp.array([0.5, 2.0, 0.5, -1.0])
+  assert sampling.ranks(scores).tolist() == [1, 3, 2, 0]
+  easy = sampling.largest(scores, 0.5)
+  assert easy.tolist() == [False, True, True, False]
