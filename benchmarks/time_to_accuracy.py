@@ -424,16 +424,20 @@ class Timed:
     _, dataset = setup_lib.load(config, None)
     self._fused = steps_lib.Fused(config, dataset)
     state = self._fused.state
-    self._examples = state.sampler.order.shape[-1]
+    self._examples = len(state.sampler.order)
     # Past the epochs of the warm-up.
     sampler = state.sampler.replace(epoch=state.sampler.epoch + 1000)
-    memory = state.memory
-    if memory:
-      rng = np.random.default_rng(0)
-      scores = rng.standard_normal(memory.scores.shape[-1], np.float32)
-      scores = np.broadcast_to(scores, memory.scores.shape)
-      scores = jax.device_put(scores, memory.scores.sharding)
-      memory = memory.replace(scores=scores)
+    rng = np.random.default_rng(0)
+
+    def remembered(x: Array) -> Array:
+      """Scores of all examples; few are misclassified."""
+      if x.shape != (self._examples,):
+        return x
+      values = rng.standard_normal(self._examples)
+      values = values > 2 if x.dtype == bool else values
+      return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    memory = jax.tree.map(remembered, state.memory)
     self._fused.state = state.replace(sampler=sampler, memory=memory)
 
   def run(self, steps: int) -> tuple[float, float]:
@@ -448,7 +452,7 @@ class Timed:
     )
     start = fused.run(fused.count) * fused.count
     sampled = int(fused.spec.examples_sampled(0))
-    epoch = int(np.ravel(fused.state.sampler.count)[0]) // sampled
+    epoch = int(fused.state.sampler.count) // sampled
     # No other epoch begins among the steps that are ordinary.
     step = fused.run(max(1, min(steps, epoch - 2 * fused.count)))
     return step, max(0.0, start - fused.count * step) / epoch
