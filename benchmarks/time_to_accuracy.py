@@ -66,7 +66,7 @@ class StridedCNN(nn.Module):
 
   num_classes: int
   channels: tuple[int, ...] = (16, 32, 32)
-  hidden: int = 32
+  hidden: int = 64
   dtype: jnp.dtype = jnp.float32
   batch_norm_axis: str | None = None
 
@@ -90,7 +90,7 @@ class TinyCNN(StridedCNN):
   hidden: int = 16
 
 
-SMALL, TINY = 'strided_16_32_32_h32', 'strided_4_8_h16'
+SMALL, TINY = 'strided_16_32_32_h64', 'strided_4_8_h16'
 margin_jax.register_model(SMALL, StridedCNN)
 margin_jax.register_model(TINY, TinyCNN)
 
@@ -169,7 +169,7 @@ PLAIN, MEMORY, FRESH, LOSS = (
   'selected by fresh scores',
   'another loss',
 )
-COLORS = {PLAIN: '0.25', MEMORY: 'C0', FRESH: 'C3', LOSS: 'C2'}
+COLORS = {PLAIN: '0.35', MEMORY: 'C0', FRESH: 'C3', LOSS: 'C2'}
 CUTS = (0.5, 0.65, 0.8)
 
 
@@ -609,7 +609,8 @@ def table(
     ]
     compared = against_line(points[name], points) if name in points else None
     if compared is not None and points[name].family != PLAIN:
-      line[-2] = f'{100 * compared[0]:+.2f}'
+      difference, noise = (100 * x for x in compared)
+      line[-2] = f'{difference:+.2f}' + (f' ± {noise:.2f}' if noise else '')
     if seconds is not None and goal is not None:
       line[-1] = arrival(found, goal, seconds)
     lines.append(line)
@@ -653,25 +654,27 @@ def against_line(
 
 
 def verdict(points: Mapping[str, Point]) -> list[str]:
-  """A paragraph: who is below the line, on it, above it."""
-  groups: dict[str, list[str]] = {'less': [], 'as much': [], 'more': []}
-  few = min((len(point.errors) for point in points.values()), default=0)
-  if few < 2:
-    return []
+  """A paragraph: who is below the line, on it, above it; of several seeds."""
+  groups: dict[str, list[str]] = {
+    'Below it, so better': [],
+    'On it': [],
+    'Above it, so worse': [],
+  }
+  below, on, above = groups.values()
   for name, point in points.items():
     compared = against_line(point, points)
-    if point.family != PLAIN and compared is not None:
-      difference, noise = compared
-      side = 'less' if difference < 0 else 'more'
-      groups['as much' if abs(difference) <= noise else side].append(name)
-  words = [
-    f'{amount} error: {"; ".join(names) or "none"}'
-    for amount, names in groups.items()
-  ]
+    if point.family == PLAIN or compared is None:
+      continue
+    if len(point.errors) == 1:
+      return []
+    difference, noise = compared
+    side = below if difference < 0 else above
+    (on if abs(difference) <= noise else side).append(name)
   return [
-    'Compared with plain training that is given the same seconds (the grey '
-    'line, linear between its points), and with two standard errors of the '
-    f'difference taken as none: {". With ".join(words).join(["with ", "."])}',
+    "Plain training that is cut short to a method's seconds comes to the grey "
+    'line. '
+    + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
+    + ' A difference within two standard errors counts as none.',
     '',
   ]
 
@@ -683,8 +686,9 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
     '`uniform`, as they promise to need fewer; another loss gets the same '
     'steps. All are points in one plane, so that any of them can be compared '
     'with plain training cut short to its seconds: `uniform, 65%` is a whole '
-    'run, its learning rate too, of 65% of the steps. That is the line; right '
-    'of its end it goes on level, which flatters what lies there. '
+    'run, its learning rate too, of 65% of the steps. The line is straight '
+    'between these; right of its end it goes on level, which flatters what '
+    'lies there. "Error above the line" is with two standard errors. '
     '"Margin pruning, q, r" leaves out a fraction r of the fraction q of the '
     'examples with the largest remembered margins, in every epoch.',
     '',
@@ -714,29 +718,41 @@ def plot(path: pathlib.Path, points: Mapping[str, Point]) -> None:
   """Error against seconds; plain training cut short is the line to beat."""
   figure = figures.new(9, 5.4)
   axes = figure.subplots()
-  line = line_to_beat(points)
-  axes.plot(
-    [x.seconds for x in line], [100 * x.error for x in line],
-    color=COLORS[PLAIN], linewidth=2.5, zorder=2,
-  )  # fmt: skip
   for family, color in COLORS.items():
     own = [x for x in points.values() if x.family == family]
     if own:
+      axes.plot(
+        [x.seconds for x in own], [100 * x.error for x in own], 'o',
+        color=color, markersize=7, label=family, zorder=3,
+      )  # fmt: skip
       axes.errorbar(
         [x.seconds for x in own], [100 * x.error for x in own],
-        yerr=[100 * x.variance**0.5 for x in own], label=family, color=color,
-        marker='o', markersize=7, linestyle='', capsize=3, linewidth=1,
-        zorder=3,
+        yerr=[100 * x.variance**0.5 for x in own], color=color, linestyle='',
+        linewidth=1, alpha=0.5, zorder=1,
       )  # fmt: skip
   axes.set_xscale('log')
   axes.set_yscale('log')
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter('{x:g}')
+  axes.tick_params(which='both', labelsize=9)
   axes.margins(x=0.2, y=0.15)
+  line = line_to_beat(points)
+  if line:
+    ends = axes.get_xlim()
+    x = [*(point.seconds for point in line), ends[1]]
+    y = [*(100 * point.error for point in line), 100 * line[-1].error]
+    axes.plot(x[:-1], y[:-1], color=COLORS[PLAIN], linewidth=2.5, zorder=2)
+    axes.plot(x[-2:], y[-2:], color=COLORS[PLAIN], linestyle=':', zorder=2)
+    axes.set_xlim(ends)
+    bottom = axes.get_ylim()[0]
+    axes.fill_between(x, bottom, y, color='C8', alpha=0.12, linewidth=0)
+    axes.set_ylim(bottom)
   axes.set_xlabel('seconds of training')
   axes.set_ylabel('test error, %')
-  axes.set_title('Below the grey line: better than plain training cut short')
+  axes.set_title(
+    'In the coloured area: less error than plain training in the same seconds'
+  )
   axes.grid(alpha=0.25, which='both')
   axes.legend(loc='upper right')
   figure.canvas.draw()  # the layout is known from here on
@@ -751,11 +767,17 @@ def label(axes: Any, points: Mapping[str, Point]) -> None:
   centers = {
     name: to_pixels((x.seconds, 100 * x.error)) for name, x in points.items()
   }
-  line = to_pixels([(x.seconds, 100 * x.error) for x in line_to_beat(points)])
+  ends = [(x.seconds, 100 * x.error) for x in line_to_beat(points)]
+  line = to_pixels([*ends, (axes.get_xlim()[1], ends[-1][1])])
   taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in centers.values()]
   for start, end in itertools.pairwise(line):
-    along = start + np.linspace(0, 1, 30)[:, None] * (end - start)
+    along = start + np.linspace(0, 1, 60)[:, None] * (end - start)
     taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
+  for point in points.values():
+    spread = point.variance**0.5
+    bar = [(point.seconds, 100 * (point.error + x)) for x in (-spread, spread)]
+    (x, y0), (_, y1) = to_pixels(bar)
+    taken.append((x - 2, y0, x + 2, y1))
   taken.append(axes.get_legend().get_window_extent().extents)
   left, bottom, right, top = axes.get_window_extent().extents
 
