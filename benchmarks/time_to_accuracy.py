@@ -22,7 +22,6 @@ import csv
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -41,17 +40,19 @@ from jax import Array
 
 import margin_jax
 from benchmarks import steps as steps_lib
+from benchmarks import time_to_accuracy_report as report
+from benchmarks.time_to_accuracy_report import FRESH, LOSS, MEMORY, PLAIN
 from margin_jax import config as config_lib
-from margin_jax import cpu, figures, files
+from margin_jax import cpu, files
 from margin_jax.compare import methods as methods_lib
-from margin_jax.compare import report, runs
+from margin_jax.compare import runs
 from margin_jax.config import UNIFORM
 from margin_jax.models import common
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import reporting, schema
 from margin_jax.train import runs as runs_lib
 from margin_jax.train import setup as setup_lib
-from margin_jax.train.process import Interrupts, one_line_errors
+from margin_jax.train.process import Interrupted, Interrupts, one_line_errors
 
 Fields = dict[str, Any]
 Row = dict[str, Any]
@@ -162,14 +163,6 @@ SIZES = {
   ),
 }  # fmt: skip
 
-# The families of methods, and their colours; the first is the line to beat.
-PLAIN, MEMORY, FRESH, LOSS = (
-  'plain training, cut short',
-  'sampled by remembered scores',
-  'selected by fresh scores',
-  'another loss',
-)
-COLORS = {PLAIN: '0.35', MEMORY: 'C0', FRESH: 'C3', LOSS: 'C2'}
 CUTS = (0.5, 0.65, 0.8)
 
 
@@ -178,7 +171,7 @@ class Method:
   """What is compared: a family, for its colour, and a config but for the seed.
 
   Attributes:
-    family: one of `COLORS`.
+    family: one of `report.COLORS`.
     config: with the first seed.
   """
 
@@ -271,7 +264,7 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
     ('trimming', LOSS, size.long, plain | {'trimming.last': 0.2}),
     ('MMR', LOSS, size.long, plain | MMR),
   ]
-  if size.short != size.shortened(0.65):
+  if size.short[0] != size.shortened(0.65)[0]:
     table.append((f'{UNIFORM}, early drop', PLAIN, size.short, plain))
   return {
     name: Method(family, make_config(size, args, schedule, fields))
@@ -392,19 +385,24 @@ def train(
     if (run.trial.name, run.seed) not in done
   ]
   with Interrupts() as interrupts:
-    if args.minutes is not None:
-      stop = threading.Timer(
-        60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM)
-      )
-      stop.daemon = True
-      stop.start()
-    for outcome in runs.train(missing, interrupts, say):
-      results = read_results(path, methods)  # another process may add to them
-      for run in outcome.runs:
-        name = run.trial.name
-        results[name, run.seed] = read_run(run, methods[name].digest)
-      write_results(path, methods, results)
-      write_report(args, methods, base)
+    stop = threading.Timer(
+      60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM)
+    )
+    stop.daemon = True
+    stop.start()
+    try:
+      for outcome in runs.train(missing, interrupts, say):
+        results = read_results(path, methods)  # others may have added to them
+        for run in outcome.runs:
+          name = run.trial.name
+          results[name, run.seed] = read_run(run, methods[name].digest)
+        write_results(path, methods, results)
+        write_report(args, methods, base)
+    except Interrupted as stopped:
+      if not stop.finished.is_set():
+        raise
+      say(f'{args.minutes:g} minutes are over: {stopped}')
+    stop.cancel()
 
 
 def say(line: str) -> None:
@@ -500,317 +498,38 @@ def time_steps(
 # The report.
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-  """A method in the picture: what it cost and what came out, over its seeds.
-
-  Attributes:
-    family: one of `COLORS`.
-    seconds: of a run.
-    errors: at the end, one for each seed.
-  """
-
-  family: str
-  seconds: float
-  errors: list[float]
-
-  @property
-  def error(self) -> float:
-    """The mean."""
-    return statistics.mean(self.errors)
-
-  @property
-  def variance(self) -> float:
-    """Of an error; 0 of a single seed."""
-    return statistics.variance(self.errors) if len(self.errors) > 1 else 0.0
-
-
 def write_report(
   args: argparse.Namespace, methods: Mapping[str, Method], base: pathlib.Path
 ) -> None:
   """Writes the table and the picture of the runs that are complete."""
-  results = read_results(base.with_suffix('.csv'), methods)
-  by_method = {
-    name: [rows for (other, _), rows in results.items() if other == name]
-    for name in methods
-  }
-  by_method = {name: found for name, found in by_method.items() if found}
   path = base.with_suffix('.json')
-  times = json.loads(path.read_text()) if path.exists() else {'steps': {}}
-  step_seconds = {
-    name: times['steps'][methods[name].step_digest]['seconds']
-    for name in by_method
-    if methods[name].step_digest in times['steps']
-  }
-  points = {
-    name: Point(
-      methods[name].family,
-      seconds * methods[name].config.steps,
-      [rows[-1]['error'] for rows in by_method[name]],
-    )
-    for name, seconds in step_seconds.items()
-  }
+  times = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+  results = read_results(base.with_suffix('.csv'), methods)
+  outcomes = []
+  for name, method in methods.items():
+    found = [rows for (other, _), rows in results.items() if other == name]
+    timed = times.get('steps', {}).get(method.step_digest, {})
+    if found:
+      outcomes.append(
+        report.Outcome(
+          name,
+          method.family,
+          method.config.steps,
+          found,
+          timed.get('seconds'),
+        )
+      )
   size = SIZES[args.size]
-  text = [
+  steps, *boundaries = size.long
+  opening = [
     f'# Time to accuracy: {size.model} on {size.dataset}',
     '',
-    f'`python -m benchmarks.time_to_accuracy --size={args.size}`, b=64, SGD '
+    f'`python -m benchmarks.time_to_accuracy --size={args.size}`: b=64, SGD '
     'with momentum 0.9 and weight decay 1e-4, augmentations: '
     f'{", ".join(size.augmentations) or "none"}; learning rate 0.1, divided by '
-    f'10 at steps {", ".join(f"{x:,}" for x in size.long[1:])} of '
-    f'{size.long[0]:,}, the same parts of the runs cut short. '
-    'Errors are of the test split at the last step, mean ± standard deviation '
-    'over the seeds.',
-    '',
-    *verdict(points),
-    *([f'![Error against seconds]({base.name}.png)', ''] if points else []),
-    *table(methods, by_method, step_seconds, points),
-    '',
-    *explanation(times),
+    f'10 at steps {", ".join(f"{x:,}" for x in boundaries)} of {steps:,}.',
   ]
-  if points:
-    plot(base.with_suffix('.png'), points)
-  base.with_suffix('.md').write_text('\n'.join(text) + '\n', encoding='utf-8')
-
-
-def table(
-  methods: Mapping[str, Method],
-  by_method: Mapping[str, list[list[Row]]],
-  step_seconds: Mapping[str, float],
-  points: Mapping[str, Point],
-) -> list[str]:
-  """A line a method."""
-  goal = None
-  if UNIFORM in by_method:
-    goal = statistics.mean(x[-1]['error'] for x in by_method[UNIFORM])
-  most = max((found[0][-1]['flops'] for found in by_method.values()), default=1)
-  divisor, prefix = report.unit(most)
-  header = [
-    'method', 'seeds', 'steps', 'test error, %', 'worst class, %',
-    f'{prefix}FLOP', 'seconds', 'error less that of the line, points',
-    "seconds to the error of `uniform`",
-  ]  # fmt: skip
-  lines = []
-  for name, found in by_method.items():
-    ends = [rows[-1] for rows in found]
-    seconds = step_seconds.get(name)
-    line = [
-      name,
-      f'{len(found)}',
-      f'{methods[name].config.steps:,}',
-      *(
-        report.percent(*report.mean_and_deviation([x[key] for x in ends]))
-        for key in ('error', 'worst_class_error')
-      ),
-      f'{ends[0]["flops"] / divisor:.3g}',
-      '-' if seconds is None else f'{points[name].seconds:.0f}',
-      '-',
-      '-',
-    ]
-    compared = against_line(points[name], points) if name in points else None
-    if compared is not None and points[name].family != PLAIN:
-      difference, noise = (100 * x for x in compared)
-      line[-2] = f'{difference:+.2f}' + (f' ± {noise:.2f}' if noise else '')
-    if seconds is not None and goal is not None:
-      line[-1] = arrival(found, goal, seconds)
-    lines.append(line)
-  return report.markdown(header, lines)
-
-
-def arrival(found: list[list[Row]], goal: float, seconds: float) -> str:
-  """How many seeds reach an error, and after how many seconds on average."""
-  first = [
-    next((row['step'] for row in rows if row['error'] <= goal), None)
-    for rows in found
-  ]
-  hits = [step for step in first if step is not None]
-  if not hits:
-    return f'0 of {len(found)}'
-  return f'{len(hits)} of {len(found)}: {statistics.mean(hits) * seconds:.0f}'
-
-
-def line_to_beat(points: Mapping[str, Point]) -> list[Point]:
-  """Those of plain training, by seconds."""
-  plain = [point for point in points.values() if point.family == PLAIN]
-  return sorted(plain, key=lambda point: point.seconds)
-
-
-def against_line(
-  point: Point, points: Mapping[str, Point]
-) -> tuple[float, float] | None:
-  """How far a point is above the line at its seconds, and two standard errors.
-
-  None where the line has not even begun.
-  """
-  line = line_to_beat(points)
-  if not line or point.seconds < line[0].seconds * 0.99:
-    return None
-  there = np.interp(
-    point.seconds, [x.seconds for x in line], [x.error for x in line]
-  )
-  of_line = statistics.mean(x.variance / len(x.errors) for x in line)
-  own = point.variance / len(point.errors)
-  return point.error - float(there), 2 * (own + of_line) ** 0.5
-
-
-def verdict(points: Mapping[str, Point]) -> list[str]:
-  """A paragraph: who is below the line, on it, above it; of several seeds."""
-  groups: dict[str, list[str]] = {
-    'Below it, so better': [],
-    'On it': [],
-    'Above it, so worse': [],
-  }
-  below, on, above = groups.values()
-  for name, point in points.items():
-    compared = against_line(point, points)
-    if point.family == PLAIN or compared is None:
-      continue
-    if len(point.errors) == 1:
-      return []
-    difference, noise = compared
-    side = below if difference < 0 else above
-    (on if abs(difference) <= noise else side).append(name)
-  return [
-    "Plain training that is cut short to a method's seconds comes to the grey "
-    'line. '
-    + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
-    + ' A difference within two standard errors counts as none.',
-    '',
-  ]
-
-
-def explanation(times: Mapping[str, Any]) -> list[str]:
-  """What the columns are, and where the seconds were measured."""
-  lines = [
-    'Methods that change which examples are trained on get fewer steps than '
-    '`uniform`, as they promise to need fewer; another loss gets the same '
-    'steps. All are points in one plane, so that any of them can be compared '
-    'with plain training cut short to its seconds: `uniform, 65%` is a whole '
-    'run, its learning rate too, of 65% of the steps. The line is straight '
-    'between these; right of its end it goes on level, which flatters what '
-    'lies there. "Error above the line" is with two standard errors. '
-    '"Margin pruning, q, r" leaves out a fraction r of the fraction q of the '
-    'examples with the largest remembered margins, in every epoch.',
-    '',
-    'Seconds are those of a step times the steps; "to the error" ends at the '
-    'first evaluation with at most the mean error of `uniform`, in so many of '
-    'the seeds, a mean over them.',
-  ]
-  if not times['steps']:
-    return [*lines, '', 'No step has been timed yet (`--time`).']
-  spread = max(
-    (x['quartiles'][1] - x['quartiles'][0]) / x['seconds']
-    for x in times['steps'].values()
-  )
-  versions = ', '.join(f'{k} {v}' for k, v in times['versions'].items())
-  return [
-    *lines,
-    '',
-    f'Steps were timed on {times["date"]}, on {times["device"]} '
-    f'({times["host_cores"]} host cores), {versions}: medians of '
-    f'{times["rounds"]} rounds, all methods in turns in one process, with what '
-    'the start of an epoch adds. The quartiles of a step differ by at most '
-    f'{spread:.0%} of it.',
-  ]
-
-
-def plot(path: pathlib.Path, points: Mapping[str, Point]) -> None:
-  """Error against seconds; plain training cut short is the line to beat."""
-  figure = figures.new(9, 5.4)
-  axes = figure.subplots()
-  for family, color in COLORS.items():
-    own = [x for x in points.values() if x.family == family]
-    if own:
-      axes.plot(
-        [x.seconds for x in own], [100 * x.error for x in own], 'o',
-        color=color, markersize=7, label=family, zorder=3,
-      )  # fmt: skip
-      axes.errorbar(
-        [x.seconds for x in own], [100 * x.error for x in own],
-        yerr=[100 * x.variance**0.5 for x in own], color=color, linestyle='',
-        linewidth=1, alpha=0.5, zorder=1,
-      )  # fmt: skip
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_formatter('{x:g}')
-    axis.set_minor_formatter('{x:g}')
-  axes.tick_params(which='both', labelsize=9)
-  axes.margins(x=0.2, y=0.15)
-  line = line_to_beat(points)
-  if line:
-    ends = axes.get_xlim()
-    x = [*(point.seconds for point in line), ends[1]]
-    y = [*(100 * point.error for point in line), 100 * line[-1].error]
-    axes.plot(x[:-1], y[:-1], color=COLORS[PLAIN], linewidth=2.5, zorder=2)
-    axes.plot(x[-2:], y[-2:], color=COLORS[PLAIN], linestyle=':', zorder=2)
-    axes.set_xlim(ends)
-    bottom = axes.get_ylim()[0]
-    axes.fill_between(x, bottom, y, color='C8', alpha=0.12, linewidth=0)
-    axes.set_ylim(bottom)
-  axes.set_xlabel('seconds of training')
-  axes.set_ylabel('test error, %')
-  axes.set_title(
-    'In the coloured area: less error than plain training in the same seconds'
-  )
-  axes.grid(alpha=0.25, which='both')
-  axes.legend(loc='upper right')
-  figure.canvas.draw()  # the layout is known from here on
-  figure.set_layout_engine('none')
-  label(axes, points)
-  figures.save(figure, path, 160)
-
-
-def label(axes: Any, points: Mapping[str, Point]) -> None:
-  """Writes each name near its point, where nothing else is."""
-  to_pixels, to_points = axes.transData.transform, 72 / axes.figure.dpi
-  centers = {
-    name: to_pixels((x.seconds, 100 * x.error)) for name, x in points.items()
-  }
-  ends = [(x.seconds, 100 * x.error) for x in line_to_beat(points)]
-  line = to_pixels([*ends, (axes.get_xlim()[1], ends[-1][1])])
-  taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in centers.values()]
-  for start, end in itertools.pairwise(line):
-    along = start + np.linspace(0, 1, 60)[:, None] * (end - start)
-    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
-  for point in points.values():
-    spread = point.variance**0.5
-    bar = [(point.seconds, 100 * (point.error + x)) for x in (-spread, spread)]
-    (x, y0), (_, y1) = to_pixels(bar)
-    taken.append((x - 2, y0, x + 2, y1))
-  taken.append(axes.get_legend().get_window_extent().extents)
-  left, bottom, right, top = axes.get_window_extent().extents
-
-  def free(box: np.ndarray) -> bool:
-    x0, y0, x1, y1 = box
-    inside = left < x0 and x1 < right and bottom < y0 and y1 < top
-    return inside and not any(
-      x0 < c and a < x1 and y0 < d and b < y1 for a, b, c, d in taken
-    )
-
-  # Outwards in circles, of the same distance to the sides first.
-  angles = np.radians([0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90])
-  directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-  for name in sorted(points, key=lambda name: centers[name][1]):
-    color = COLORS[points[name].family]
-    text = axes.annotate(
-      name, (points[name].seconds, 100 * points[name].error), (0, 0),
-      textcoords='offset points', fontsize=8.5, color=color, ha='center',
-      va='center',
-      arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6},
-    )  # fmt: skip
-    half = np.array(text.get_window_extent().size) / 2
-    for radius in range(14, 300, 8):
-      offsets = directions * (radius + half * abs(directions).round(1))
-      boxes = [
-        np.concatenate([centers[name] + x - half, centers[name] + x + half])
-        for x in offsets
-      ]
-      place = next((i for i, box in enumerate(boxes) if free(box)), None)
-      if place is not None:
-        taken.append(boxes[place])
-        text.set_position(to_points * offsets[place])
-        break
+  report.write(base, opening, outcomes, times)
 
 
 def main() -> None:
@@ -822,7 +541,7 @@ def main() -> None:
   parser.add_argument('--data_dir')
   parser.add_argument('--seeds', type=int)
   parser.add_argument('--scale', type=float, default=1)
-  parser.add_argument('--minutes', type=float)
+  parser.add_argument('--minutes', type=float, default=1e6)
   parser.add_argument('--rounds', type=int, default=15)
   parser.add_argument('--workdir', help='default: /tmp/time_to_accuracy_SIZE')
   parser.add_argument(
