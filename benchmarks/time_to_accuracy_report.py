@@ -138,7 +138,8 @@ def verdict(timed: Sequence[Outcome], line: Line) -> list[str]:
     "Plain training that is cut short to a method's seconds comes to the grey "
     'line. '
     + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
-    + ' A difference within two standard errors counts as none.',
+    + ' A difference within two standard errors counts as none; with three '
+    'seeds, one in ten that is none still counts.',
     '',
   ]
 
