@@ -190,7 +190,7 @@ class Method:
 
 
 def digest(config: ml_collections.ConfigDict, but: Iterable[str] = ()) -> str:
-  """Of the fields that differ from their default, but for some."""
+  """Digests the fields that differ from their default, but for some."""
   default = config_lib.as_json(config_lib.default())
   ignored = (
     'seed', 'data.data_dir', 'log_every', 'eval_every', 'checkpoint_every', *but
@@ -220,7 +220,22 @@ def fresh(rule: str, pool_size: int, **fields: Any) -> Fields:
   return {'selection.rule': rule, 'pool_size': pool_size, **fields}
 
 
+PLAIN_FIELDS = {'selection.rule': UNIFORM}
 MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
+INFOBATCH = {'threshold': 'mean', 'drop': 0.5, 'unbiased': True}
+REMEMBERED = {
+  'random pruning': remembered('prune', 'random', share=0.5, drop=0.5),
+  'InfoBatch': remembered('prune', 'loss', **INFOBATCH),
+  'margin pruning, 0.5, 0.5': pruned(0.5, 0.5),
+  'margin pruning, 0.9, 0.9': pruned(0.9, 0.9),
+  'margin pruning, auto': pruned('auto', 0.9),
+  'margin pruning, auto + MMR': pruned('auto', 0.9) | MMR,
+  'weighted': remembered('weighted', 'mms'),
+}
+OTHER_LOSSES = {
+  'trimming': PLAIN_FIELDS | {'trimming.last': 0.2},
+  'MMR': PLAIN_FIELDS | MMR,
+}
 
 
 def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
@@ -229,47 +244,29 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
   Whatever changes which examples are trained on promises to need fewer steps,
   and gets few; another loss promises less error for the same, and gets all.
   """
+  early_drop = size.short[0] != size.shortened(0.65)[0]
   if args.scale != 1:
     size = size.scaled(args.scale)
-  plain = {'selection.rule': UNIFORM}
-  table: list[tuple[str, str, tuple[int, ...], Fields]] = [
-    (UNIFORM, PLAIN, size.long, plain),
-    *(
-      (f'{UNIFORM}, {cut:.0%}', PLAIN, size.shortened(cut), plain)
-      for cut in CUTS
-    ),
-    *(
-      (name, MEMORY, size.short, fields)
-      for name, fields in {
-        'random pruning': remembered('prune', 'random', share=0.5, drop=0.5),
-        'InfoBatch': remembered(
-          'prune', 'loss', threshold='mean', drop=0.5, unbiased=True
-        ),
-        'margin pruning, 0.5, 0.5': pruned(0.5, 0.5),
-        'margin pruning, 0.9, 0.9': pruned(0.9, 0.9),
-        'margin pruning, auto': pruned('auto', 0.9),
-        'margin pruning, auto + MMR': pruned('auto', 0.9) | MMR,
-        'weighted': remembered('weighted', 'mms'),
-      }.items()
-    ),
-    *(
-      (name, FRESH, size.short, fields)
-      for name, fields in {
-        'mms, B=128': fresh('mms', 128),
-        'mms, B=128, proxy': fresh('mms', 128, proxy=size.proxy, proxy_every=4),
-        'mms, B=640': fresh('mms', 640),
-        'hard-negative, ramp': fresh('loss', 640, ramp=0.1),
-      }.items()
-    ),
-    ('trimming', LOSS, size.long, plain | {'trimming.last': 0.2}),
-    ('MMR', LOSS, size.long, plain | MMR),
-  ]
-  if size.short[0] != size.shortened(0.65)[0]:
-    table.append((f'{UNIFORM}, early drop', PLAIN, size.short, plain))
-  return {
-    name: Method(family, make_config(size, args, schedule, fields))
-    for name, family, schedule, fields in table
-  }
+  methods: dict[str, Method] = {}
+
+  def add(name: str, family: str, schedule: tuple[int, ...], fields: Fields):
+    methods[name] = Method(family, make_config(size, args, schedule, fields))
+
+  add(UNIFORM, PLAIN, size.long, PLAIN_FIELDS)
+  for cut in CUTS:
+    add(f'{UNIFORM}, {cut:.0%}', PLAIN, size.shortened(cut), PLAIN_FIELDS)
+  if early_drop:
+    add(f'{UNIFORM}, early drop', PLAIN, size.short, PLAIN_FIELDS)
+  for name, fields in REMEMBERED.items():
+    add(name, MEMORY, size.short, fields)
+  proxy = {'proxy': size.proxy, 'proxy_every': 4}
+  add('mms, B=128', FRESH, size.short, fresh('mms', 128))
+  add('mms, B=128, proxy', FRESH, size.short, fresh('mms', 128, **proxy))
+  add('mms, B=640', FRESH, size.short, fresh('mms', 640))
+  add('hard-negative, ramp', FRESH, size.short, fresh('loss', 640, ramp=0.1))
+  for name, fields in OTHER_LOSSES.items():
+    add(name, LOSS, size.long, fields)
+  return methods
 
 
 def make_config(
