@@ -152,7 +152,7 @@ class Records(list):
 ONE = devices_lib.Shard(0, 1)
 
 
-def streamed(workers=0, examples=30):
+def streamed(workers=0, examples=30, kind=streaming.Streaming):
   """30 training and 11 test images of four classes, made here."""
   rng = np.random.default_rng(0)
 
@@ -161,7 +161,7 @@ def streamed(workers=0, examples=30):
     return Records({'image': jpeg(rng, y), 'label': int(y)} for y in labels)
 
   rows = {'train': np.arange(examples), 'test': np.arange(11)}
-  return streaming.Streaming(
+  return kind(
     name='made',
     num_classes=4,
     records={'train': records(examples), 'test': records(11)},

@@ -271,6 +271,10 @@ def stable(name: str, found: dict) -> dict[str, object]:
   result = found['result']
   kept = ('examples_scored', 'examples_trained', 'test', 'validation')
   kept = {key: result[key] for key in kept if key in result}
+  for split in ('test', 'validation'):
+    if split in kept:  # of a class, one example is a lot
+      kept[split] = {**kept[split]}
+      kept[split].pop('worst_class_accuracy', None)
   if name == STABLE[-1]:
     kept['counts'] = found['state']['counts']
   return {'columns': found['columns'], **kept}

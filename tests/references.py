@@ -85,7 +85,7 @@ def mms_scores(logits, kernel) -> np.ndarray:
 
 
 def mmr_penalty(
-  features, logits, kernel, labels, reduction='mean_of_squares'
+  features, logits, kernel, labels, reduction='mean_of_squares', weights=None
 ) -> float:
   """2020, Eq. 8; 'square_of_mean' is the form of the authors' later code."""
   features, kernel = float64(features), float64(kernel)
@@ -95,9 +95,12 @@ def mmr_penalty(
     if m < 0:
       return math.nan
     widths.append(math.sqrt(sum((w[y] - w[m]) ** 2 for w in kernel)))
+  count = len(widths)
+  weights = [1.0] * count if weights is None else float64(weights)
+  pairs = [*zip(weights, widths, strict=True)]
   if reduction == 'square_of_mean':
-    return (largest * sum(widths) / len(widths)) ** 2
-  return sum((width * largest) ** 2 for width in widths) / len(widths)
+    return (largest * sum(v * width for v, width in pairs) / count) ** 2
+  return sum(v * (width * largest) ** 2 for v, width in pairs) / count
 
 
 def select_lowest(scores, k) -> np.ndarray:
@@ -322,3 +325,12 @@ def pool_batches(scores, visited, order, pool_size, batch_size, explore=0.0):
     rest = sorted((i for i in pool if i not in oldest), key=lambda i: scores[i])
     batches.append(oldest + rest[: batch_size - count])
   return batches
+
+
+def class_accuracies(labels, predictions) -> dict[int, float]:
+  """How many of each class are recognised, for the classes that there are."""
+  right, counts = {}, {}
+  for label, prediction in zip(labels, predictions, strict=True):
+    counts[label] = counts.get(label, 0) + 1
+    right[label] = right.get(label, 0) + (label == prediction)
+  return {label: right[label] / counts[label] for label in counts}

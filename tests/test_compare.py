@@ -111,6 +111,8 @@ def test_all_have_the_flops_of_the_baseline(real):
     )  # fmt: skip
     assert result['flops'] == row['flops']
     assert 1 - result['test']['accuracy'] == row['test_error']
+    worst = 1 - result['test']['worst_class_accuracy']
+    assert worst == row['test_worst_class_error'] >= row['test_error']
   assert rows[1]['steps'] < 20
   assert rows[1]['examples_scored'] == 32 * rows[1]['steps']
 
@@ -128,9 +130,11 @@ def test_the_files_of_a_comparison(real):
     found = last[row['method'], str(row['seed'])]
     assert int(found['step']) == row['steps']
     assert float(found['error']) == row['test_error']
+    assert float(found['worst_class_error']) == row['test_worst_class_error']
   text = (workdir / 'compare.md').read_text()
   assert '`python -m x`' in text
   assert 'Welch' in text
+  assert '| worst class test error, % |' in text
   assert 'Seeds: 0, 1.' in text
   for name in ('error', 'mean_mms', 'cost'):
     assert f'![{name}]({name}.png)' in text

@@ -339,16 +339,35 @@ def test_a_task_is_shown_by_what_it_is_reported_by(tmp_path):
      'skipped', 'undecodable'), 1,
   )  # fmt: skip
   tests = {
-    'test': {'accuracy': 0.75, 'f1': 0.875},
+    'test': {'accuracy': 0.75, 'worst_class_accuracy': 0.125, 'f1': 0.875},
     'test_mismatched': {'accuracy': 0.5},
   }
   run = Run(methods_lib.Trial('uniform', {}, small_config()), 0, tmp_path)
   (row,) = report.run_rows([run], [{'steps': 9, **tests, **costs}])
   assert (row['test_f1'], row['test_mismatched_error']) == (0.875, 0.5)
+  assert row['test_worst_class_error'] == 0.875
   uniform = seeds_of('uniform', [row, row])
   header, _, line = report.comparison_table([uniform], uniform)
-  assert '| test error, % | F1, % | mismatched test error, % |' in header
-  assert '| 25.00 ± 0.00 | 87.50 ± 0.00 | 50.00 ± 0.00 | - |' in line
+  names = 'test error, %', 'worst class test error, %', 'F1, %'
+  assert f'| {" | ".join(names)} | mismatched test error, % |' in header
+  values = '25.00 ± 0.00', '87.50 ± 0.00', '87.50 ± 0.00', '50.00 ± 0.00'
+  assert f'| {" | ".join(values)} | - |' in line
+
+
+def test_runs_of_versions_that_did_not_know_the_worst_class(tmp_path):
+  """One of two seeds, or the first evaluations of a run that was continued."""
+  old, new = rows([0.04, 0.05])
+  new['test_worst_class_error'] = 0.5
+  for own in ([old, new], [new, old]):
+    assert 'test_worst_class_error' not in report.summarize(own)
+  costs = 'step,flops,seconds,accuracy'
+  (tmp_path / 'train.csv').write_text(f'{costs},mean_mms\n1,1,1,1,1\n')
+  table = f'{costs},split,worst_class_accuracy\n'
+  table += '1,1,1,0.75,test,\n2,1,1,0.75,test,0.5\n'
+  (tmp_path / 'eval.csv').write_text(table)
+  first, second = report.read_curves(tmp_path).test
+  assert 'worst_class_error' not in first
+  assert (second['error'], second['worst_class_error']) == (0.25, 0.5)
 
 
 def test_errors_of_batches_are_in_the_plot(tmp_path, monkeypatch):

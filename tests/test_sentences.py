@@ -143,6 +143,37 @@ def test_devices_change_neither_selection_nor_update(rule):
 
 
 @pytest.mark.slow
+def test_every_bucket_prunes_its_own():
+  """Epochs of a bucket end on their own; the memory is of all examples."""
+  fields = {
+    'steps': 200,
+    'selection.rule': 'signed_margin',
+    'selection.memory': True,
+    'selection.sampler': 'prune',
+    'selection.drop': 0.8,
+    'selection.tail': 0.0,
+    'selection.log_counts': True,
+    'pool_size': 640,
+    'optimizer.name': 'sgd',
+    'optimizer.learning_rates': (0.01,),
+  }
+  states = [setup(devices=n, **fields).run(90)[0] for n in (1, 2)]
+  one, two = states
+  np.testing.assert_array_equal(one.counts, two.counts)
+  assert one.counts.sum() == 90 * 8
+  seen = np.isfinite(one.memory.examples.scores)
+  np.testing.assert_array_equal(seen, one.counts > 0)
+  for (_, rows), bucket in zip(
+    dataset().buckets['train'], one.sampler.buckets, strict=True
+  ):
+    easy = int(len(rows) * 0.5)
+    assert int(bucket.epoch) >= 1
+    assert int(bucket.count) == len(rows) - easy + int(0.2 * easy + 1e-6)
+    order = np.asarray(bucket.order)[: int(bucket.count)]
+    assert len({*order.tolist()}) == int(bucket.count)
+
+
+@pytest.mark.slow
 def test_a_buffer_keeps_sentences_whole():
   this = setup(
     **{'selection.reuse': 2, 'selection.log_counts': True, 'pool_size': 32}

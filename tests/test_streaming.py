@@ -145,7 +145,11 @@ def test_decoding_is_pillows():
 
 
 def train(workdir, monkeypatch, steps_until=None, **fields):
-  monkeypatch.setattr(data, 'load', lambda *args, **kwargs: streamed())
+  def load(*args, ordered, **kwargs):
+    kind = streaming.Ordered if ordered else streaming.Streaming
+    return streamed(kind=kind)
+
+  monkeypatch.setattr(data, 'load', load)
 
   def log(line):
     if steps_until is not None and f'step {steps_until}/' in line:
@@ -172,6 +176,142 @@ def test_four_devices_agree_with_one(tmp_path, monkeypatch):
   one = train(tmp_path / 'one', monkeypatch)
   four = train(tmp_path / 'four', monkeypatch, devices=4)
   assert four['test']['loss'] == pytest.approx(one['test']['loss'], rel=1e-3)
+
+
+REMEMBERED = {
+  'steps': 20,
+  'eval_every': 20,
+  'selection.memory': True,
+  'selection.rule': 'loss',
+  'selection.sampler': 'prune',
+  'selection.unbiased': True,
+  'selection.tail': 0.2,
+  'selection.every': 1,
+  'pool_size': 640,
+  'selection.log_counts': True,
+}
+
+
+def test_remembered_scores_order_what_is_decoded(tmp_path, monkeypatch):
+  """The epochs are those of the same images in memory; resumed, the bits.
+
+  24 of 30 examples fill the first epoch; then 15 are easy, of which 7 stay, so
+  that an epoch is 2 steps; at step 16 the plain tail begins.
+  """
+  workdir = tmp_path / 'whole'
+  whole = train(workdir, monkeypatch, **REMEMBERED)
+  rows = helpers.read_csv(workdir / 'train.csv')
+  kept = {float(row['epoch_fraction']) for row in rows}
+  assert min(kept) == pytest.approx(22 / 30, abs=1e-6)
+  assert whole['examples_trained'] == 160
+  assert whole['examples_scored'] == 0
+  with pytest.raises(KeyboardInterrupt):
+    train(tmp_path / 'b', monkeypatch, steps_until=12, **REMEMBERED)
+  resumed = train(tmp_path / 'b', monkeypatch, **REMEMBERED)
+  assert resumed['test'] == whole['test']
+  counts = [
+    np.load(tmp_path / name / 'selection_counts.npy') for name in ('whole', 'b')
+  ]
+  np.testing.assert_array_equal(*counts)
+
+
+def remembering(dataset, devices=1):
+  """A step that remembers, of this data."""
+  return helpers.Setup(
+    dataset=dataset,
+    devices=devices,
+    **{
+      'data.validation_examples': 0,
+      'data.augmentations': (),
+      'optimizer.learning_rates': (0.01,),
+      **REMEMBERED,
+    },
+  )
+
+
+@pytest.mark.parametrize('devices', [1, *slow(4)])
+def test_streamed_orders_are_those_of_data_in_memory(devices):
+  """From the same memory; the loader hands the step what the order names."""
+  this = remembering(streamed(kind=streaming.Ordered), devices)
+  images = streamed().records['train']
+  split = {
+    'inputs': np.zeros((30, 16, 16, 3), np.uint8),
+    'label': np.array([record['label'] for record in images], np.int32),
+  }
+  loaded = data.InMemory(
+    name='made',
+    num_classes=4,
+    splits={'train': split, 'test': split},
+    rows={'train': np.arange(30), 'test': np.arange(30)},
+    augment=lambda key, image: image,
+    prepare=this.dataset.prepare,
+  )
+  other = remembering(loaded)
+  state = this.devices.replicate(this.first)
+  for step in range(16):
+    state, _ = this.program(step, state)
+    ahead = jax.device_get(state)
+    # The same memory, one step on: data in memory orders at the step's start.
+    same = other.first.replace(
+      sampler=ahead.sampler, memory=ahead.memory, step=ahead.step
+    )
+    moved, _ = other.program(step + 1, other.devices.replicate(same))
+    begun = this.program._begin_epoch(this.devices.replicate(ahead))
+    for name in ('order', 'count', 'epoch', 'weights'):
+      np.testing.assert_array_equal(
+        getattr(begun.sampler, name), getattr(moved.sampler, name)
+      )
+  assert int(ahead.sampler.epoch) > 3
+  assert ahead.counts.sum() == 16 * 8
+
+
+def test_processes_read_their_shards_of_an_order():
+  dataset = streamed(kind=streaming.Ordered)
+  rows = np.random.default_rng(0).permutation(30)
+
+  def read(index, count):
+    steps = streaming._OrderedSteps(
+      dataset.reader('train'), rows, 8, 5, devices_lib.Shard(index, count), 7
+    )
+    return [steps[i] for i in range(len(steps))]
+
+  whole, first, second = read(0, 1), read(0, 2), read(1, 2)
+  assert len(whole) == 3
+  for parts in zip(whole, first, second, strict=True):
+    one, *halves = parts
+    for name in one:
+      joined = np.concatenate([half[name] for half in halves])
+      np.testing.assert_array_equal(one[name], joined)
+  np.testing.assert_array_equal(whole[1]['index'], rows[8:16])
+
+
+@pytest.mark.slow
+def test_workers_follow_an_order():
+  this = remembering(streamed(kind=streaming.Ordered))
+  sampler = this.first.sampler.replace(cursor=np.int32(8))
+  read = []
+  for workers in (0, 2):
+    dataset = streamed(workers, kind=streaming.Ordered)
+    loader = dataset.loader(this.devices, [8] * 20, 0, 0)
+    with contextlib.closing(loader):
+      loader.follow(1, sampler)
+      read.append([jax.device_get(loader(step)) for step in (1, 2)])
+      assert loader.begins_epoch(3, False)
+  assert_batches_equal(*read)
+
+
+def test_a_failed_step_of_an_order_is_read_again():
+  """For replay: the sample that the sampler is at, whatever came after."""
+  this = remembering(streamed(kind=streaming.Ordered))
+  state = this.devices.replicate(this.first)
+  state, _ = this.program(0, state)
+  sampler = jax.device_get(state.sampler)
+  again = this.loader.replay(1, sampler)
+  for step in range(1, 4):
+    state, _ = this.program(step, state)
+  np.testing.assert_array_equal(
+    np.asarray(again['index']).ravel(), sampler.order[8:16]
+  )
 
 
 @pytest.mark.parametrize('devices', [2, 4])

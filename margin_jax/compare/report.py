@@ -27,13 +27,15 @@ COMPARISON, SWEEP = 'compare.md', 'sweep.md'
 PLOTS = ('error', 'mean_mms', 'cost')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
-  'runs were finite. p: two-sided Welch t-test of the test errors against '
+  'runs were finite. Worst class: in each run the class with the largest test '
+  'error. p: two-sided Welch t-test of the test errors against '
   '`{baseline}`, not corrected for the number of methods; there is none with '
   'one seed, or where all errors are equal. XLA counts the FLOPs, scoring '
   'included; seconds are of training, without compilation and evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
 OTHER_METRICS = {
+  'test_worst_class_error': 'worst class test error',
   'test_f1': 'F1',
   'test_mismatched_error': 'mismatched test error',
 }
@@ -45,7 +47,8 @@ class Curves:
   """What a run logged.
 
   Attributes:
-    test: 'step', 'flops', 'seconds' and 'error' at every evaluation.
+    test: 'step', 'flops', 'seconds', 'error' and 'worst_class_error' (not in
+      runs of older versions) at every evaluation.
     train: the same and 'mean_mms' at every row of train.csv, where the error
       is of the batches that were trained on since the row before.
   """
@@ -248,6 +251,9 @@ def _read_rows(
           **{name: float(row[name]) for name in columns},
           'error': 1 - float(row['accuracy']),
         }
+        worst = row.get('worst_class_accuracy')
+        if worst:  # none where a run of an older version evaluated
+          by_step[step]['worst_class_error'] = 1 - float(worst)
   return [by_step[step] for step in sorted(by_step)]
 
 
@@ -285,6 +291,9 @@ def run_rows(runs: Sequence[Run], results: Sequence[Result]) -> list[Row]:
     for split in ('validation', 'test', 'test_mismatched'):
       if split in result:
         row[f'{split}_error'] = 1 - result[split]['accuracy']
+    if 'worst_class_accuracy' in result['test']:
+      worst = result['test']['worst_class_accuracy']
+      row['test_worst_class_error'] = 1 - worst
     if 'f1' in result['test']:
       row['test_f1'] = result['test']['f1']
     for name in (
@@ -323,7 +332,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
   if 'validation_error' in rows[0]:
     summary['validation'] = mean_and_deviation(values('validation_error'))
   for name in OTHER_METRICS:
-    if name in rows[0]:
+    if all(name in row for row in rows):
       summary[name] = mean_and_deviation(values(name))
   for name in ('examples_scored', 'flops', 'seconds', 'skipped'):
     summary[name] = float(np.mean(values(name)))

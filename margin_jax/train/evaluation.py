@@ -52,7 +52,8 @@ def eval_step(
 
   Returns:
     'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
-    over all chunks every example counts exactly once. With F1, of class 1, also
+    over all chunks every example counts exactly once. The latter two also by
+    class, (C,): 'class_correct' and 'class_count'. With F1, of class 1, also
     'true_positives', 'false_positives' and 'false_negatives'.
   """
   inputs, label, real = read(data, chunk)
@@ -70,10 +71,14 @@ def eval_step(
   logits = logits_fn(inputs)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   prediction = jnp.argmax(logits, axis=1)
+  correct = real & (prediction == label)
+  zeros = jnp.zeros(spec.dataset.num_classes, jnp.int32)
   sums = {
     'loss': jnp.sum(jnp.where(real, losses, 0)),
-    'correct': jnp.sum(real & (prediction == label)),
+    'correct': jnp.sum(correct),
     'count': jnp.sum(real),
+    'class_correct': zeros.at[label].add(correct),
+    'class_count': zeros.at[label].add(real),
   }
   if spec.dataset.f1:
     predicted, positive = prediction == 1, label == 1
@@ -225,10 +230,13 @@ class Evaluator:
   def __call__(
     self, name: str, state: PyTree, epsilon: float | None = None
   ) -> dict[str, Any]:
-    """Returns 'loss', 'accuracy', 'count' and maybe 'f1' of a split.
+    """Returns 'loss', 'accuracy', 'count' and more of a split.
 
-    F1 is 2 TP / (2 TP + FP + FN) over the whole split, of class 1, and 0 where
-    there is none; specs ask for it.
+    'worst_class_accuracy' is the lowest accuracy over the classes that have
+    examples in the split: a selection can starve a class.
+
+    'f1' is 2 TP / (2 TP + FP + FN) over the whole split, of class 1, and 0
+    where there is none; specs ask for it.
 
     Args:
       name: of the split.
@@ -247,16 +255,21 @@ class Evaluator:
         self._splits, make_step, self._spec.axis_name, variables, epsilon
       )
     sums = self._programs[attack].run(name, variables, epsilon)
-    total = {key: sum(float(x[key]) for _, x in sums) for key in sums[0][1]}
+    total = {
+      key: sum(np.float64(x[key]) for _, x in sums) for key in sums[0][1]
+    }
+    there = total['class_count'] > 0
+    by_class = total['class_correct'][there] / total['class_count'][there]
     result = {
-      'loss': total['loss'] / total['count'],
-      'accuracy': total['correct'] / total['count'],
+      'loss': float(total['loss'] / total['count']),
+      'accuracy': float(total['correct'] / total['count']),
+      'worst_class_accuracy': float(by_class.min()),
       'count': int(total['count']),
     }
     if self._spec.dataset.f1:
       twice = 2 * total['true_positives']
       errors = total['false_positives'] + total['false_negatives']
-      result['f1'] = twice / max(twice + errors, 1)
+      result['f1'] = float(twice / max(twice + errors, 1))
     return result
 
 

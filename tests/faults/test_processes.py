@@ -26,10 +26,21 @@ def start_both(workdir, *arguments):
   ]
 
 
-def test_a_killed_process_stops_the_other_and_both_start_again(tmp_path):
-  for process in start_both(tmp_path / 'whole'):
+MEMORY = (
+  '--config.selection.memory=True',
+  '--config.selection.sampler=prune',
+  '--config.selection.unbiased=True',
+  '--config.data.fraction=0.06',  # an epoch is a dozen steps
+)
+
+
+@pytest.mark.parametrize('arguments', [(), MEMORY], ids=['fresh', 'memory'])
+def test_a_killed_process_stops_the_other_and_both_start_again(
+  tmp_path, arguments
+):
+  for process in start_both(tmp_path / 'whole', *arguments):
     runs.finish(process)
-  first, second = start_both(tmp_path / 'killed')
+  first, second = start_both(tmp_path / 'killed', *arguments)
   try:
     runs.wait_for(first, 'step 20/')
     second.send_signal(signal.SIGKILL)
@@ -41,7 +52,7 @@ def test_a_killed_process_stops_the_other_and_both_start_again(tmp_path):
     assert ours in output or jaxs in output, output
   finally:
     first.kill()
-  for process in start_both(tmp_path / 'killed'):
+  for process in start_both(tmp_path / 'killed', *arguments):
     runs.finish(process)
   assert runs.digest(tmp_path / 'killed') == runs.digest(tmp_path / 'whole')
   for name in ('train.csv', 'eval.csv'):

@@ -1,0 +1,406 @@
+"""The score memory: what a step writes, and what an epoch makes of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import margin_jax
+from margin_jax import data
+from margin_jax.data import in_memory
+from margin_jax.train import loop
+from tests import helpers, references
+from tests.helpers import slow
+
+MEMORY = {'selection.memory': True, 'pool_size': 32}
+PRUNE = {
+  **MEMORY,
+  'selection.rule': 'signed_margin',
+  'selection.sampler': 'prune',
+  'selection.share': 0.5,
+  'selection.drop': 0.6,
+  'pool_size': 640,
+}
+WEIGHTED = {**MEMORY, 'selection.sampler': 'weighted', 'pool_size': 640}
+POOLS = {**MEMORY, 'selection.explore': 0.25}
+SAMPLERS = {
+  'prune': {**PRUNE, 'selection.unbiased': True},
+  'auto': {**PRUNE, 'selection.share': 'auto', 'selection.drop': 0.9},
+  'infobatch': {
+    **PRUNE,
+    'selection.rule': 'loss',
+    'selection.threshold': 'mean',
+    'selection.share': 0.5,
+  },
+  'weighted': {**WEIGHTED, 'selection.unbiased': True},
+  'pool': POOLS,
+}
+
+
+@functools.cache
+def small(examples=96):
+  """So few digits that an epoch is a dozen steps."""
+  whole = helpers.digits()
+  train = {k: x[:examples] for k, x in whole.splits['train'].items()}
+  rows = {**whole.rows, 'train': np.arange(examples)}
+  return data.InMemory(
+    name='few',
+    num_classes=10,
+    splits={**whole.splits, 'train': train},
+    rows=rows,
+    augment=whole.augment,
+    prepare=whole.prepare,
+  )
+
+
+def setup(devices=1, dataset=None, **fields):
+  fields = {'steps': 60, 'data.validation_examples': 180, **fields}
+  dataset = dataset or small()
+  return helpers.Setup(dataset=dataset, devices=devices, **fields)
+
+
+def scored_batch(this, state, step):
+  """The training-mode logits and features of the batch of a step."""
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  _, batch = helpers.sampler(this.dataset, 8)(
+    state.sampler, this.data, key, step
+  )
+  logits, features = this.spec.model.apply(
+    {'params': state.params},
+    this.dataset.prepare(batch['inputs']),
+    train=True,
+  )
+  return batch, np.asarray(logits), np.asarray(features)
+
+
+@pytest.mark.parametrize('rule', ['signed_margin', 'mms', 'loss', 'entropy'])
+def test_a_step_writes_the_scores_of_its_batch(rule):
+  """By the forward that it trains on; distances over the mean feature norm."""
+  this = setup(**{**PRUNE, 'selection.rule': rule})
+  batch, logits, features = scored_batch(this, this.first, 0)
+  kernel = this.first.params['head']['kernel']
+  expected = {
+    'signed_margin': lambda: references.signed_margins(
+      logits, kernel, batch['label']
+    ),
+    'mms': lambda: references.mms_scores(logits, kernel),
+    'loss': lambda: references.loss_scores(logits, batch['label']),
+    'entropy': lambda: references.entropy_scores(logits),
+  }[rule]()
+  norm = np.linalg.norm(features.astype(np.float64), axis=1).mean()
+  if rule in ('signed_margin', 'mms'):
+    expected = expected / norm
+  state, _ = this.run(1)
+  found = state.memory.examples.scores
+  np.testing.assert_allclose(found[batch['index']], expected, 1e-4, 1e-5)
+  others = np.setdiff1d(np.arange(96), batch['index'])
+  assert (found[others] == -np.inf).all()
+  np.testing.assert_allclose(state.memory.feature_norm, norm, 1e-5)
+
+
+def test_an_average_of_scores_decays():
+  """The first score of an example stands; later ones are averaged in."""
+  last, average = (
+    setup(**{**PRUNE, 'selection.decay': decay}) for decay in (0.0, 0.75)
+  )
+  before, _ = last.run(12)  # the whole first epoch
+  helpers.assert_trees_equal(before.memory, average.run(12)[0].memory)
+  old = before.memory.examples.scores
+  new = last.run(13)[0].memory.examples.scores
+  index = np.flatnonzero(old != new)
+  assert len(index) == 8
+  np.testing.assert_allclose(
+    average.run(13)[0].memory.examples.scores[index],
+    0.75 * old[index] + 0.25 * new[index],
+    1e-5,
+  )
+
+
+@pytest.mark.parametrize('sampler', [*SAMPLERS])
+@pytest.mark.parametrize('devices', [2, *slow(4)])
+def test_devices_change_neither_order_nor_memory(sampler, devices):
+  """Over four epochs: the same examples of every step, the same memory."""
+  (one, first), (many, other) = (
+    setup(count, **{**SAMPLERS[sampler], 'selection.log_counts': True}).run(40)
+    for count in (1, devices)
+  )
+  for name in ('order', 'count', 'cursor', 'epoch'):
+    np.testing.assert_array_equal(
+      getattr(one.sampler, name), getattr(many.sampler, name)
+    )
+  np.testing.assert_array_equal(one.counts, many.counts)
+  helpers.assert_trees_close(one.memory, many.memory, 1e-2)
+  np.testing.assert_allclose(first['loss'], other['loss'], 1e-2, 1e-3)
+  assert int(one.sampler.epoch) >= 3
+
+
+def test_epochs_are_plain_at_first_and_at_last():
+  """60 steps: 12 of the first epoch, then pruned ones, then an eighth."""
+  this = setup(**PRUNE)
+  _, metrics = this.run(60)
+  fractions = metrics['epoch_fraction'].round(4)
+  kept = round(1 - (48 - int(0.4 * 48 + 1e-9)) / 96, 4)
+  np.testing.assert_array_equal(fractions[:12], 1)
+  assert {*fractions[12:52].tolist()} == {np.float32(kept)}
+  # round(0.125 * 60) = 8 steps: a new epoch begins there, and is whole.
+  np.testing.assert_array_equal(fractions[52:], 1)
+
+
+def test_a_pruned_epoch_leaves_out_the_easiest_only():
+  """In the second epoch every example above the share is visited once."""
+  this = setup(**PRUNE, **{'selection.log_counts': True})
+  before, _ = this.run(12)
+  state, _ = this.run(13)
+  order = np.asarray(state.sampler.order)[: int(state.sampler.count)]
+  hardest = np.argsort(before.memory.examples.scores)[:48]
+  assert {*hardest.tolist()} <= {*order.tolist()}
+  assert len({*order.tolist()}) == len(order)
+
+
+def test_pools_are_of_the_lowest_remembered():
+  this = setup(**{**MEMORY, 'selection.tail': 0.0})
+  before, _ = this.run(12)
+  state, _ = this.run(13)
+  key = jax.random.split(jax.random.fold_in(jax.random.key(0), 2))[0]
+  order = jax.random.permutation(jax.random.fold_in(key, 1), 96)
+  expected = references.pool_batches(
+    before.memory.examples.scores, None, np.asarray(order), 32, 8
+  )
+  found = np.asarray(state.sampler.order)[:24].reshape(3, 8).tolist()
+  assert [{*x} for x in found] == [{*x} for x in expected]
+
+
+@pytest.mark.parametrize(
+  'sampler', ['prune', *slow('auto', 'weighted', 'pool')]
+)
+def test_a_stopped_run_ends_with_the_same_bits(sampler, tmp_path):
+  """Stopped within the second epoch; the order and the memory are saved."""
+  fields = {
+    **SAMPLERS[sampler],
+    'steps': 240,
+    'log_every': 1,
+    'checkpoint_every': 200,
+    'eval_every': 240,
+  }
+  helpers.train(tmp_path / 'whole', **fields)
+  with pytest.raises(helpers.Interrupted):
+    helpers.train(tmp_path / 'stopped', interrupt_at=201, **fields)
+  helpers.train(tmp_path / 'stopped', **fields)
+  whole, stopped = (
+    helpers.saved_state(tmp_path / name, **fields)[0]
+    for name in ('whole', 'stopped')
+  )
+  helpers.assert_trees_equal(whole, stopped)
+  assert int(whole.sampler.epoch) >= 1
+  assert np.isfinite(whole.memory.examples.scores).all()
+
+
+def test_a_memory_step_is_a_plain_step(tmp_path):
+  """The same parameters as plain training, while epochs are whole."""
+  fields = {'steps': 12, 'log_every': 12}
+  whole = {'selection.tail': 0.0}
+  (plain, _), (memory, _) = (
+    setup(**{**fields, **more}).run(12)
+    for more in ({'selection.rule': 'uniform'}, {**PRUNE, **whole})
+  )
+  helpers.assert_trees_close(plain.params, memory.params, 1e-6)
+  cost = setup(**PRUNE).program.cost(0, 12)
+  assert cost.examples_scored == 0
+  assert cost.examples_trained == 96
+
+
+def test_the_memory_is_donated_and_written_in_place():
+  this = setup(**PRUNE)
+  state = this.devices.replicate(this.first)
+  scores = state.memory.examples.scores
+  state, _ = this.program(0, state)
+  assert scores.is_deleted()
+
+
+def test_a_skipped_step_is_not_remembered():
+  """Its scores may be NaN."""
+  margin_jax.register_loss(
+    'fails_later',
+    lambda outputs: jnp.where(outputs.index[0] >= 0, jnp.nan, 0.0),
+  )
+  this = setup(**{
+    **PRUNE,
+    'on_nonfinite': 'skip',
+    'loss.names': ('fails_later',),
+    'loss.weights': (1.0,),
+  })  # fmt: skip
+  state, metrics = this.run(2)
+  assert metrics['skipped'].tolist() == [1, 1]
+  assert (state.memory.examples.scores == -np.inf).all()
+  assert int(state.sampler.cursor) == 16
+
+
+def test_steps_in_one_call_remember_alike():
+  one, _ = setup(**PRUNE).run(30)
+  many, _ = setup(**PRUNE, steps_per_call=10).run(3)
+  np.testing.assert_array_equal(one.sampler.order, many.sampler.order)
+  helpers.assert_trees_close(one.memory, many.memory, 1e-3)
+
+
+def test_a_proxy_is_trained_at_every_nth_step():
+  fields = {'selection.proxy': 'cnn', 'selection.proxy_every': 3}
+  this = helpers.Setup(**fields)
+  states = [this.run(calls)[0].proxy['params'] for calls in range(1, 5)]
+  first, second, third, fourth = states
+  helpers.assert_trees_equal(first, second)
+  helpers.assert_trees_equal(second, third)
+  assert any(
+    (x != y).any()
+    for x, y in zip(
+      jax.tree.leaves(third), jax.tree.leaves(fourth), strict=True
+    )
+  )
+  _, metrics = this.run(4)
+  assert (metrics['proxy_loss'] > 0).tolist() == [True, False, False, True]
+  cheap = this.program.cost(1, 2).flops
+  assert cheap < this.program.cost(0, 1).flops
+
+
+# Weights of examples.
+
+
+def of_vectors(name, weights=None, examples=64):
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(examples, 8, 8, 1))
+  labels = rng.integers(0, 3, examples)
+  train = (inputs, labels) if weights is None else (inputs, labels, weights)
+  margin_jax.register_dataset(name, train=train, test=(inputs, labels))
+  return data.load(name)
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_weights_of_a_dataset_multiply_every_loss(devices):
+  """The first step against the hand formula: mean(w * loss) + a * MMR."""
+  weights = np.random.default_rng(1).uniform(0, 3, 64)
+  margin_jax.register_loss(
+    'norms', lambda outputs: jnp.sum(outputs.features**2, axis=1)
+  )
+  margin_jax.register_loss(
+    'by_hand', lambda outputs: jnp.mean(outputs.weights * outputs.logits[:, 0])
+  )
+  fields = {
+    'data.name': 'weighted',
+    'data.validation_examples': 0,
+    'data.augmentations': (),
+    'selection.rule': 'uniform',
+    'loss.names': ('norms', 'by_hand'),
+    'loss.weights': (0.01, 0.1),
+    'mmr.alpha': 1e-3,
+    'optimizer.momentum': 0.0,
+    'optimizer.weight_decay': 0.0,
+  }
+  dataset = of_vectors('weighted', weights)
+  this = helpers.Setup(dataset=dataset, devices=devices, **fields)
+  state, metrics = this.run(1)
+  batch = helpers.first_pool(this, 8)
+  w = jnp.asarray(weights, jnp.float32)[batch['index']]
+  np.testing.assert_array_equal(batch['weights'], w)
+
+  def expected(params):
+    logits, features = this.spec.model.apply(
+      {'params': params}, batch['inputs'], train=True
+    )
+    risks = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    )
+    mmr = margin_jax.mmr_penalty(
+      features, logits, params['head']['kernel'], batch['label'], weights=w
+    )
+    norms = jnp.mean(w * jnp.sum(features**2, axis=1))
+    by_hand = jnp.mean(w * logits[:, 0])
+    return jnp.mean(w * risks) + 1e-3 * mmr + 0.01 * norms + 0.1 * by_hand
+
+  gradient = jax.grad(expected)(this.first.params)
+  updated = jax.tree.map(lambda p, g: p - 0.05 * g, this.first.params, gradient)
+  helpers.assert_trees_close(state.params, updated, 1e-5)
+  assert metrics['loss'][0] > 0
+
+
+@pytest.mark.parametrize('reduction', ['mean_of_squares', 'square_of_mean'])
+def test_mmr_with_weights_agrees_with_its_oracle(reduction):
+  head = references.random_head((6, 5, 4))
+  weights = np.random.default_rng(2).uniform(0, 2, 6).astype(np.float32)
+  found = margin_jax.mmr_penalty(*head, reduction=reduction, weights=weights)
+  expected = references.mmr_penalty(*head, reduction, weights=weights)
+  np.testing.assert_allclose(found, expected, 1e-5)
+  with pytest.raises(ValueError, match='weights must have shape'):
+    margin_jax.mmr_penalty(*head, weights=weights[:3])
+
+
+def test_weights_follow_the_selected_examples():
+  """From the pool into the batch, and through the buffer."""
+  weights = np.arange(64) + 1.0
+  fields = {
+    'data.name': 'counted',
+    'data.validation_examples': 0,
+    'data.augmentations': (),
+    'selection.reuse': 2,
+  }
+  this = helpers.Setup(dataset=of_vectors('counted', weights), **fields)
+  state, _ = this.run(1)
+  np.testing.assert_array_equal(
+    state.buffer['weights'], state.buffer['index'] + 1
+  )
+
+
+def test_weights_of_sampler_and_dataset_multiply():
+  weights = np.arange(64) + 1.0
+  fields = {
+    'data.name': 'both',
+    'data.validation_examples': 0,
+    'data.augmentations': (),
+    **SAMPLERS['prune'],
+    'steps': 60,
+  }
+  this = helpers.Setup(dataset=of_vectors('both', weights), **fields)
+  state, _ = this.run(9)  # one step into the second epoch
+  rows, given = (
+    np.asarray(x)[:8] for x in (state.sampler.order, state.sampler.weights)
+  )
+  assert {*given.round(3).tolist()} == {1.0, 2.5}
+
+  def take():
+    return in_memory.take_weights(
+      state.sampler.replace(cursor=0), {'weights': weights[rows]}, 8, 'device'
+    )
+
+  _, batch = jax.vmap(take, axis_name='device', axis_size=1)()
+  np.testing.assert_allclose(batch['weights'][0], given * weights[rows])
+
+
+@pytest.mark.parametrize(
+  ('weights', 'message'),
+  [
+    (np.ones(63), r'weights must have shape \(64,\)'),
+    (np.ones(64, int), 'weights must be floating'),
+    (-np.ones(64), 'at least 0, row 0 is -1'),
+    (np.full(64, np.nan), 'finite and at least 0, row 0 is nan'),
+  ],
+)
+def test_bad_weights_are_refused(weights, message):
+  with pytest.raises(ValueError, match=message):
+    of_vectors('bad', weights)
+
+
+def test_other_weights_are_another_dataset(tmp_path):
+  """A run is not continued on them."""
+  fields = {
+    'data.name': 'reweighted',
+    'data.validation_examples': 0,
+    'data.augmentations': (),
+    'selection.rule': 'uniform',
+  }
+  of_vectors('reweighted', np.ones(64))
+  config = helpers.small_config(**fields)
+  loop.train(config, str(tmp_path), log=lambda line: None)
+  of_vectors('reweighted', np.full(64, 2.0))
+  with pytest.raises(ValueError, match='another config'):
+    loop.train(config, str(tmp_path), log=lambda line: None)
