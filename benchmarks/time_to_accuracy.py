@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ from benchmarks import steps as steps_lib
 from benchmarks import time_to_accuracy_report as report
 from benchmarks.time_to_accuracy_report import FRESH, LOSS, MEMORY, PLAIN
 from margin_jax import config as config_lib
-from margin_jax import cpu, files
+from margin_jax import cpu, data, files
 from margin_jax.compare import methods as methods_lib
 from margin_jax.compare import runs
 from margin_jax.config import UNIFORM
@@ -554,6 +555,8 @@ def main() -> None:
   here = pathlib.Path(__file__).parent if args.scale == 1 else root
   base = (args.out or here) / f'time_to_accuracy_{args.size}'
   root.mkdir(parents=True, exist_ok=True)
+  # All runs read the same files.
+  data.tfds_images.load = functools.cache(data.tfds_images.load)
   with one_line_errors():
     methods = make_methods(SIZES[args.size], args)
     if args.time:
