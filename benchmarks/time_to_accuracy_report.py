@@ -1,0 +1,322 @@
+"""The table and the picture of benchmarks/time_to_accuracy.py."""
+
+import dataclasses
+import itertools
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from margin_jax import figures
+from margin_jax.compare import report
+
+Row = Mapping[str, Any]
+
+# Families of methods, and their colours; the first is the line to beat.
+PLAIN, MEMORY, FRESH, LOSS = (
+  'plain training, cut short',
+  'sampled by remembered scores',
+  'selected by fresh scores',
+  'another loss',
+)
+COLORS = {PLAIN: '0.35', MEMORY: 'C0', FRESH: 'C3', LOSS: 'C2'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What has come of a method.
+
+  Attributes:
+    name: of the method.
+    family: one of `COLORS`.
+    steps: of a run.
+    runs: of each seed its evaluations, that have 'step', 'flops', 'error' and
+      'worst_class_error'.
+    step_seconds: of a step on average; None if it has not been timed.
+  """
+
+  name: str
+  family: str
+  steps: int
+  runs: Sequence[Sequence[Row]]
+  step_seconds: float | None
+
+  @property
+  def seconds(self) -> float:
+    """Of a run; only of what has been timed."""
+    return self.steps * self.step_seconds
+
+  def last(self, column: str) -> list[float]:
+    """A column at the end, of each seed."""
+    return [rows[-1][column] for rows in self.runs]
+
+  @property
+  def error(self) -> float:
+    """At the end, the mean over the seeds."""
+    return statistics.mean(self.last('error'))
+
+  @property
+  def variance(self) -> float:
+    """Of an error; 0 of a single seed."""
+    errors = self.last('error')
+    return statistics.variance(errors) if len(errors) > 1 else 0.0
+
+
+class Line:
+  """Plain training that is cut short: the line to beat.
+
+  Attributes:
+    outcomes: its points, by seconds.
+  """
+
+  def __init__(self, outcomes: Sequence[Outcome]):
+    """Is straight between the timed points."""
+    plain = [x for x in outcomes if x.family == PLAIN]
+    self.outcomes = sorted(plain, key=lambda x: x.seconds)
+
+  def above(self, one: Outcome) -> tuple[float, float] | None:
+    """How far a method is above the line, and two standard errors of that.
+
+    None where the line has not begun. Right of its end it goes on level.
+    """
+    line = self.outcomes
+    # Steps of the same program are timed a little differently.
+    if not line or one.seconds < 0.98 * line[0].seconds:
+      return None
+    there = np.interp(
+      one.seconds, [x.seconds for x in line], [x.error for x in line]
+    )
+    of_line = statistics.mean(x.variance / len(x.runs) for x in line)
+    own = one.variance / len(one.runs)
+    return one.error - float(there), 2 * (own + of_line) ** 0.5
+
+
+def write(
+  base: pathlib.Path,
+  opening: Sequence[str],
+  outcomes: Sequence[Outcome],
+  times: Mapping[str, Any],
+) -> None:
+  """Writes BASE.md and, of what has been timed, BASE.png.
+
+  Args:
+    base: the path of the files without their suffix.
+    opening: the first lines.
+    outcomes: of the methods that have any, in the order of the table.
+    times: what the file of the timed steps holds; {} without one.
+  """
+  timed = [x for x in outcomes if x.step_seconds is not None]
+  line = Line(timed)
+  lines = [*opening, '', *verdict(timed, line)]
+  if timed and line.outcomes:
+    plot(base.with_suffix('.png'), timed, line)
+    lines += [f'![Error against seconds]({base.name}.png)', '']
+  lines += [*table(outcomes, line), '', *explanation(times)]
+  base.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def verdict(timed: Sequence[Outcome], line: Line) -> list[str]:
+  """A paragraph: who is below the line, on it, above it; of several seeds."""
+  below, on, above = [], [], []
+  for one in timed:
+    compared = line.above(one)
+    if one.family == PLAIN or compared is None:
+      continue
+    difference, noise = compared
+    side = below if difference < 0 else above
+    (on if abs(difference) <= noise else side).append(one.name)
+  if not timed or any(len(x.runs) == 1 for x in timed):
+    return []
+  groups = {
+    'Below it, so better': below,
+    'On it': on,
+    'Above it, so worse': above,
+  }
+  return [
+    "Plain training that is cut short to a method's seconds comes to the grey "
+    'line. '
+    + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
+    + ' A difference within two standard errors counts as none; with three '
+    'seeds, one in ten that is none still counts.',
+    '',
+  ]
+
+
+def table(outcomes: Sequence[Outcome], line: Line) -> list[str]:
+  """A row a method."""
+  goal = next((x.error for x in outcomes if x.name == 'uniform'), None)
+  most = max((x.last('flops')[0] for x in outcomes), default=1)
+  divisor, prefix = report.unit(most)
+  header = [
+    'method', 'seeds', 'steps', 'test error, %', 'worst class, %',
+    f'{prefix}FLOP', 'seconds', 'error above the line, points',
+    'seconds to the error of `uniform`',
+  ]  # fmt: skip
+  rows = []
+  for one in outcomes:
+    compared = arrived = seconds = '-'
+    if one.step_seconds is not None:
+      seconds = f'{one.seconds:,.0f}'
+      if one.family != PLAIN and (found := line.above(one)):
+        difference, noise = (100 * x for x in found)
+        compared = f'{difference:+.2f}' + (f' ± {noise:.2f}' if noise else '')
+      if goal is not None:
+        arrived = arrival(one, goal)
+    rows.append([
+      one.name,
+      f'{len(one.runs)}',
+      f'{one.steps:,}',
+      *(
+        report.percent(*report.mean_and_deviation(one.last(column)))
+        for column in ('error', 'worst_class_error')
+      ),
+      f'{one.last("flops")[0] / divisor:.3g}',
+      seconds,
+      compared,
+      arrived,
+    ])  # fmt: skip
+  return report.markdown(header, rows)
+
+
+def arrival(one: Outcome, goal: float) -> str:
+  """How many seeds reach an error, and after how many seconds on average."""
+  first = [
+    next((row['step'] for row in rows if row['error'] <= goal), None)
+    for rows in one.runs
+  ]
+  hits = [step for step in first if step is not None]
+  count = f'{len(hits)} of {len(first)}'
+  if not hits:
+    return count
+  return f'{count}: {one.step_seconds * statistics.mean(hits):,.0f}'
+
+
+def explanation(times: Mapping[str, Any]) -> list[str]:
+  """What the columns are, and where the seconds were measured."""
+  lines = [
+    'Errors are of the test split at the last step, mean ± standard deviation '
+    'over the seeds. Methods that change which examples are trained on get '
+    'fewer steps than `uniform`, as they promise to need fewer; another loss '
+    'gets the same. All are points in one plane: any can be compared with '
+    'plain training cut short to its seconds. `uniform, 65%` is a whole run, '
+    'its learning rate too, of 65% of the steps; the line is straight between '
+    'such runs, and right of the longest it goes on level, which flatters '
+    'what lies there. "Error above the line" is with two standard errors. '
+    '"Margin pruning, q, r" leaves out of every epoch a random fraction r of '
+    'the fraction q of the examples with the largest remembered margins.',
+    '',
+    'Seconds are those of a step times the steps. Those "to the error" end at '
+    'the first evaluation with at most the mean error of `uniform`, in so many '
+    'of the seeds; a mean over them.',
+    '',
+  ]
+  if not times:
+    return [*lines, 'No step has been timed yet (`--time`).']
+  spread = max(
+    (x['quartiles'][1] - x['quartiles'][0]) / x['seconds']
+    for x in times['steps'].values()
+  )
+  versions = ', '.join(f'{k} {v}' for k, v in times['versions'].items())
+  return [
+    *lines,
+    f'Steps were timed on {times["date"]}, on {times["device"]} '
+    f'({times["host_cores"]} host cores), {versions}: medians of '
+    f'{times["rounds"]} rounds, all methods in turns in one process, with what '
+    'the start of an epoch adds. The quartiles of a step differ by at most '
+    f'{spread:.0%} of it.',
+  ]
+
+
+def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
+  """Error against seconds; plain training cut short is the line to beat."""
+  figure = figures.new(9, 5.4)
+  axes = figure.subplots()
+  for family, color in COLORS.items():
+    own = [x for x in timed if x.family == family]
+    if own:
+      axes.plot(
+        [x.seconds for x in own], [100 * x.error for x in own], 'o',
+        color=color, markersize=7, label=family, zorder=3,
+      )  # fmt: skip
+      axes.errorbar(
+        [x.seconds for x in own], [100 * x.error for x in own],
+        yerr=[100 * x.variance**0.5 for x in own], color=color, linestyle='',
+        linewidth=1, alpha=0.5, zorder=1,
+      )  # fmt: skip
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter('{x:g}')
+  axes.tick_params(which='both', labelsize=9)
+  axes.margins(x=0.2, y=0.15)
+  ends, plain = axes.get_xlim(), line.outcomes
+  x = [*(one.seconds for one in plain), ends[1]]
+  y = [*(100 * one.error for one in plain), 100 * plain[-1].error]
+  axes.plot(x[:-1], y[:-1], color=COLORS[PLAIN], linewidth=2.5, zorder=2)
+  axes.plot(x[-2:], y[-2:], color=COLORS[PLAIN], linestyle=':', zorder=2)
+  axes.set_xlim(ends)
+  bottom = axes.get_ylim()[0]
+  axes.fill_between(x, bottom, y, color='C8', alpha=0.12, linewidth=0)
+  axes.set_ylim(bottom)
+  axes.set_xlabel('seconds of training')
+  axes.set_ylabel('test error, %')
+  axes.set_title(
+    'In the coloured area: less error than plain training in the same seconds'
+  )
+  axes.grid(alpha=0.25, which='both')
+  axes.legend(loc='upper right')
+  figure.canvas.draw()  # the layout is known from here on
+  figure.set_layout_engine('none')
+  label(axes, timed, np.stack([x, y], axis=1))
+  figures.save(figure, path, 160)
+
+
+def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
+  """Writes each name near its point, where nothing else is."""
+  to_pixels, to_points = axes.transData.transform, 72 / axes.figure.dpi
+  centers = to_pixels([(x.seconds, 100 * x.error) for x in timed])
+  taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in centers]
+  for start, end in itertools.pairwise(to_pixels(line)):
+    along = start + np.linspace(0, 1, 60)[:, None] * (end - start)
+    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
+  for one in timed:
+    spread = one.variance**0.5
+    bar = [(one.seconds, 100 * (one.error + x)) for x in (-spread, spread)]
+    (x, y0), (_, y1) = to_pixels(bar)
+    taken.append((x - 2, y0, x + 2, y1))
+  taken.append(axes.get_legend().get_window_extent().extents)
+  left, bottom, right, top = axes.get_window_extent().extents
+
+  def free(box: np.ndarray) -> bool:
+    x0, y0, x1, y1 = box
+    inside = left < x0 and x1 < right and bottom < y0 and y1 < top
+    return inside and not any(
+      x0 < c and a < x1 and y0 < d and b < y1 for a, b, c, d in taken
+    )
+
+  # Outwards in circles, of the same distance to the sides first.
+  angles = np.radians([0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90])
+  directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  for index in np.argsort(centers[:, 1]):
+    one, center = timed[index], centers[index]
+    color = COLORS[one.family]
+    text = axes.annotate(
+      one.name, (one.seconds, 100 * one.error), (0, 0),
+      textcoords='offset points', fontsize=8.5, color=color, ha='center',
+      va='center',
+      arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6},
+    )  # fmt: skip
+    half = np.array(text.get_window_extent().size) / 2
+    for radius in range(14, 300, 8):
+      offsets = directions * (radius + half * abs(directions).round(1))
+      boxes = [
+        np.concatenate([center + x - half, center + x + half]) for x in offsets
+      ]
+      place = next((i for i, box in enumerate(boxes) if free(box)), None)
+      if place is not None:
+        taken.append(boxes[place])
+        text.set_position(to_points * offsets[place])
+        break
