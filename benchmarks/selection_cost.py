@@ -56,9 +56,9 @@ VARIANTS = {
   'mms, score_dtype=bfloat16': BFLOAT16,
   'mms, score_resolution=16': SMALL,
   'mms, proxy=resnet8': {'selection.proxy': 'resnet8'},
-  'mms, proxy=resnet8, proxy_every=4': {
+  'mms, proxy=resnet8, proxy_every=5': {
     'selection.proxy': 'resnet8',
-    'selection.proxy_every': 4,
+    'selection.proxy_every': 5,
   },
   'mms, proxy=resnet8 at 16': {'selection.proxy': 'resnet8', **SMALL},
   'mms, reuse=2': {'selection.reuse': 2},
