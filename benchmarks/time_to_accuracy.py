@@ -163,7 +163,7 @@ SIZES = {
   ),
 }  # fmt: skip
 
-CUTS = (0.5, 0.65, 0.8)
+CUTS = (0.25, 0.5, 0.65, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +232,13 @@ REMEMBERED = {
   'margin pruning, auto + MMR': pruned('auto', 0.9) | MMR,
   'weighted': remembered('weighted', 'mms'),
 }
+# Of these also runs of a quarter of the steps: which part of an epoch is
+# redundant shows where steps are few.
+QUARTER = 0.25
+SHORTEST = (
+  'random pruning', 'InfoBatch', 'margin pruning, 0.9, 0.9',
+  'margin pruning, auto', 'weighted',
+)  # fmt: skip
 OTHER_LOSSES = {
   'trimming': PLAIN_FIELDS | {'trimming.last': 0.2},
   'MMR': PLAIN_FIELDS | MMR,
@@ -259,6 +266,9 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
     add(f'{UNIFORM}, early drop', PLAIN, size.short, PLAIN_FIELDS)
   for name, fields in REMEMBERED.items():
     add(name, MEMORY, size.short, fields)
+  for name in SHORTEST:
+    schedule = size.shortened(QUARTER)
+    add(f'{name}, {QUARTER:.0%}', MEMORY, schedule, REMEMBERED[name])
   proxy = {'proxy': size.proxy, 'proxy_every': 4}
   add('mms, B=128', FRESH, size.short, fresh('mms', 128))
   add('mms, B=128, proxy', FRESH, size.short, fresh('mms', 128, **proxy))
