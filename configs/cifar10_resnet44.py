@@ -67,6 +67,11 @@ def get_config(argument: str | None = None):
   config.optimizer.learning_rates = (0.1, 0.01, 0.001, 0.0001)
   config.optimizer.boundaries = regime['boundaries']
   config.optimizer.weight_decay = 1e-4
+  if 'mms' not in args.method.split('_') and args.selection != 'fresh':
+    raise config_lib.ConfigError(
+      f'config argument selection={args.selection!r} needs mms or mms_mmr, and '
+      f'the method is {args.method!r}'
+    )
   if 'mms' in args.method.split('_'):
     config.update_from_flattened_dict(
       config_lib.preset(args.selection, config.data.name)

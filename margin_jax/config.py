@@ -504,7 +504,8 @@ FIELDS: dict[str, Field] = {
   'selection.rule': Field(
     UNIFORM,
     RULE,
-    "How the batch is selected from a pool; 'uniform' has no pool.",
+    'How examples are scored to select the batch from a pool, or to choose an '
+    "epoch's examples (selection.memory); 'uniform' scores nothing.",
   ),
   'selection.scope': Field(
     'global',
@@ -584,7 +585,7 @@ FIELDS: dict[str, Field] = {
     needs=[SCORING],
   ),
   'selection.sampler': Field(
-    'pool',
+    'prune',
     one_of('pool', 'prune', 'weighted'),
     "Which examples an epoch has: of small pools the lowest scores ('pool'), "
     "all but a random part of the easy ones ('prune'), or batches sampled by "
@@ -843,20 +844,27 @@ PRESETS = ('memory', 'proxy', 'fresh')
 
 
 def preset(name: str, dataset: str) -> Flat:
-  """Returns the fields of a way to select, so that nobody has to know ten.
+  """Returns the fields of a way to select.
 
   Args:
     name: 'memory' prunes softly by remembered margins, and scores no pool;
       'proxy' scores pools by a small model, 'fresh' by the model itself.
     dataset: a `data.name`, for which there is a proxy.
+
+  Raises:
+    ConfigError: there is no preset of that name.
   """
+  if name not in PRESETS:
+    raise ConfigError(f'preset {name!r} must be one of {PRESETS}')
   small = 'bert2_128_2' if dataset in data.SENTENCES else 'resnet8'
   memory = {
     'selection.rule': 'signed_margin',
     'selection.memory': True,
     'selection.sampler': 'prune',
+    'selection.threshold': 'share',
     'selection.share': 'auto',
     'selection.drop': 0.9,
+    'selection.proxy': None,
   }
   proxy = {
     'selection.rule': 'mms',
@@ -864,7 +872,11 @@ def preset(name: str, dataset: str) -> Flat:
     'selection.proxy': small,
     'selection.proxy_every': 4,
   }
-  fresh = {'selection.rule': 'mms', 'selection.memory': False}
+  fresh = {
+    'selection.rule': 'mms',
+    'selection.memory': False,
+    'selection.proxy': None,
+  }
   return {'memory': memory, 'proxy': proxy, 'fresh': fresh}[name]
 
 

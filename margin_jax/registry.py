@@ -29,9 +29,10 @@ def register_rule(
     name: what no rule here is called.
     rule: pure and traceable, `scored -> (B,) scores`, the lowest of which are
       selected; see `selection.Scored` for what it can read.
-    whole_pool: whether it sees the pool of all devices at once (with
-      `selection.scope='device'` its device's), so that it can compare examples
-      with each other on any number of devices. Else it sees one device's shard.
+    whole_pool: whether it sees the pool, or with `selection.memory` the batch,
+      of all devices at once (with `selection.scope='device'` its device's), so
+      that it can compare examples with each other on any number of devices.
+      Else it sees one device's shard.
     distance: whether scores are distances between features and boundaries:
       `selection.memory` divides them by the mean norm of the features.
 
@@ -39,8 +40,10 @@ def register_rule(
     TypeError: `rule` is no function of one argument.
     ValueError: the name is taken.
   """
-  if name in (*selection.RULES, 'uniform', *PRESETS):
+  if name in (*selection.RULES, 'uniform'):
     raise ValueError(f'rule {name!r} is there already; take another name')
+  if name in PRESETS:
+    raise ValueError(f'rule {name!r}: a preset has that name; take another')
   check_rule(name, rule)
   selection.REGISTERED[name] = selection.Rule(rule, whole_pool, distance)
 

@@ -26,9 +26,9 @@ class Remembered(NamedTuple):
   Attributes:
     scores: (N,) float32, -inf of an example that was in no batch yet.
     visited: (N,) int32, the step at which each was in a batch last, -1 for
-      none; () where no sampler asks.
+      none; () if no sampler reads it.
     wrong: (N,) bool, whether each was misclassified then, or was in none; ()
-      where no sampler asks.
+      if no sampler reads it.
   """
 
   scores: Float32[Array, ' N']
@@ -77,6 +77,7 @@ def prune(
   *,
   share: float | Float32[Array, ''] | None,
   drop: float = 0.5,
+  least: int = 1,
   unbiased: bool = False,
 ) -> Order:
   """Returns an epoch without a part of the easy examples: soft pruning.
@@ -88,13 +89,15 @@ def prune(
     scores: (N,) floating, the largest are easy. -inf and NaN never are.
     key: decides which are dropped, and the order.
     share: the fraction of the examples that is easy, those of the largest
-      scores; None: easy is what scores above the mean.
+      scores, ties at random; None: easy is what scores above the mean.
     drop: the fraction of the easy examples that is dropped, below 1.
-    unbiased: whether the easy examples that stay weigh 1 / (1 - drop), so that
-      the expectation of the epoch's loss is that of all examples.
+    least: an epoch has so many examples, even if fewer would be dropped.
+    unbiased: whether the easy examples that stay weigh as much more as there
+      are fewer of them, 1 / (1 - drop) but for rounding, so that the
+      expectation of the epoch's loss is that of all examples.
 
   Returns:
-    The order; its `count` is N - ceil(drop * easy).
+    The order; its `count` is N - ceil(drop * easy), or `least`.
 
   References:
     Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
@@ -107,11 +110,14 @@ def prune(
     (3, True)
   """
   n = scores.shape[0]
-  easy = above_mean(scores) if share is None else largest(scores, share)
+  easy = above_mean(scores)
+  if share is not None:
+    easy = largest(scores, share, jax.random.fold_in(key, 2))
   dropping, ordering = jax.random.split(key)
   total = jnp.sum(easy)
   # A little more than exact: 0.1 * 50 must not become 4 by rounding.
   staying = jnp.floor((1 - drop) * total * (1 + 1e-6)).astype(jnp.int32)
+  staying = jnp.clip(staying, least - (n - total), total)
   # Easy examples first, in random order: the first `staying` of them stay.
   shuffled = jnp.lexsort((jax.random.bits(dropping, (n,)), ~easy))
   position = jnp.zeros(n, jnp.int32).at[shuffled].set(jnp.arange(n))
@@ -119,7 +125,8 @@ def prune(
   rows = jnp.lexsort((jax.random.bits(ordering, (n,)), dropped))
   weights = ()
   if unbiased:
-    weights = jnp.where(easy, 1 / (1 - drop), 1).astype(jnp.float32)[rows]
+    weight = total / jnp.maximum(staying, 1)
+    weights = jnp.where(easy, weight, 1).astype(jnp.float32)[rows]
   count = n - (total - staying)
   return Order(rows.astype(jnp.int32), count.astype(jnp.int32), weights)
 
@@ -132,22 +139,26 @@ def above_mean(scores: Scores) -> Bool[Array, ' N']:
 
 
 def largest(
-  scores: Scores, share: float | Float32[Array, '']
+  scores: Scores, share: float | Float32[Array, ''], key: Key[Array, '']
 ) -> Bool[Array, ' N']:
   """Returns which examples are the `share` of largest scores.
 
-  Ties go by index, to the later; -inf and NaN are never among them.
+  Ties go by `key`; -inf and NaN are never among them.
   """
   n = scores.shape[0]
   many = jnp.floor(jnp.float32(share) * n * (1 + 1e-6)).astype(jnp.int32)
   known = scores > -jnp.inf
-  return known & (ranks(jnp.where(known, scores, -jnp.inf)) >= n - many)
+  return known & (ranks(jnp.where(known, scores, -jnp.inf), key) >= n - many)
 
 
-def ranks(scores: Scores) -> Int32[Array, ' N']:
-  """Returns the rank of each score: 0 is the lowest, ties by index."""
+def ranks(scores: Scores, key: Key[Array, '']) -> Int32[Array, ' N']:
+  """Returns the rank of each score: 0 is the lowest, NaN last, ties by `key`.
+
+  Not by index: where many scores are equal, as they are before the first epoch,
+  the examples' order would decide which are trained on.
+  """
   n = scores.shape[0]
-  order = jnp.argsort(scores)
+  order = jnp.lexsort((jax.random.bits(key, (n,)), scores))
   return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
 
 
@@ -195,7 +206,9 @@ def weighted(
     batch_size: b; static. An epoch has N // b batches.
     pressure: how many times more often the lowest score is sampled than the
       largest; 1 samples all alike.
-    unbiased: whether example i weighs min(1 / (N p_i), `LARGEST_WEIGHT`).
+    unbiased: whether example i weighs min(b / (N pi_i), `LARGEST_WEIGHT`),
+      where pi_i is the probability that it is in a batch, see
+      `inclusion_probabilities`.
 
   References:
     Song et al. 2018 (Ada-Boundary).
@@ -209,7 +222,7 @@ def weighted(
   """
   n = scores.shape[0]
   batches = n // batch_size
-  fractions = ranks(scores).astype(jnp.float32) / n
+  fractions = ranks(scores, jax.random.fold_in(key, 1)).astype(jnp.float32) / n
   log_p = jax.nn.log_softmax(-jnp.log(pressure) * fractions)
 
   def sample(key: Array) -> Array:
@@ -221,9 +234,35 @@ def weighted(
   rows = jnp.zeros(n, jnp.int32).at[:count].set(sampled)
   weights = ()
   if unbiased:
-    inverse = jnp.exp(-log_p) / n
-    weights = jnp.minimum(inverse, LARGEST_WEIGHT)[rows]
+    included = inclusion_probabilities(jnp.exp(log_p), batch_size)
+    weights = batch_size / (n * included)
+    weights = jnp.minimum(weights, LARGEST_WEIGHT)[rows]
   return Order(rows, jnp.int32(count), weights)
+
+
+def inclusion_probabilities(
+  p: Float32[Array, ' N'], k: int
+) -> Float32[Array, ' N']:
+  """Returns how probably each example is among k sampled without replacement.
+
+      pi_i = 1 - exp(-t p_i),    t such that the sum is k
+
+  Gumbel top-k takes the k first arrivals of Poisson processes of rates p_i, and
+  t is about when the k-th arrives. So this is an approximation, within a few
+  percent where no p_i is large.
+
+  Args:
+    p: (N,) probabilities of a single sample; their sum is 1.
+    k: how many are sampled, at most N; static.
+  """
+
+  def newton(_: int, t: Array) -> Array:
+    stays = jnp.exp(-t * p)
+    return t + (k - jnp.sum(1 - stays)) / jnp.sum(p * stays)
+
+  # The sum is concave in t, so that this rises to the root and never passes it.
+  t = jax.lax.fori_loop(0, 20, newton, jnp.float32(0))
+  return 1 - jnp.exp(-t * p)
 
 
 def pools(
@@ -264,10 +303,12 @@ def pools(
   oldest = round(explore * batch_size)
 
   def select(pool: Array) -> Array:
-    by_age = jnp.ones(pool_size, bool)
+    # Of equals the first in the pool, whose order is random.
+    by_score = jnp.ones(pool_size, bool)
     if oldest:
-      by_age = ranks(visited[pool]) >= oldest
-    return pool[jnp.lexsort((scores[pool], by_age))[:batch_size]]
+      by_age = jnp.argsort(visited[pool])[:oldest]
+      by_score = by_score.at[by_age].set(False)
+    return pool[jnp.lexsort((scores[pool], by_score))[:batch_size]]
 
   selected = jax.vmap(select)(members).reshape(-1)
   count = many * batch_size

@@ -10,7 +10,7 @@ REAL = 'a finite number, at least 0'
 RATES = 'optimizer.learning_rates'
 BOUNDARIES = 'optimizer.boundaries'
 MMS = {'selection.rule': 'mms'}
-MEMORY = {**MMS, 'selection.memory': True}
+MEMORY = {**MMS, 'selection.memory': True, 'selection.sampler': 'pool'}
 PRUNE = {**MEMORY, 'selection.sampler': 'prune'}
 TRIMMING = {'trimming.last': 0.2}
 
@@ -354,7 +354,7 @@ UNUSED = [
   ({'selection.memory': True}, NO_POOL),
   ({'selection.reuse': 2, 'pool_size': 128, **MEMORY}, 'pools that are scored'),
   ({'pool_size': 128, **PRUNE}, "selection.sampler='pool' with"),
-  ({'selection.sampler': 'prune', **MMS}, 'selection.memory, but'),
+  ({'selection.sampler': 'pool', **MMS}, 'selection.memory, but'),
   ({'selection.warmup': 2, **MMS}, 'selection.memory, but'),
   ({'selection.tail': 0.5, **MMS}, 'selection.memory, but'),
   ({'selection.decay': 0.5, **MMS}, 'selection.memory, but'),

@@ -15,7 +15,11 @@ from margin_jax.train import loop
 from tests import helpers, references
 from tests.helpers import slow
 
-MEMORY = {'selection.memory': True, 'pool_size': 32}
+MEMORY = {
+  'selection.memory': True,
+  'selection.sampler': 'pool',
+  'pool_size': 32,
+}
 PRUNE = {
   **MEMORY,
   'selection.rule': 'signed_margin',
@@ -56,10 +60,10 @@ def small(examples=96):
   )
 
 
-def setup(devices=1, dataset=None, **fields):
+def setup(devices=1, dataset=None, rule=None, **fields):
   fields = {'steps': 60, 'data.validation_examples': 180, **fields}
   dataset = dataset or small()
-  return helpers.Setup(dataset=dataset, devices=devices, **fields)
+  return helpers.Setup(dataset=dataset, devices=devices, rule=rule, **fields)
 
 
 def scored_batch(this, state, step):
@@ -404,3 +408,75 @@ def test_other_weights_are_another_dataset(tmp_path):
   of_vectors('reweighted', np.full(64, 2.0))
   with pytest.raises(ValueError, match='another config'):
     loop.train(config, str(tmp_path), log=lambda line: None)
+
+
+def test_an_epoch_is_never_shorter_than_a_batch():
+  """All examples are easy, and 90% would be dropped: of 24, 8 are left."""
+  fields = {**PRUNE, 'selection.share': 1.0, 'selection.drop': 0.9}
+  this = setup(
+    dataset=small(24),
+    **{**fields, 'selection.unbiased': True, 'selection.tail': 0.0},
+  )
+  state, metrics = this.run(20)
+  assert int(state.sampler.count) == 8
+  assert metrics['epoch_fraction'].min() == np.float32(8 / 24)
+  order = np.asarray(state.sampler.order)[:8]
+  assert len({*order.tolist()}) == 8
+  np.testing.assert_allclose(state.sampler.weights[:8], 3)
+
+
+def test_a_nan_score_of_a_batch_stops_the_run(tmp_path):
+  """As one of a pool does."""
+
+  def rule(scored):
+    return jnp.where(scored.index % 3 == 0, jnp.nan, 0.0)
+
+  margin_jax.register_rule('sometimes_nan', rule)
+  config = helpers.small_config(
+    **{**PRUNE, 'selection.rule': 'sometimes_nan', 'log_every': 1}
+  )
+  with pytest.raises(ArithmeticError, match=r'score\(s\) are nan at step 1'):
+    loop.train(config, str(tmp_path), log=lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_short_backward_pass_ranks_weighted_losses():
+  """'kept' is 'all', but for the time it takes, with weights too."""
+  weights = np.random.default_rng(3).choice([0.0, 1.0, 5.0], 64)
+  dataset = of_vectors('trimmed', weights)
+  fields = {
+    'data.name': 'trimmed',
+    'data.validation_examples': 0,
+    'data.augmentations': (),
+    'selection.rule': 'uniform',
+    'mmr.alpha': 0.0,
+    'trimming.first': 0.5,
+    'trimming.last': 0.4,
+  }
+  states = [
+    helpers.Setup(
+      dataset=dataset, **{**fields, 'trimming.backward': backward}
+    ).run(1)[0]
+    for backward in ('all', 'kept')
+  ]
+  helpers.assert_trees_close(states[0].params, states[1].params, 1e-6)
+
+
+def test_a_custom_rule_of_the_whole_batch_remembers():
+  """On one device or several; so does a function without a name."""
+  margin_jax.register_rule(
+    'far_from_mean',
+    lambda scored: jnp.linalg.norm(
+      scored.features - scored.features.mean(axis=0)[None], axis=1
+    ),
+    whole_pool=True,
+    distance=True,
+  )
+  one, four = (
+    setup(devices=n, **{**PRUNE, 'selection.rule': 'far_from_mean'}).run(12)[0]
+    for n in (1, 4)
+  )
+  helpers.assert_trees_close(one.memory, four.memory, 1e-3)
+  this = setup(rule=lambda scored: scored.logits[:, 0], **PRUNE)
+  state, _ = this.run(1)
+  assert np.isfinite(state.memory.examples.scores).sum() == 8

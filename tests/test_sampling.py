@@ -36,6 +36,7 @@ def epoch_of(order):
 def test_with_a_mean_threshold_pruning_is_infobatch(drop):
   """The same kept sets and weights, for the same losses and draws."""
   losses = np.random.default_rng(1).gamma(1, size=N).astype(np.float32)
+  easy = int((losses < losses.mean()).sum())
   prune = jax.jit(
     functools.partial(sampling.prune, share=None, drop=drop, unbiased=True)
   )
@@ -46,7 +47,11 @@ def test_with_a_mean_threshold_pruning_is_infobatch(drop):
     epoch = epoch_of(order)
     assert sorted(epoch) == sorted(kept)
     found = np.asarray(order.weights)[: len(epoch)]
-    np.testing.assert_allclose(found, weights[epoch], 1e-6)
+    # Ours is easy / staying: InfoBatch's 1 / (1 - drop) but for rounding.
+    exact = len(kept) - (N - easy) == (1 - drop) * easy
+    np.testing.assert_allclose(
+      found, weights[epoch], 1e-6 if exact else 1 / (1 - drop) / easy
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,16 +140,19 @@ def test_the_chi_square_sees_other_probabilities(scores):
 
 
 def test_weights_make_the_mean_loss_unbiased(scores):
-  """Over many draws, within four standard errors; without weights it is not."""
+  """Over many draws, within four standard errors; without weights it is not.
+
+  Of weighted sampling, whose probabilities are an approximation, within 2%.
+  """
   losses = np.exp(-np.where(np.isfinite(scores), scores, 3))
   samplers = {
     'prune': functools.partial(sampling.prune, share=0.4, drop=0.75),
-    # Batches of one: of larger ones, without replacement, it is nearly so.
     'weighted': functools.partial(
-      sampling.weighted, batch_size=1, pressure=30.0
+      sampling.weighted, batch_size=10, pressure=30.0
     ),
   }
-  for sampler in samplers.values():
+  for name, sampler in samplers.items():
+    slack = 0.02 * losses.mean() * (name == 'weighted')
     for unbiased in (True, False):
       sample = functools.partial(sampler, unbiased=unbiased)
       orders = jax.jit(jax.vmap(sample, (None, 0)))(scores, keys(1000))
@@ -154,7 +162,8 @@ def test_weights_make_the_mean_loss_unbiased(scores):
         values = values * np.asarray(orders.weights)
       epochs = values.sum(axis=1) / N  # mean(w * loss), over the whole epoch
       error = epochs.std() / math.sqrt(len(epochs))
-      assert (abs(epochs.mean() - losses.mean()) < 4 * error) == unbiased
+      difference = abs(epochs.mean() - losses.mean())
+      assert (difference < 4 * error + slack) == unbiased
 
 
 def test_inverse_probabilities_are_clipped(scores):
@@ -162,8 +171,9 @@ def test_inverse_probabilities_are_clipped(scores):
     scores, jax.random.key(0), batch_size=1, pressure=1e6, unbiased=True
   )
   weights = np.asarray(order.weights)
-  p = probabilities(scores, 1e6)
-  expected = np.minimum(1 / (N * p), sampling.LARGEST_WEIGHT)
+  p = probabilities(scores, 1e6).astype(np.float32)
+  included = np.asarray(sampling.inclusion_probabilities(p, 1))
+  expected = np.minimum(1 / (N * included), sampling.LARGEST_WEIGHT)
   np.testing.assert_allclose(weights, expected[np.asarray(order.rows)], 1e-4)
   assert expected.max() == sampling.LARGEST_WEIGHT
 
@@ -185,8 +195,40 @@ def test_pools_agree_with_their_oracle(scores, explore):
   assert [{*x} for x in found] == [{*x} for x in expected]
 
 
-def test_ranks_and_the_largest():
+def test_ties_go_at_random():
+  """Of equal scores no example is preferred, as none is before the first."""
   scores = jnp.array([0.5, 2.0, 0.5, -1.0])
-  assert sampling.ranks(scores).tolist() == [1, 3, 2, 0]
-  easy = sampling.largest(scores, 0.5)
-  assert easy.tolist() == [False, True, True, False]
+  ranks = jax.vmap(sampling.ranks, (None, 0))(scores, keys())
+  assert {*map(tuple, ranks.tolist())} == {(1, 3, 2, 0), (2, 3, 1, 0)}
+  easy = jax.vmap(sampling.largest, (None, None, 0))(scores, 0.5, keys())
+  assert {tuple(x) for x in easy.tolist()} == {
+    (False, True, True, False),
+    (True, True, False, False),
+  }
+  for equal in (jnp.zeros(N), jnp.full(N, -jnp.inf)):
+    orders = weighted(equal, 300, batch_size=5, pressure=100.0)
+    visits = np.bincount(np.asarray(orders.rows).ravel(), minlength=N)
+    assert scipy.stats.chisquare(visits).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(('share', 'drop'), [(1.0, 0.999), (0.9, 0.9)])
+def test_an_epoch_has_at_least_a_batch(share, drop):
+  """And the weights are of the examples that stay."""
+  scores = jnp.arange(40.0)
+  order = sampling.prune(
+    scores, jax.random.key(0), share=share, drop=drop, least=32, unbiased=True
+  )
+  assert int(order.count) == 32
+  np.testing.assert_allclose(order.weights[:32].sum(), 40, 1e-5)
+
+
+@pytest.mark.parametrize('k', [1, 5, 20])
+def test_inclusion_probabilities_are_those_of_gumbel_top_k(scores, k):
+  p = probabilities(scores, 30.0)
+  expected = sampling.inclusion_probabilities(jnp.asarray(p, jnp.float32), k)
+  np.testing.assert_allclose(expected.sum(), k, 1e-4)
+  orders = weighted(scores, 4000 // (N // k), batch_size=k, pressure=30.0)
+  batches = np.asarray(orders.rows)[:, : N // k * k].reshape(-1, k)
+  found = np.bincount(batches.ravel(), minlength=N) / len(batches)
+  spread = np.sqrt(found * (1 - found) / len(batches))
+  assert (abs(found - expected) < 4.5 * spread + 0.06 * expected).all()

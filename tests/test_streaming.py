@@ -294,7 +294,7 @@ def test_workers_follow_an_order():
     dataset = streamed(workers, kind=streaming.Ordered)
     loader = dataset.loader(this.devices, [8] * 20, 0, 0)
     with contextlib.closing(loader):
-      loader.follow(1, sampler)
+      loader.read_epoch(1, sampler)
       read.append([jax.device_get(loader(step)) for step in (1, 2)])
       assert loader.begins_epoch(3, False)
   assert_batches_equal(*read)

@@ -107,9 +107,11 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   known = config_lib.flatten(config)
   rules, presets = schema.choices(RULE), config_lib.PRESETS
   fields: Fields = {}
-  for name in (first, *settings):
-    if name in presets:
-      fields |= config_lib.preset(name, config.data.name)
+  named = [name for name in (first, *settings) if name in presets]
+  if len(named) > 1:
+    raise ConfigError(f'{where}: only one of the presets {named} can be used')
+  for name in named:
+    fields |= config_lib.preset(name, config.data.name)
   if first not in presets:
     if first not in rules:
       raise ConfigError(

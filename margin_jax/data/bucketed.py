@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from margin_jax.data import in_memory
-from margin_jax.data.dataset import Devices, PyTree, Sampler, Split
+from margin_jax.data.dataset import Devices, Orders, PyTree, Split
 
 # For each bucket its width, and which examples of the split it has.
 Buckets = list[tuple[int, np.ndarray]]
@@ -167,13 +167,13 @@ class Bucketed(in_memory.InMemory):
     key: Array,
     step: Array,
     axis_name: str,
-    sampler: Sampler | None = None,
+    orders: Orders | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; the width of `data` tells the bucket."""
     bucket = self.widths.index(data['inputs'].shape[1])
     moved, examples = super().sample(
       state.buckets[bucket], data, size, key=jax.random.fold_in(key, bucket),
-      step=step, axis_name=axis_name, sampler=sampler,
+      step=step, axis_name=axis_name, orders=orders,
     )  # fmt: skip
     examples['index'] = data['row'][examples['index']]
     buckets = list(state.buckets)

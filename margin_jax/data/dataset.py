@@ -1,7 +1,8 @@
 """What every dataset answers, whatever its kind.
 
-There are three: `InMemory` lies on the devices as a whole, `Bucketed` does so
-in buckets of sentences of like length, and `Streaming` is read while training.
+There are four: `InMemory` lies on the devices as a whole, `Bucketed` does so in
+buckets of sentences of like length, and `Streaming` is read while training, in
+an order that the host knows, or, `Ordered`, in one that the devices make.
 `load` chooses the class; whoever uses a dataset never asks which it is.
 """
 
@@ -39,7 +40,7 @@ class Devices(Protocol):
   shard: Callable[[PyTree], PyTree]
 
 
-class Sampler(Protocol):
+class Orders(Protocol):
   """Makes the order of an epoch, at its beginning.
 
   Attributes:
@@ -96,7 +97,7 @@ class Loader(Protocol):
       tail: whether the plain tail of the run begins at it.
     """
 
-  def follow(self, step: int, sampler: PyTree) -> None:
+  def read_epoch(self, step: int, sampler: PyTree) -> None:
     """Begins to read the epoch of a sampler state, on the host, from `step`."""
 
   def __call__(self, step: int) -> PyTree:
@@ -201,7 +202,7 @@ class Dataset(Protocol):
     key: Array,
     step: Array,
     axis_name: str,
-    sampler: Sampler | None = None,
+    orders: Orders | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """Samples the next `size` training examples; per device.
 
@@ -216,7 +217,7 @@ class Dataset(Protocol):
       key: the run's PRNG key for data.
       step: () int32.
       axis_name: of the mapped axis.
-      sampler: makes the order of an epoch; None shuffles.
+      orders: makes the order of an epoch; None shuffles.
 
     Returns:
       The new sampler state, and this device's shard of the examples:
@@ -225,7 +226,7 @@ class Dataset(Protocol):
     """
 
   def begin_epoch(
-    self, state: PyTree, size: int, *, key: Array, sampler: Sampler
+    self, state: PyTree, size: int, *, key: Array, orders: Orders
   ) -> PyTree:
     """Returns the sampler state in an epoch that has `size` examples left.
 
@@ -235,7 +236,7 @@ class Dataset(Protocol):
       state: the sampler state.
       size: how many examples the next step samples, over all devices.
       key: the run's PRNG key for data.
-      sampler: makes the order of an epoch.
+      orders: makes the order of an epoch.
     """
 
   def fit(

@@ -21,8 +21,8 @@ from margin_jax import sampling
 from margin_jax.data import augment as augment_lib
 from margin_jax.data.dataset import (
   Devices,
+  Orders,
   PyTree,
-  Sampler,
   Split,
   chunk_size,
 )
@@ -70,7 +70,7 @@ def advance(
   state: SamplerState,
   size: int,
   key: Array,
-  sampler: Sampler | None = None,
+  orders: Orders | None = None,
   rows: Array | None = None,
 ) -> SamplerState:
   """Returns the state at which `size` examples can be read from its cursor.
@@ -82,20 +82,20 @@ def advance(
     state: of the sampler.
     size: how many examples; static.
     key: of the order of all epochs.
-    sampler: makes the order of an epoch; None shuffles.
-    rows: see `Sampler.order`.
+    orders: makes the order of an epoch; None shuffles.
+    rows: see `Orders.order`.
   """
   n = state.order.shape[0]
   spent = state.cursor + size > state.count
-  if sampler is not None:
-    spent = spent | (sampler.tail != state.tail)
+  if orders is not None:
+    spent = spent | (orders.tail != state.tail)
   epoch = state.epoch + spent
 
   def next_order() -> sampling.Order:
     epoch_key = jax.random.fold_in(key, epoch)
-    if sampler is None:
+    if orders is None:
       return sampling.shuffle(epoch_key, n)
-    return sampler.order(epoch_key, epoch, rows)
+    return orders.order(epoch_key, epoch, rows)
 
   order = jax.lax.cond(
     spent,
@@ -108,7 +108,7 @@ def advance(
     order=order.rows,
     count=order.count,
     weights=order.weights,
-    tail=state.tail if sampler is None else sampler.tail,
+    tail=state.tail if orders is None else orders.tail,
   )
 
 
@@ -192,11 +192,11 @@ class InMemory:
     key: Array,
     step: Array,
     axis_name: str,
-    sampler: Sampler | None = None,
+    orders: Orders | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` has at least `size` rows."""
     order_key, augment_key = jax.random.split(key)
-    state = advance(state, size, order_key, sampler, data.get('row'))
+    state = advance(state, size, order_key, orders, data.get('row'))
     local = size // jax.lax.axis_size(axis_name)
     first = jax.lax.axis_index(axis_name) * local
     index = jax.lax.dynamic_slice_in_dim(

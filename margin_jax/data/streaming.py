@@ -1,8 +1,9 @@
 """Datasets too large for memory: JPEGs, read and decoded by Grain workers.
 
 What a step samples is a pure function of (seed, step), as it is for arrays on
-the device: every process computes the same indices, and decodes its own shard
-of each sample. So resuming needs no state of the workers, and neither the
+the device, unless a sampler orders the epochs by remembered scores (`Ordered`):
+every process computes the same indices, and decodes its own shard of each
+sample. So resuming needs no state of the workers, and neither the
 number of workers nor the number of processes changes an image.
 """
 
@@ -26,8 +27,8 @@ from margin_jax.data import workers as workers_lib
 from margin_jax.data.dataset import (
   DatasetError,
   Devices,
+  Orders,
   PyTree,
-  Sampler,
   Shard,
   chunk_size,
 )
@@ -292,7 +293,11 @@ class _OrderedSteps:
     local = self._size // self._shard.count
     index = self._shard.index * local + np.arange(local)
     rngs = _crops(self._seed, self._start + i, index)
-    return self._reader.read(self._rows[i * self._size + index], rngs, True)
+    rows = self._rows[i * self._size + index]
+    # Of an image that another takes the place of, the other's score is
+    # remembered: else it would be the lowest for ever.
+    index = rows.astype(np.int32)
+    return {**self._reader.read(rows, rngs, True), 'index': index}
 
 
 class _EvaluationChunks:
@@ -379,10 +384,10 @@ class Streaming:
     key: Array,
     step: Array,
     axis_name: str,
-    sampler: Sampler | None = None,
+    orders: Orders | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; `data` are this device's shard already."""
-    del sampler
+    del orders
     examples = self.augmented(data, size, key, step, axis_name)
     return state.replace(epoch=data['epoch'][0]), examples
 
@@ -497,7 +502,7 @@ class Ordered(Streaming):
   """A `Streaming` dataset whose epochs a sampler orders, on the devices.
 
   The order is in the state, and so in checkpoints. Whenever an epoch begins the
-  host waits for it, and has the workers decode what it names.
+  host waits for it, and the workers decode its examples.
   """
 
   def state(self, sampler_weights: bool = False) -> PyTree:
@@ -506,11 +511,11 @@ class Ordered(Streaming):
     return state.create(self.counts['train'], sampler_weights)
 
   def begin_epoch(
-    self, state: PyTree, size: int, *, key: Array, sampler: Sampler
+    self, state: PyTree, size: int, *, key: Array, orders: Orders
   ) -> PyTree:
     """See `Dataset.begin_epoch`."""
     order_key, _ = jax.random.split(key)
-    return in_memory.advance(state, size, order_key, sampler)
+    return in_memory.advance(state, size, order_key, orders)
 
   def sample(
     self,
@@ -521,10 +526,10 @@ class Ordered(Streaming):
     key: Array,
     step: Array,
     axis_name: str,
-    sampler: Sampler | None = None,
+    orders: Orders | None = None,
   ) -> tuple[PyTree, dict[str, Array]]:
     """See `Dataset.sample`; the epoch has begun, and is decoded."""
-    del sampler
+    del orders
     examples = self.augmented(data, size, key, step, axis_name)
     return in_memory.take_weights(state, examples, size, axis_name)
 
@@ -629,7 +634,7 @@ class OrderedLoader(Loader):
     """See `dataset.Loader`."""
     return tail or self._left < self._sizes[step]
 
-  def follow(self, step: int, sampler: PyTree) -> None:
+  def read_epoch(self, step: int, sampler: PyTree) -> None:
     """See `dataset.Loader`; the workers start with the rest of the epoch."""
     self._batches.close()
     rows = sampler.order[int(sampler.cursor) : int(sampler.count)]
@@ -645,7 +650,7 @@ class OrderedLoader(Loader):
     self._batches = workers_lib.iterate(steps, self._dataset.workers)
 
   def example(self, bucket: int, size: int) -> PyTree:
-    """Returns a sample of zeros; what epoch it is of the state tells."""
+    """Returns a sample of zeros; the epoch is in the state."""
     data = super().example(bucket, size)
     data.pop('epoch', None)
     return data
@@ -660,7 +665,7 @@ class OrderedLoader(Loader):
     dataset, devices, sizes, seed = self._args
     again = OrderedLoader(dataset, devices, sizes, step, seed)
     with contextlib.closing(again):
-      again.follow(step, sampler)
+      again.read_epoch(step, sampler)
       return again(step)
 
 

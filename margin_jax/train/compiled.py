@@ -163,9 +163,9 @@ class Program:
     self, step: int, state: step_lib.TrainState
   ) -> step_lib.TrainState:
     """Begins an epoch where the last one is over; the loader then reads it."""
-    if self._loader.begins_epoch(step, step == self._spec.memory.tail):
+    if self._loader.begins_epoch(step, step == self._spec.memory.tail_start):
       state = self._begin_epoch(state)
-      self._loader.follow(step, jax.device_get(state.sampler))
+      self._loader.read_epoch(step, jax.device_get(state.sampler))
     return state
 
   def cost(self, first: int, last: int) -> Counters:

@@ -75,8 +75,8 @@ def guard(
 
   'skip' passes over the step's examples: the step is done, and so are samples
   and counts of steps; parameters, statistics, the optimizer's averages and
-  remembered scores stay.
-  A NaN score does not count: it ranks last, and `nan_scores` tells.
+  remembered scores stay. A NaN score does not count: it ranks last, and
+  `nan_scores` tells.
 
   Args:
     action: `STOP` or `SKIP`.

@@ -47,36 +47,36 @@ def create(spec: MemorySpec | None, examples: int) -> PyTree:
   return Memory(remembered, jnp.float32(0))
 
 
-class Sampler:
-  """Makes orders of epochs from the memory: see `data.Sampler`."""
+class Orders:
+  """Makes orders of epochs from the memory: see `data.dataset.Orders`."""
 
   def __init__(self, spec: MemorySpec, memory: Memory, step: Array):
     """Reads the memory as it is before `step`."""
     self._spec = spec
     self._memory = memory
     self._step = step
-    self.tail = step >= spec.tail
+    self.tail = step >= spec.tail_start
 
   def order(
     self, key: Array, epoch: Array, rows: Array | None
   ) -> sampling.Order:
-    """See `data.Sampler`; the first epochs and the tail are shuffled."""
+    """See `data.dataset.Orders`; the first epochs and the tail are shuffled."""
     remembered = self._memory.examples
     if rows is not None:
       remembered = jax.tree.map(lambda x: x[rows], remembered)
     examples = len(remembered.scores)
     return jax.lax.cond(
       (epoch < self._spec.warmup) | self.tail,
-      lambda: sampling.shuffle(key, examples, self._spec.weighted),
+      lambda: sampling.shuffle(key, examples, self._spec.has_weights),
       lambda: self._spec.sample(remembered, key, self._step),
     )
 
 
-def sampler(spec: StepSpec, memory: PyTree, step: Array) -> Sampler | None:
-  """Returns the sampler of a step; None shuffles."""
+def orders(spec: StepSpec, memory: PyTree, step: Array) -> Orders | None:
+  """Returns what orders the epochs; None shuffles."""
   if spec.memory is None:
     return None
-  return Sampler(spec.memory, memory, step)
+  return Orders(spec.memory, memory, step)
 
 
 def write(

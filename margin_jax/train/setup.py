@@ -277,20 +277,22 @@ def _memory(
 ) -> MemorySpec | None:
   if not config.selection.memory:
     return None
-  tail = config.steps - round(config.selection.tail * config.steps)
+  tail_start = config.steps - round(config.selection.tail * config.steps)
   return MemorySpec(
     rule=_rule(config, rule),
     decay=config.selection.decay,
-    sample=_sampler(config, tail),
-    weighted=config.selection.unbiased,
+    sample=_sampler(config, tail_start),
+    has_weights=config.selection.unbiased,
     visits=config.selection.explore > 0,
     errors=config.selection.share == 'auto',
     warmup=config.selection.warmup,
-    tail=tail,
+    tail_start=tail_start,
   )
 
 
-def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
+def _sampler(
+  config: ml_collections.ConfigDict, tail_start: int
+) -> SampleFunction:
   """Returns what makes the order of an epoch from the remembered scores."""
 
   def pool(remembered: sampling.Remembered, key: Array, step: Array):
@@ -316,6 +318,7 @@ def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
       key,
       share=share,
       drop=config.selection.drop,
+      least=config.batch_size,
       unbiased=config.selection.unbiased,
     )
 
@@ -324,8 +327,8 @@ def _sampler(config: ml_collections.ConfigDict, tail: int) -> SampleFunction:
       remembered.scores,
       key,
       batch_size=config.batch_size,
-      # It falls geometrically, and would be 1 at the tail.
-      pressure=config.selection.pressure ** (1 - step / max(tail, 1)),
+      # Falls geometrically to 1 at the tail.
+      pressure=config.selection.pressure ** (1 - step / max(tail_start, 1)),
       unbiased=config.selection.unbiased,
     )
 

@@ -90,21 +90,21 @@ class MemorySpec:
     rule: scores the examples of a batch.
     decay: of the exponential average of an example's scores; 0 keeps the last.
     sample: makes the order of an epoch.
-    weighted: whether that order has weights.
+    has_weights: whether that order has weights.
     visits: whether it is remembered when an example was in a batch.
     errors: whether it is remembered if it was misclassified then.
     warmup: the first epochs, which are shuffled.
-    tail: the first step of the run's last part, which is shuffled.
+    tail_start: the first step of the run's last part, which is shuffled.
   """
 
   rule: selection.Rule
   decay: float
   sample: SampleFunction
-  weighted: bool
+  has_weights: bool
   visits: bool
   errors: bool
   warmup: int
-  tail: int
+  tail_start: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ class StepSpec:
   @property
   def weighted(self) -> bool:
     """Whether examples have weights: of the dataset, or of a sampler."""
-    sampler = self.memory is not None and self.memory.weighted
+    sampler = self.memory is not None and self.memory.has_weights
     return sampler or self.dataset.weighted
 
   def kind_of(self, step: Step) -> Step:

@@ -37,7 +37,8 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: () int32, steps done.
-    seed: () uint32: batches are a pure function of (seed, step).
+    seed: () uint32: batches are a pure function of (seed, step) and, with a
+      memory, of `memory` when the epoch began.
     sampler: the dataset's sampler state.
     buffer: selected examples that later steps train on; {} without reuse.
     params, batch_stats: the model's variables.
@@ -67,6 +68,10 @@ def train_step(
   spec: StepSpec, state: TrainState, data: PyTree
 ) -> tuple[TrainState, Metrics]:
   """Samples a pool, scores it, selects the batch and trains on it.
+
+  Steps that score nothing sample their batch: from the shuffled examples, or
+  from an order that is made of remembered scores. These score the batch, for
+  later orders, by the forward that they train on.
 
   Args:
     spec: what to do; static.
@@ -210,7 +215,7 @@ def sample(
     key=jax.random.fold_in(key, DATA),
     step=state.step,
     axis_name=spec.axis_name,
-    sampler=memory_lib.sampler(spec, state.memory, state.step),
+    orders=memory_lib.orders(spec, state.memory, state.step),
   )
 
 
@@ -223,7 +228,7 @@ def begin_epoch(spec: StepSpec, state: TrainState) -> TrainState:
     state.sampler,
     spec.batch_size,
     key=jax.random.fold_in(jax.random.key(state.seed), DATA),
-    sampler=memory_lib.sampler(spec, state.memory, state.step),
+    orders=memory_lib.orders(spec, state.memory, state.step),
   )
   return state.replace(sampler=sampler)
 
@@ -450,6 +455,7 @@ def hardest(
   risks = optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), batch['label']
   )
+  risks = weigh(risks, batch.get('weights'))
   # NaN counts as hardest: it must reach the loss, and stop the run.
   risks = jnp.where(jnp.isnan(risks), jnp.inf, risks)
   return selection.take_lowest(-risks, batch, size, spec.axis_name)
@@ -486,8 +492,11 @@ def gradient_of(
   if spec.average_batch_stats:
     batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
   kernel = head_kernel(state.params)
-  memory = remember(spec, state, batch, logits, features, kernel, key)
   metrics = metrics_lib.of_batch(spec, batch['label'], logits, kernel, means)
+  memory, remembered = remember(
+    spec, state, batch, logits, features, kernel, key
+  )
+  metrics |= remembered
   if keep is not None:
     risks = weigh(risks, batch.get('weights'))
     metrics['trimmed_loss'] = mean_risk(spec, risks, keep)
@@ -568,14 +577,18 @@ def remember(
   features: Array,
   kernel: Array,
   key: Array,
-) -> PyTree:
+) -> tuple[PyTree, Metrics]:
   """Returns the memory with the batch's own scores, where there is one."""
   if spec.memory is None:
-    return state.memory
+    return state.memory, {}
+  # No pool is scored, so that nothing else is sampled by this key.
   key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   scored = scored_examples(spec, logits, features, kernel, batch, key)
   scores = rule_scores(spec, spec.memory.rule, scored, True)
-  return memory_lib.write(spec, state.memory, state.step, scores, scored)
+  nan_scores = jnp.sum(jnp.isnan(scores), dtype=jnp.float32)
+  nan_scores = jax.lax.psum(nan_scores, spec.axis_name)
+  memory = memory_lib.write(spec, state.memory, state.step, scores, scored)
+  return memory, {'nan_scores': nan_scores}
 
 
 def train_proxy(
@@ -667,7 +680,7 @@ def init_state(
     step=jnp.int32(0),
     seed=seed,
     sampler=spec.dataset.state(
-      spec.memory is not None and spec.memory.weighted
+      spec.memory is not None and spec.memory.has_weights
     ),
     buffer=empty_buffer(spec, inputs),
     proxy=proxy,
