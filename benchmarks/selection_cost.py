@@ -5,12 +5,12 @@
 ResNet-20, b=64, B=640, images of CIFAR's shape (random: time does not depend
 on what is in them). All variants in one process, in turns, so that whatever
 else the machine does hits all of them; medians over the rounds, with the
-quartiles. Writes benchmarks/selection_cost.md.
+quartiles. Where no pool is scored, the beginning of an epoch is timed too, and
+divided by its steps. Then what examples cost in bytes.
+Writes benchmarks/selection_cost.md.
 """
 
 import argparse
-import dataclasses
-import functools
 import os
 import pathlib
 import statistics
@@ -28,8 +28,26 @@ from margin_jax.train.reporting import versions
 RULES = ('random', 'mms', 'loss', 'entropy', 'margin', 'selective_backprop')
 BFLOAT16 = {'selection.score_dtype': 'bfloat16'}
 SMALL = {'selection.score_resolution': 16}
-VARIANTS = {
+MEMORY = {'selection.memory': True, 'selection.rule': 'signed_margin'}
+PRUNE = {**MEMORY, 'selection.sampler': 'prune'}
+# Nothing is scored.
+UNSCORED = {
   'uniform': {'selection.rule': 'uniform'},
+  'memory, prune': PRUNE,
+  'memory, prune, share=auto, unbiased': {
+    **PRUNE,
+    'selection.share': 'auto',
+    'selection.unbiased': True,
+  },
+  'memory, weighted': {**MEMORY, 'selection.sampler': 'weighted'},
+  'memory, pool, B=128, explore=0.2': {
+    **MEMORY,
+    'pool_size': 128,
+    'selection.explore': 0.2,
+  },
+}
+VARIANTS = {
+  **UNSCORED,
   **{rule: {'selection.rule': rule} for rule in RULES},
   'loss, ramp=0.1': {'selection.rule': 'loss', 'selection.ramp': 0.1},
   'mms, scope=device': {'selection.scope': 'device'},
@@ -38,6 +56,10 @@ VARIANTS = {
   'mms, score_dtype=bfloat16': BFLOAT16,
   'mms, score_resolution=16': SMALL,
   'mms, proxy=resnet8': {'selection.proxy': 'resnet8'},
+  'mms, proxy=resnet8, proxy_every=5': {
+    'selection.proxy': 'resnet8',
+    'selection.proxy_every': 5,
+  },
   'mms, proxy=resnet8 at 16': {'selection.proxy': 'resnet8', **SMALL},
   'mms, reuse=2': {'selection.reuse': 2},
   'mms, reuse=5': {'selection.reuse': 5},
@@ -47,9 +69,12 @@ VARIANTS = {
 }
 # One pool may feed five steps, so that many are timed together.
 STEPS = 10
+# Bytes for an example are a difference: between training splits, and pools.
+SIZES = (10_000, 30_000)
+POOLS = (640, 1280)
 
 
-def make_dataset(examples: int = 6400) -> data.InMemory:
+def make_dataset(examples: int = 50_000) -> data.InMemory:
   """Random images with CIFAR-10's shape and augmentation."""
   rng = np.random.default_rng(0)
   split = {
@@ -66,37 +91,75 @@ def make_dataset(examples: int = 6400) -> data.InMemory:
   )
 
 
-def make_run(fields: dict, model: str, dataset: data.Dataset):
-  """A function that takes `STEPS` steps and waits for them."""
+def make_steps(fields: dict, model: str, dataset: data.Dataset) -> steps.Fused:
+  """The steps of a variant, compiled."""
   config = config_lib.default()
   config.model.name = model
   config.selection.rule = 'mms'
   config.optimizer.weight_decay = 1e-4
   config.devices = 1
   config.update_from_flattened_dict(fields)
+  config.steps = 100_000
   schema.validate(config)
-  fused = steps.Fused(config, dataset)
-  cost = fused.program.cost(0, STEPS)
-  return functools.partial(fused.run, STEPS), dataclasses.asdict(cost)
+  fused = steps.Fused(schema.effective(config), dataset)
+  fused.fill_memory()
+  return fused
 
 
-def table(times: dict[str, list[float]], costs: dict[str, dict]) -> list[str]:
+def run(fused: steps.Fused, unscored: bool) -> tuple[float, float]:
+  """Seconds of a step, and of these what the beginnings of epochs add."""
+  if not unscored:
+    return fused.run(STEPS), 0.0
+  start, epoch = fused.run_epoch_start()
+  step = fused.run(STEPS)
+  added = max(0.0, start - fused.count * step) / epoch
+  return step + added, added
+
+
+def table(
+  times: dict[str, list[tuple[float, float]]], compiled: dict[str, steps.Fused]
+) -> list[str]:
   """Markdown rows: time, ratio to uniform, its quartiles, FLOPs."""
   lines = [
-    '| variant | ms a step | times uniform | quartiles | examples scored '
-    'a step | GFLOP a step |',
-    '|---|---|---|---|---|---|',
+    '| variant | ms a step | of these to begin epochs | times uniform | '
+    'quartiles | examples scored a step | GFLOP a step |',
+    '|---|---|---|---|---|---|---|',
   ]
-  base = times['uniform']
+  base = [step for step, _ in times['uniform']]
   for name, values in times.items():
-    ratios = [x / y for x, y in zip(values, base, strict=True)]
+    found = [step for step, _ in values]
+    ratios = [x / y for x, y in zip(found, base, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    added = statistics.median(added for _, added in values)
+    cost = compiled[name].program.cost(0, STEPS)
     lines.append(
-      f'| {name} | {1e3 * statistics.median(values):.0f} | {middle:.2f} | '
-      f'{low:.2f} to {high:.2f} | '
-      f'{costs[name]["examples_scored"] / STEPS:.0f} | '
-      f'{costs[name]["flops"] / STEPS / 1e9:.1f} |'
+      f'| {name} | {1e3 * statistics.median(found):.0f} | '
+      f'{f"{1e3 * added:.2f}" if name in UNSCORED else "-"} | {middle:.3f} | '
+      f'{low:.3f} to {high:.3f} | {cost.examples_scored / STEPS:.0f} | '
+      f'{cost.flops / STEPS / 1e9:.1f} |'
     )
+  return lines
+
+
+def bytes_table(model: str) -> list[str]:
+  """Markdown rows: bytes for each training example, and each of the pool."""
+  lines = ['| bytes for | state | temporary |', '|---|---|---|']
+  for name, fields in UNSCORED.items():
+    few, many = (
+      make_steps(fields, 'cnn', make_dataset(size)).bytes for size in SIZES
+    )
+    state, temporary = (
+      (many[x] - few[x]) / (SIZES[1] - SIZES[0]) for x in ('state', 'temporary')
+    )
+    lines.append(
+      f'| a training example, {name} | {state:.0f} | {temporary:.0f} |'
+    )
+  dataset = make_dataset(6400)
+  few, many = (
+    make_steps({'pool_size': size}, model, dataset).bytes for size in POOLS
+  )
+  temporary = (many['temporary'] - few['temporary']) / (POOLS[1] - POOLS[0])
+  lines.append(f'| a pool example, mms, {model} | 0 | {temporary:,.0f} |')
   return lines
 
 
@@ -109,15 +172,15 @@ def main() -> None:
   cpu.tune()  # as the trainer does, before JAX starts
   devices_lib.use_compilation_cache()
   dataset = make_dataset()
-  runs, costs = {}, {}
+  compiled = {}
   for name, fields in VARIANTS.items():
-    runs[name], costs[name] = make_run(fields, args.model, dataset)
-    runs[name]()  # the first steps of a program are slower
+    compiled[name] = make_steps(fields, args.model, dataset)
+    run(compiled[name], name in UNSCORED)  # a program's first steps are slower
     print('compiled', name, flush=True)
-  times: dict[str, list[float]] = {name: [] for name in runs}
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
   for round_number in range(args.rounds):
-    for name, run in runs.items():
-      times[name].append(run())
+    for name, fused in compiled.items():
+      times[name].append(run(fused, name in UNSCORED))
     print('round', round_number + 1, flush=True)
   found = versions()
   device = jax.devices()[0]
@@ -129,9 +192,17 @@ def main() -> None:
     f'1 x {device.device_kind} ({os.cpu_count()} host cores), '
     f'jax {found["jax"]}, Python {found["python"]}. Medians of '
     f'{args.rounds} rounds of {STEPS} steps, all variants in turns; the ratio '
-    'is taken within each round.',
+    'is taken within each round. The beginning of an epoch of 50,000 examples, '
+    'in which they are put in order, is part of the steps that score nothing.',
     '',
-    *table(times, costs),
+    *table(times, compiled),
+    '',
+    '## Bytes',
+    '',
+    'What XLA reserves for a step, from the difference of two sizes. The state '
+    'is kept between steps; temporaries are of a step.',
+    '',
+    *bytes_table(args.model),
   ]
   path = pathlib.Path(__file__).with_suffix('.md')
   path.write_text('\n'.join(text) + '\n')

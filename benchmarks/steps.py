@@ -129,6 +129,42 @@ class Fused:
     jax.block_until_ready((self.state, metrics))
     return (time.perf_counter() - started) / (calls * self.count)
 
+  def fill_memory(self) -> None:
+    """Scores all examples at random, as some steps after the warmup."""
+    examples = len(self.state.sampler.order)
+    rng = np.random.default_rng(0)
+
+    def fill(x: jax.Array) -> jax.Array:
+      if x.shape != (examples,):
+        return x
+      values = rng.standard_normal(examples)
+      values = values > 2 if x.dtype == bool else values
+      return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    sampler = self.state.sampler
+    self.state = self.state.replace(
+      sampler=sampler.replace(epoch=sampler.epoch + 1000),
+      memory=jax.tree.map(fill, self.state.memory),
+    )
+
+  def run_epoch_start(self) -> tuple[float, int]:
+    """Seconds of a call that begins an epoch, and the steps of that epoch."""
+    sampler = self.state.sampler
+    spent = sampler.cursor + len(sampler.order)
+    self.state = self.state.replace(sampler=sampler.replace(cursor=spent))
+    seconds = self.run(self.count) * self.count
+    sampled = int(self.spec.examples_sampled(0))
+    return seconds, int(self.state.sampler.count) // sampled
+
+  @property
+  def bytes(self) -> dict[str, int]:
+    """What a call of the first program needs: 'state', 'temporary'."""
+    compiled = self.program.programs[0].memory_analysis()
+    return {
+      'state': compiled.output_size_in_bytes,
+      'temporary': compiled.temp_size_in_bytes,
+    }
+
 
 def in_two_programs(fused: Fused) -> tuple[Run, Run]:
   """MMS as it is usually written, and its forward alone.

@@ -36,7 +36,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax import Array
 
 import margin_jax
@@ -164,7 +163,7 @@ SIZES = {
   ),
 }  # fmt: skip
 
-CUTS = (0.5, 0.65, 0.8)
+CUTS = (0.25, 0.5, 0.65, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +232,13 @@ REMEMBERED = {
   'margin pruning, auto + MMR': pruned('auto', 0.9) | MMR,
   'weighted': remembered('weighted', 'mms'),
 }
+# Of these also runs of a quarter of the steps: which part of an epoch is
+# redundant shows where steps are few.
+QUARTER = 0.25
+SHORTEST = (
+  'random pruning', 'InfoBatch', 'margin pruning, 0.9, 0.9',
+  'margin pruning, auto', 'weighted',
+)  # fmt: skip
 OTHER_LOSSES = {
   'trimming': PLAIN_FIELDS | {'trimming.last': 0.2},
   'MMR': PLAIN_FIELDS | MMR,
@@ -260,6 +266,9 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
     add(f'{UNIFORM}, early drop', PLAIN, size.short, PLAIN_FIELDS)
   for name, fields in REMEMBERED.items():
     add(name, MEMORY, size.short, fields)
+  for name in SHORTEST:
+    schedule = size.shortened(QUARTER)
+    add(f'{name}, {QUARTER:.0%}', MEMORY, schedule, REMEMBERED[name])
   proxy = {'proxy': size.proxy, 'proxy_every': 4}
   add('mms, B=128', FRESH, size.short, fresh('mms', 128))
   add('mms, B=128, proxy', FRESH, size.short, fresh('mms', 128, **proxy))
@@ -419,39 +428,17 @@ class Timed:
     config = schema.effective(config)
     _, dataset = setup_lib.load(config, None)
     self._fused = steps_lib.Fused(config, dataset)
-    state = self._fused.state
-    self._examples = len(state.sampler.order)
-    # Past the epochs of the warm-up.
-    sampler = state.sampler.replace(epoch=state.sampler.epoch + 1000)
-    rng = np.random.default_rng(0)
-
-    def remembered(x: Array) -> Array:
-      """Scores of all examples; few are misclassified."""
-      if x.shape != (self._examples,):
-        return x
-      values = rng.standard_normal(self._examples)
-      values = values > 2 if x.dtype == bool else values
-      return jax.device_put(values.astype(x.dtype), x.sharding)
-
-    memory = jax.tree.map(remembered, state.memory)
-    self._fused.state = state.replace(sampler=sampler, memory=memory)
+    self._fused.fill_memory()
 
   def run(self, steps: int) -> tuple[float, float]:
     """Seconds of an ordinary step, and what a step of an epoch's start adds.
 
     The second is a share: divided by the steps of the epoch.
     """
-    fused = self._fused
-    sampler = fused.state.sampler
-    fused.state = fused.state.replace(
-      sampler=sampler.replace(cursor=sampler.cursor + self._examples)
-    )
-    start = fused.run(fused.count) * fused.count
-    sampled = int(fused.spec.examples_sampled(0))
-    epoch = int(fused.state.sampler.count) // sampled
+    start, epoch = self._fused.run_epoch_start()
     # No other epoch begins among the steps that are ordinary.
-    step = fused.run(max(1, min(steps, epoch - 2 * fused.count)))
-    return step, max(0.0, start - fused.count * step) / epoch
+    step = self._fused.run(max(1, min(steps, epoch - 2 * self._fused.count)))
+    return step, max(0.0, start - self._fused.count * step) / epoch
 
 
 def time_steps(

@@ -60,6 +60,11 @@ def shuffle(
     key: decides the order.
     examples: N; static.
     weighted: whether the order has weights, which are 1; static.
+
+  Example:
+    >>> order = shuffle(jax.random.key(0), 4)
+    >>> sorted(order.rows.tolist()), int(order.count)
+    ([0, 1, 2, 3], 4)
   """
   rows = jax.random.permutation(key, examples).astype(jnp.int32)
   weights = jnp.ones(examples, jnp.float32) if weighted else ()
@@ -93,6 +98,13 @@ def prune(
 
   References:
     Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
+
+  Example:
+    >>> scores = jnp.array([0.1, 3.0, 0.2, 4.0])
+    >>> order = prune(scores, jax.random.key(0), share=0.5, drop=0.5)
+    >>> epoch = order.rows[: order.count].tolist()
+    >>> len(epoch), {0, 2} < {*epoch}
+    (3, True)
   """
   n = scores.shape[0]
   easy = above_mean(scores) if share is None else largest(scores, share)
@@ -152,6 +164,11 @@ def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
   Args:
     wrong: (N,) bool.
     drop: the fraction of the easy examples that is dropped, above 0.
+
+  Example:
+    >>> wrong = jnp.array([True, False, False, False])
+    >>> round(float(learned_share(wrong, drop=0.5)), 3)
+    0.5
   """
   error = jnp.mean(wrong, dtype=jnp.float32)
   return jnp.minimum(1 - error, jnp.square(1 - jnp.sqrt(error)) / drop)
@@ -182,6 +199,13 @@ def weighted(
 
   References:
     Song et al. 2018 (Ada-Boundary).
+
+  Example:
+    >>> order = weighted(
+    ...   jnp.arange(6.0), jax.random.key(0), batch_size=2, pressure=100.0
+    ... )
+    >>> int(order.count)
+    6
   """
   n = scores.shape[0]
   batches = n // batch_size
@@ -225,6 +249,13 @@ def pools(
     pool_size: B; static.
     batch_size: b; static.
     explore: fraction of the batch by age; static.
+
+  Example:
+    >>> order = pools(
+    ...   jnp.arange(8.0), (), jax.random.key(0), pool_size=8, batch_size=2
+    ... )
+    >>> order.rows[: order.count].tolist()
+    [0, 1]
   """
   n = scores.shape[0]
   many = n // pool_size

@@ -4,10 +4,10 @@ import doctest
 
 import pytest
 
-from margin_jax import losses, margins, selection
+from margin_jax import losses, margins, sampling, selection
 
 
-@pytest.mark.parametrize('module', [losses, margins, selection])
+@pytest.mark.parametrize('module', [losses, margins, sampling, selection])
 def test_examples_run(module):
   failed, tried = doctest.testmod(module)
   assert tried

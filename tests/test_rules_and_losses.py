@@ -101,6 +101,7 @@ def outputs_of(logits, labels):
     kernel=None,
     labels=jnp.asarray(labels),
     index=None,
+    weights=None,
     linearize=None,
     axis_name='device',
   )

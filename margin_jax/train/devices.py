@@ -303,6 +303,10 @@ class Compiled:
       self._late = False
     return results
 
+  def memory_analysis(self) -> Any:
+    """What the optimised program needs, in bytes, as XLA tells."""
+    return self._executable.memory_analysis()
+
   def as_text(self) -> str:
     """The optimised program."""
     return self.lowered.compile().as_text()

@@ -263,7 +263,7 @@ def score(
       eval_forward, pool['inputs'], spec.selection.chunk_size
     )
   kernel = head_kernel(variables['params'])
-  scored = what_rules_read(spec, logits, features, kernel, pool, key)
+  scored = scored_examples(spec, logits, features, kernel, pool, key)
   return scored, batch_stats
 
 
@@ -291,7 +291,7 @@ def head_kernel(params: PyTree) -> Array:
   return params['head']['kernel'].astype(jnp.float32)
 
 
-def what_rules_read(
+def scored_examples(
   spec: StepSpec,
   logits: Array,
   features: Array,
@@ -573,7 +573,7 @@ def remember(
   if spec.memory is None:
     return state.memory
   key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
-  scored = what_rules_read(spec, logits, features, kernel, batch, key)
+  scored = scored_examples(spec, logits, features, kernel, batch, key)
   scores = rule_scores(spec, spec.memory.rule, scored, True)
   return memory_lib.write(spec, state.memory, state.step, scores, scored)
 
