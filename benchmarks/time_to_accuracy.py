@@ -477,6 +477,8 @@ def time_steps(
         extra for _, extra in pairs
       ),
     }
+    if high - low > 0.2 * middle:
+      say(f'{distinct[key][0]}: the machine is not quiet; time it again')
   files.write_json(path, content)
 
 

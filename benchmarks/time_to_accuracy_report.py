@@ -231,7 +231,7 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
 
 def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
   """Error against seconds; plain training cut short is the line to beat."""
-  figure = figures.new(9, 5.4)
+  figure = figures.new(9, 6)
   axes = figure.subplots()
   for family, color in COLORS.items():
     own = [x for x in timed if x.family == family]
@@ -267,7 +267,7 @@ def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
     'In the coloured area: less error than plain training in the same seconds'
   )
   axes.grid(alpha=0.25, which='both')
-  axes.legend(loc='upper right')
+  figure.legend(loc='outside lower center', ncols=len(COLORS))
   figure.canvas.draw()  # the layout is known from here on
   figure.set_layout_engine('none')
   label(axes, timed, np.stack([x, y], axis=1))
@@ -287,7 +287,6 @@ def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
     bar = [(one.seconds, 100 * (one.error + x)) for x in (-spread, spread)]
     (x, y0), (_, y1) = to_pixels(bar)
     taken.append((x - 2, y0, x + 2, y1))
-  taken.append(axes.get_legend().get_window_extent().extents)
   left, bottom, right, top = axes.get_window_extent().extents
 
   def free(box: np.ndarray) -> bool:
