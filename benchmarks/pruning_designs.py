@@ -1,4 +1,4 @@
-"""What soft pruning gains or loses by each of its settings, where steps are few.
+"""What soft pruning gains or loses by each of its settings, with few steps.
 
     python -m benchmarks.pruning_designs --data_dir=DIR [--steps=4700]
 
