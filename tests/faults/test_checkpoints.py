@@ -191,12 +191,13 @@ def test_a_checkpoint_of_another_version_is_named_as_that(tmp_path):
   state = helpers.Setup().first
   info = {'config': {}, 'counters': {}, 'step': 5}
   opened = checkpoints_lib.Checkpoints(str(tmp_path))
-  opened.save(state.replace(step=5), info, None)
+  older = {'epoch': state.sampler.epoch, 'cursor': state.sampler.cursor}
+  opened.save(state.replace(sampler=older, step=5), info, None)
   opened.wait()
   with pytest.raises(
     checkpoints_lib.CorruptError, match='another version of margin_jax wrote'
   ):
-    opened.restore(state.replace(counts=state.step), 5)
+    opened.restore(state, 5)
   opened.close()
 
 
