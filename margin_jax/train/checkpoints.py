@@ -29,9 +29,6 @@ _ACCURACY, _DIGESTS = 'accuracy', 'sha256'
 # What is said of a file that may be all right.
 _PASSING = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 
-# What Orbax says of a tree that is not like the one to restore.
-_OTHER_STRUCTURE = 'structures do not match'
-
 
 class CorruptError(Exception):
   """A checkpoint cannot be read, or is not what was saved."""
@@ -221,10 +218,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds
       if _is_passing(error):
         raise
-      why = _first_line(error)
-      if _OTHER_STRUCTURE in why:
-        why = 'it holds other arrays: another version of margin_jax wrote it'
-      raise self._corrupt(step, why) from error
+      raise self._corrupt(step, _first_line(error)) from error
 
   def _corrupt(self, step: int, why: str) -> CorruptError:
     return CorruptError(

@@ -186,21 +186,6 @@ def test_a_step_that_is_there_is_not_saved_in_silence(tmp_path):
   opened.close()
 
 
-def test_a_checkpoint_of_another_version_is_named_as_that(tmp_path):
-  """Its state has other arrays."""
-  state = helpers.Setup().first
-  info = {'config': {}, 'counters': {}, 'step': 5}
-  opened = checkpoints_lib.Checkpoints(str(tmp_path))
-  older = {'epoch': state.sampler.epoch, 'cursor': state.sampler.cursor}
-  opened.save(state.replace(sampler=older, step=5), info, None)
-  opened.wait()
-  with pytest.raises(
-    checkpoints_lib.CorruptError, match='another version of margin_jax wrote'
-  ):
-    opened.restore(state, 5)
-  opened.close()
-
-
 def test_another_model_is_refused_by_name_and_nothing_is_moved(copy):
   with pytest.raises(config_lib.ConfigError, match=r'model\.name: .*resnet8'):
     train(copy, **{'model.name': 'resnet8', 'data.crop_padding': 1})
