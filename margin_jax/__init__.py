@@ -19,15 +19,18 @@ from margin_jax.registry import (
 )
 from margin_jax.selection import query, select_lowest, take_lowest
 from margin_jax.signatures import fit_generalization_gap
+from margin_jax.trained import Trained, load
 
 __version__ = '0.1.0'
 
 __all__ = [
+  'Trained',
   'at_layers',
   'competitors',
   'fit_generalization_gap',
   'large_margin_loss',
   'layer_margins',
+  'load',
   'mmr_penalty',
   'mms_scores',
   'query',

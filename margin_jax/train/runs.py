@@ -170,6 +170,20 @@ class TrainedRun:
     """Returns the state at a step; None is the last that was saved."""
     return self.checkpoints.restore(self._state, step)[0]
 
+  def best_step(self) -> int:
+    """Returns the step of the highest validation accuracy.
+
+    Raises:
+      ConfigError: nothing was held out for validation.
+    """
+    best = self.checkpoints.info()['best']
+    if best is None:
+      raise config_lib.ConfigError(
+        f'workdir={self.workdir!r} has no best checkpoint: the run had no '
+        'validation split (data.validation_examples)'
+      )
+    return int(best['step'])
+
   @functools.cached_property
   def _state(self) -> PyTree:
     """The state before the first step; only its shapes count."""

@@ -1,0 +1,160 @@
+"""A trained network, to predict with and to look into."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+PyTree = Any
+
+# How many examples one call predicts; the last ones are padded to it.
+CHUNK_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What `load` returns.
+
+  Attributes:
+    model: the Flax module; `model.apply(variables, prepare(inputs),
+      train=False)` returns logits (B, C) and features (B, D).
+    variables: 'params' and 'batch_stats', as NumPy arrays.
+    config: of the run.
+    step: that the checkpoint is of.
+    prepare: what the dataset stores -> what the model reads: images as uint8
+      pixels are normalised.
+    encode: of sentences, or tuples of two, -> what the dataset stores; None of
+      other data.
+    input_shape: of one example's inputs as stored; None where it may vary.
+  """
+
+  model: nn.Module
+  variables: PyTree
+  config: ml_collections.ConfigDict
+  step: int
+  prepare: Callable[[Any], Any]
+  encode: Callable[[Sequence[Any]], np.ndarray] | None
+  input_shape: tuple[int, ...] | None
+
+  def apply(self, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits and the features of examples.
+
+    Args:
+      inputs: as the dataset stores them, any number: images (N, H, W, channels)
+        uint8, or what a registered dataset has. Of sentences also a list of
+        strings, or of tuples of two.
+
+    Returns:
+      Logits (N, C) and features (N, D), float32.
+
+    Raises:
+      ValueError: the inputs are of another shape.
+    """
+    inputs = self._stored(inputs)
+    found = []
+    for start in range(0, max(len(inputs), 1), CHUNK_SIZE):
+      chunk = inputs[start : start + CHUNK_SIZE]
+      missing = CHUNK_SIZE - len(chunk)
+      padded = np.pad(chunk, [(0, missing)] + [(0, 0)] * (chunk.ndim - 1))
+      outputs = self._forward(self.variables, padded)
+      found.append([np.asarray(x)[: len(chunk)] for x in outputs])
+    logits, features = (np.concatenate(x) for x in zip(*found, strict=True))
+    return logits, features
+
+  def predict(self, inputs: Any) -> np.ndarray:
+    """Returns the class of each example, (N,) int32; see `apply`."""
+    return self.apply(inputs)[0].argmax(axis=1).astype(np.int32)
+
+  def _stored(self, inputs: Any) -> np.ndarray:
+    """Returns the inputs as the dataset stores them."""
+    if self.encode is not None and not hasattr(inputs, 'shape'):
+      return self.encode(inputs)
+    inputs = np.asarray(inputs)
+    shape = self.input_shape
+    if shape is not None and inputs.shape[1:] != shape:
+      raise ValueError(
+        f'inputs must have shape {("N", *shape)}, as data.name='
+        f'{self.config.data.name!r} has them, got {inputs.shape}'
+      )
+    return inputs
+
+  @functools.cached_property
+  def _forward(self) -> Callable:
+    @jax.jit
+    def forward(variables: PyTree, inputs: jax.Array):
+      logits, features = self.model.apply(
+        variables, self.prepare(inputs), train=False
+      )
+      return logits.astype(jnp.float32), features.astype(jnp.float32)
+
+    return forward
+
+
+def load(
+  workdir: str | os.PathLike,
+  checkpoint: str | int = 'latest',
+  *,
+  data_dir: str | None = None,
+) -> Trained:
+  """Loads the network of a run that has trained.
+
+  Args:
+    workdir: of the run; "~" is expanded.
+    checkpoint: 'latest', 'best' (of the highest validation accuracy), or the
+      step of one that the run has kept.
+    data_dir: where the dataset lies now, if not where the run read it: its
+      training images tell how inputs are normalised.
+
+  Raises:
+    ConfigError: there is no such checkpoint, or the config names a model or a
+      dataset that is registered nowhere.
+    DatasetError: the dataset is missing or broken.
+    CorruptError: the checkpoint cannot be read.
+
+  Example:
+    >>> trained = load('/tmp/digits', 'best')  # doctest: +SKIP
+    >>> classes = trained.predict(images)  # doctest: +SKIP
+  """
+  # The trainer imports much that nobody needs who only wants `mms_scores`.
+  from margin_jax import config as config_lib
+  from margin_jax import data
+  from margin_jax.data import tokenization
+  from margin_jax.train import runs, vocabulary
+
+  step = checkpoint if isinstance(checkpoint, int) else None
+  steps = None if step is None else [step]
+  with runs.open_run(workdir, steps, data_dir) as run:
+    if checkpoint == 'best':
+      step = run.best_step()
+    elif checkpoint not in ('latest', step):
+      raise config_lib.ConfigError(
+        f"checkpoint={checkpoint!r} must be 'latest', 'best' or a step"
+      )
+    state = run.restore(step)
+    encode = None
+    path = vocabulary.find(run.config, run.workdir)
+    if run.config.data.name in data.VOCABULARY_NEEDED and path is not None:
+      encode = functools.partial(
+        tokenization.encode,
+        vocab=tokenization.read_vocab(path),
+        max_length=run.config.data.max_length,
+      )
+    sentences = run.dataset.vocabulary is not None
+    shape = None if sentences else run.dataset.input_shape
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    return Trained(
+      model=run.spec.model,
+      variables=jax.device_get(variables),
+      config=run.config,
+      step=int(state.step),
+      prepare=run.dataset.prepare,
+      encode=encode,
+      input_shape=shape,
+    )

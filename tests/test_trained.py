@@ -1,0 +1,91 @@
+"""The network of a run, loaded: it predicts what the run was evaluated on."""
+
+import numpy as np
+import pytest
+
+import margin_jax
+from margin_jax import config as config_lib
+from tests import helpers
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of digits with checkpoints of steps 10 and 20, and its result."""
+  workdir = tmp_path_factory.mktemp('run')
+  return workdir, helpers.train(workdir)[0]
+
+
+def test_it_predicts_what_the_run_evaluated(finished):
+  """The test split, 360 images: a chunk and a part of one."""
+  workdir, result = finished
+  trained = margin_jax.load(workdir)
+  split = helpers.digits().splits['test']
+  classes = trained.predict(split['inputs'])
+  assert classes.shape == (360,)
+  accuracy = np.mean(classes == split['label'])
+  np.testing.assert_allclose(accuracy, result['test']['accuracy'])
+  logits, features = trained.apply(split['inputs'][:3])
+  head = trained.variables['params']['head']
+  kernel, bias = head['kernel'], head['bias']
+  np.testing.assert_allclose(logits, features @ kernel + bias, 1e-4, 1e-5)
+  assert trained.step == 20
+  assert trained.config.model.name == 'cnn'
+  assert trained.predict(split['inputs'][:0]).shape == (0,)
+
+
+def test_checkpoints_are_the_latest_the_best_or_of_a_step(finished):
+  workdir, result = finished
+  assert margin_jax.load(workdir, 10).step == 10
+  best = margin_jax.load(workdir, 'best')
+  assert best.step == result['best']['step']
+  split = helpers.digits().splits['test']
+  accuracy = np.mean(best.predict(split['inputs']) == split['label'])
+  np.testing.assert_allclose(accuracy, result['best']['test'])
+
+
+@pytest.mark.parametrize(
+  ('checkpoint', 'message'),
+  [(15, r'no checkpoint of step\(s\) \[15\]'), ('last', "must be 'latest'")],
+)
+def test_a_checkpoint_that_is_not_there(finished, checkpoint, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    margin_jax.load(finished[0], checkpoint)
+
+
+def test_there_is_no_best_without_validation(tmp_path):
+  helpers.train(tmp_path, **{'data.validation_examples': 0})
+  with pytest.raises(config_lib.ConfigError, match='no validation split'):
+    margin_jax.load(tmp_path, 'best')
+
+
+def test_inputs_of_another_shape_are_refused(finished):
+  trained = margin_jax.load(finished[0])
+  with pytest.raises(ValueError, match=r"\('N', 8, 8, 1\)"):
+    trained.predict(np.zeros((5, 64), np.uint8))
+
+
+@pytest.mark.slow
+def test_it_reads_sentences(data_dir, tmp_path):
+  """As strings, or as the dataset stores them."""
+  if not (data_dir / 'vocab').is_dir():
+    pytest.skip('real data: MARGIN_JAX_TEST_DATA has no vocab')
+  fields = {
+    'data.name': 'glue/rte',
+    'data.data_dir': str(data_dir / 'tfds'),
+    'data.vocabulary': str(data_dir / 'vocab/bert-base-uncased-vocab.txt'),
+    'data.max_length': 32,
+    'data.buckets': (),
+    'data.fraction': 0.05,
+    'data.augmentations': (),
+    'data.validation_examples': 0,
+    'model.name': 'bert1_16_2',
+    'selection.rule': 'uniform',
+    'steps': 2,
+  }
+  helpers.train(tmp_path, **fields)
+  trained = margin_jax.load(tmp_path)
+  pairs = [('A man sleeps.', 'He is awake.'), ('It rains.', 'It is wet.')]
+  logits, _ = trained.apply(pairs)
+  assert logits.shape == (2, 2)
+  again, _ = trained.apply(trained.encode(pairs))
+  np.testing.assert_array_equal(logits, again)
