@@ -194,7 +194,8 @@ def train(
       result['attack'] = _evaluate_attacked(run, reporter)
       result['config'] = run.saved_config
 
-    # Save.
+    # Save. A result beside an older checkpoint would be of another network.
+    checkpoints.wait()
     if devices.is_main_process:
       _write_result(run, result)
     say(

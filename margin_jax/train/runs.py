@@ -107,7 +107,19 @@ def trained(
       f'{workdir} holds the result of another config; go back to it, or use '
       'another workdir:\n  ' + '\n  '.join(changed)
     )
-  return result if result['steps'] == saved['steps'] else None
+  if result['steps'] != saved['steps'] or not _has_last(path.parent, result):
+    return None
+  return result
+
+
+def _has_last(workdir: pathlib.Path, result: dict[str, Any]) -> bool:
+  """Returns whether the checkpoint that a result is of was saved.
+
+  Of a workdir without checkpoints, which may have been removed, it was.
+  """
+  folder = workdir / FOLDER
+  steps = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+  return not steps or str(result['steps']) in steps
 
 
 def attacked(result: dict[str, Any], saved: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from margin_jax import analyze
 from margin_jax import config as config_lib
 from margin_jax.train import checkpoints as checkpoints_lib
 from margin_jax.train import loop
+from margin_jax.train import runs as runs_lib
 from tests import helpers
 from tests.faults import runs
 from tests.helpers import slow
@@ -184,6 +185,22 @@ def test_a_step_that_is_there_is_not_saved_in_silence(tmp_path):
   with pytest.raises(checkpoints_lib.SaveError, match='could not be saved'):
     opened.save(state.replace(step=4), {**info, 'step': 4}, None)
   opened.close()
+
+
+def test_a_result_without_its_checkpoint_is_made_again(finished, tmp_path):
+  """As after a kill while the last one was saved: no result of another step."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  result = json.loads((workdir / 'result.json').read_text())
+  saved = result['config']
+  shutil.rmtree(workdir / 'checkpoints' / '20')
+  assert runs_lib.complete(workdir, saved) is None
+  again, lines = train(workdir)
+  assert any('starting at step 10' in line for line in lines)
+  assert again['test'] == result['test']
+  assert runs_lib.complete(workdir, saved) is not None
+  shutil.rmtree(workdir / 'checkpoints')  # by someone who needs the room
+  assert runs_lib.complete(workdir, saved) is not None
 
 
 def test_another_model_is_refused_by_name_and_nothing_is_moved(copy):
