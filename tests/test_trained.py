@@ -5,6 +5,7 @@ import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
+from margin_jax.train import loop
 from tests import helpers
 
 
@@ -89,3 +90,15 @@ def test_it_reads_sentences(data_dir, tmp_path):
   assert logits.shape == (2, 2)
   again, _ = trained.apply(trained.encode(pairs))
   np.testing.assert_array_equal(logits, again)
+
+
+def test_a_complete_run_says_so_without_compiling(finished, monkeypatch):
+  workdir, result = finished
+
+  def compile_steps(*args):
+    raise AssertionError('it compiles')
+
+  monkeypatch.setattr(loop, 'compile_steps', compile_steps)
+  again, lines = helpers.train(workdir)
+  assert lines[-1].startswith('complete: test accuracy')
+  assert again == result

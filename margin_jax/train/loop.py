@@ -158,6 +158,12 @@ def train(
       state, config, saved_config, checkpoints, devices, say
     )
     start = int(state.step)
+    result = None
+    if start == config.steps:
+      result = runs.trained(folder, saved_config)
+    if result is not None and runs.attacked(result, saved_config):
+      say(f'complete: {_headline(result)}')
+      return result
 
     # Compile.
     state = devices.replicate(state)
@@ -182,12 +188,6 @@ def train(
     say(_opening(run))
 
     # Run the steps that are left, and evaluate.
-    result = None
-    if start == config.steps:
-      result = runs.trained(folder, saved_config)
-    if result is not None and runs.attacked(result, saved_config):
-      say(f'complete: {_headline(result)}')
-      return result
     with contextlib.closing(_reporter(run, log, hook, view)) as reporter:
       if result is None:
         result = _result(run, _run_steps(run, reporter, interrupts))
