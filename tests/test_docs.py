@@ -252,3 +252,13 @@ def test_code_in_the_docs_is_in_the_style_of_the_code(tmp_path):
       [*ruff, *command, *settings], capture_output=True, text=True
     )
     assert not process.returncode, process.stdout
+
+
+def test_the_page_on_fidelity_names_code_that_exists():
+  """`path::name` is a definition in that file."""
+  text = (DOCS / 'fidelity.md').read_text()
+  references = re.findall(r'`([\w/]+\.py)::(\w+)`', text)
+  assert len(references) > 30
+  for path, name in references:
+    source = (ROOT / path).read_text()
+    assert re.search(rf'^(def|class) {name}\b|^{name} = ', source, re.M), name
