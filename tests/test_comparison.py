@@ -321,16 +321,18 @@ def test_the_table_of_a_comparison():
   found = report.comparison_table(trials, trials[0])
   cells = [[x.strip() for x in line.split('|')[1:-1]] for line in found]
   p = scipy.stats.ttest_ind([0.01, 0.03], [0.04, 0.05], equal_var=False).pvalue
-  assert cells[0][:6] == [
-    'method', 'steps', 'seeds', 'test error, %', 'difference to `uniform`', 'p',
+  assert cells[0][:7] == [
+    'method', 'steps', 'seeds', 'test error, %', 'difference to `uniform`',
+    'change, %', 'p',
   ]  # fmt: skip
-  assert cells[0][7] == 'TFLOP'
-  assert cells[2][3:6] == ['4.50 ± 0.71', '-', '-']
+  assert cells[0][8] == 'TFLOP'
+  assert cells[2][3:7] == ['4.50 ± 0.71', '-', '-', '-']
+  # An error of 2.0 in place of 4.5 is 55.6% lower.
   assert cells[3] == [
-    '`mms`', '9', '2', '2.00 ± 1.41', '-2.50', f'{p:.3f}', '4', '8', '8.0',
-    '25.0%',
+    '`mms`', '9', '2', '2.00 ± 1.41', '-2.50', '+55.6', f'{p:.3f}', '4', '8',
+    '8.0', '25.0%',
   ]  # fmt: skip
-  assert cells[4][2:6] == ['1', '50.00', '+45.50', '-']
+  assert cells[4][2:7] == ['1', '50.00', '+45.50', '-1011.1', '-']
 
 
 def test_a_task_is_shown_by_what_it_is_reported_by(tmp_path):
@@ -366,6 +368,8 @@ def test_runs_of_versions_that_did_not_know_the_worst_class(tmp_path):
   table += '1,1,1,0.75,test,\n2,1,1,0.75,test,0.5\n'
   (tmp_path / 'eval.csv').write_text(table)
   first, second = report.read_curves(tmp_path).test
+  with pytest.raises(ConfigError, match='lost their rows'):
+    report.read_curves(tmp_path, 'validation')
   assert 'worst_class_error' not in first
   assert (second['error'], second['worst_class_error']) == (0.25, 0.5)
 

@@ -49,6 +49,10 @@ _SWEEP = flags.DEFINE_multi_string(
   'flags make a grid.',
 )  # fmt: skip
 
+_SPLIT = flags.DEFINE_enum(
+  'split', 'test', ('test', 'validation'), 'Whose errors the curves are.'
+)
+
 
 def run() -> None:
   """Parses the command line and runs it."""
@@ -69,6 +73,7 @@ def main(argv: list[str]) -> None:
       budget=_BUDGET.value,
       baseline=_BASELINE.value,
       sweep=_SWEEP.value,
+      split=_SPLIT.value,
       command=shlex.join(['python', '-m', 'margin_jax.compare', *sys.argv[1:]]),
       log=functools.partial(print, flush=True),
     )

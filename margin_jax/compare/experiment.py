@@ -26,6 +26,7 @@ def compare(
   budget: str = 'steps',
   baseline: str = UNIFORM,
   sweep: Sequence[str] = (),
+  split: str = 'test',
   command: str = '',
   log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -51,6 +52,7 @@ def compare(
       this makes.
     baseline: the method that the others are compared with.
     sweep: fields and their values, 'mmr.alpha=1e-5,1e-4'; several make a grid.
+    split: whose errors the curves are: 'test' or 'validation'.
     command: how this was started, for compare.md.
     log: takes the progress lines and the tables.
 
@@ -71,6 +73,10 @@ def compare(
   """
   allowed = f'one of {budgets.BUDGETS}'
   require(budget in budgets.BUDGETS, 'budget', budget, allowed)
+  validated = config.data.validation_examples > 0
+  allowed = "'test', or 'validation' with data.validation_examples above 0"
+  holds = split == 'test' or (split == 'validation' and validated)
+  require(holds, 'split', split, allowed)
   holds = isinstance(seeds, int) and seeds >= 1
   require(holds, 'seeds', seeds, 'an integer, at least 1')
   methods = methods_lib.parse_methods(methods, config)
@@ -89,7 +95,7 @@ def compare(
       if compared and ended % len(trials) == 0:  # a seed of every trial
         text = report.write(
           folder, outcome.runs, outcome.results, baseline,
-          [*notes, *_failures(outcome)],
+          [*notes, *_failures(outcome)], split,
         )  # fmt: skip
   if text is not None:
     log(text)

@@ -19,17 +19,21 @@ WIDTH, DPI = 9.0, 160
 COLORS = 10  # of matplotlib's cycle; more lines are dotted
 
 
-def error(path: pathlib.Path, test: Curves, train: Curves) -> None:
+def error(
+  path: pathlib.Path, test: Curves, train: Curves, split: str = 'test'
+) -> None:
   """Plots errors against steps, FLOPs and seconds (ICLR, Figures 2, 4, 5).
 
-  Solid is the test error, the mean over the seeds with a band of one standard
-  deviation; dashed and thin the error on the batches that were trained on, down
-  to a tenth of the least test error.
+  Solid is the error of a split, the mean over the seeds with a band of one
+  standard deviation; dashed and thin the error on the batches that were trained
+  on, down to a tenth of the least test error.
 
   Args:
     path: of the PNG file.
     test: have 'step', 'flops', 'seconds' and 'error'.
     train: the same, of the same trials.
+    split: what the first are of: 'test', or 'validation' as in the figures of
+      the 2020 paper.
   """
   figure = figures.new(WIDTH, 4.2)
   grid = figure.subplots(1, len(COSTS), sharey=True)
@@ -52,7 +56,7 @@ def error(path: pathlib.Path, test: Curves, train: Curves) -> None:
   most = max([*test_errors, *train_errors], default=100) or 100
   for axes in grid:
     _percent_axis(axes, least, most)
-  grid[0].set_ylabel('error, % (— test, - - training batches)')
+  grid[0].set_ylabel(f'error, % (— {split}, - - training batches)')
   _legend(figure, grid[0])
   figures.save(figure, path, DPI)
 

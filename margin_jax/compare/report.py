@@ -28,7 +28,8 @@ PLOTS = ('error', 'mean_mms', 'cost')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
   'runs were finite. Worst class: in each run the class with the largest test '
-  'error. p: two-sided Welch t-test of the test errors against '
+  'error. Change: how much lower the error is, relative to that of '
+  '`{baseline}`. p: two-sided Welch t-test of the test errors against '
   '`{baseline}`, not corrected for the number of methods; there is none with '
   'one seed, or where all errors are equal. XLA counts the FLOPs, scoring '
   'included; seconds are of training, without compilation and evaluation.'
@@ -47,8 +48,9 @@ class Curves:
   """What a run logged.
 
   Attributes:
-    test: 'step', 'flops', 'seconds', 'error' and 'worst_class_error' (not in
-      runs of older versions) at every evaluation.
+    test: of the split that is looked at, 'step', 'flops', 'seconds', 'error'
+      and 'worst_class_error' (not in runs of older versions) at every
+      evaluation.
     train: the same and 'mean_mms' at every row of train.csv, where the error
       is of the batches that were trained on since the row before.
   """
@@ -80,6 +82,7 @@ def write(
   results: Sequence[Result],
   baseline: str,
   notes: Sequence[str],
+  split: str = 'test',
 ) -> str:
   """Writes all files, and removes those of another command.
 
@@ -89,12 +92,13 @@ def write(
     results: what their result.json hold.
     baseline: the method that the others are compared with.
     notes: lines for below the tables: the command, the budget.
+    split: whose errors the curves are, 'test' or 'validation'.
 
   Returns:
     The tables, to be shown.
   """
   rows = run_rows(runs, results)
-  curves = [read_curves(run.folder) for run in runs]
+  curves = [read_curves(run.folder, split) for run in runs]
   _write_csv(folder / 'runs.csv', rows)
   _write_csv(folder / 'compare.csv', _evaluation_rows(runs, curves))
   rows, curves = by_trial(runs, rows), by_trial(runs, curves)
@@ -106,7 +110,7 @@ def write(
   fields = list(dict.fromkeys(f for x in trials for f in x.trial.grid_point))
   if not fields:
     (folder / SWEEP).unlink(missing_ok=True)
-    return _write_comparison(folder, trials, baseline, footer)
+    return _write_comparison(folder, trials, baseline, footer, split)
   validated = all('validation' in x.summary for x in trials)
   best = best_of_methods(trials) if validated else []
   table = '\n'.join(sweep_table(fields, trials, best))
@@ -122,7 +126,9 @@ def write(
   note = f'In bold: for each method, {BEST}.'
   _write_lines(folder / SWEEP, ['# Sweep', '', table, '', note, *footer])
   of_best = f'Each method at its grid point with {BEST}: {SWEEP}.'
-  comparison = _write_comparison(folder, best, baseline, ['', of_best, *footer])
+  comparison = _write_comparison(
+    folder, best, baseline, ['', of_best, *footer], split
+  )
   return f'{table}\n\n{note}\n\n{comparison}'
 
 
@@ -131,11 +137,12 @@ def _write_comparison(
   trials: Sequence[Seeds],
   baseline: str,
   footer: Sequence[str],
+  split: str,
 ) -> str:
   """Writes compare.md and the plots of one trial of each method."""
   test = {x.trial.name: [run.test for run in x.curves] for x in trials}
   train = {x.trial.name: [run.train for run in x.curves] for x in trials}
-  plots.error(folder / 'error.png', test, train)
+  plots.error(folder / 'error.png', test, train, split)
   plots.mean_mms(folder / 'mean_mms.png', train)
   plots.cost(folder / 'cost.png', {x.trial.name: x.rows for x in trials})
   reference = next(x for x in trials if x.trial.method == baseline)
@@ -216,8 +223,12 @@ def _write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
 # What runs wrote, read again.
 
 
-def read_curves(folder: pathlib.Path) -> Curves:
+def read_curves(folder: pathlib.Path, split: str = 'test') -> Curves:
   """Reads eval.csv and train.csv of a run.
+
+  Args:
+    folder: of the run.
+    split: whose evaluations are read.
 
   Raises:
     ConfigError: they are not as the run has left them.
@@ -225,7 +236,7 @@ def read_curves(folder: pathlib.Path) -> Curves:
   costs = ('flops', 'seconds')
   try:
     curves = Curves(
-      test=_read_rows(folder / 'eval.csv', costs, 'test'),
+      test=_read_rows(folder / 'eval.csv', costs, split),
       train=_read_rows(folder / 'train.csv', (*costs, 'mean_mms')),
     )
   except (OSError, KeyError, TypeError, ValueError) as error:
@@ -390,15 +401,17 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
   header = (
     'method', 'steps', 'seeds', 'test error, %',
     *(f'{OTHER_METRICS[name]}, %' for name in others),
-    f'difference to `{baseline.trial.name}`', 'p',
+    f'difference to `{baseline.trial.name}`', 'change, %', 'p',
     'examples scored', f'{prefix}FLOP', 'seconds', 'of these waiting for data',
   )  # fmt: skip
   lines = []
   for x, summary in zip(trials, summaries, strict=True):
-    compared = '-', '-'
+    compared = '-', '-', '-'
     if x.trial.name != baseline.trial.name:
-      change, p = difference(x.rows, baseline.rows)
-      compared = f'{100 * change:+.2f}', _significance(p)
+      higher, p = difference(x.rows, baseline.rows)
+      error = baseline.summary['test'][0]
+      change = f'{-100 * higher / error:+.1f}' if error else '-'
+      compared = f'{100 * higher:+.2f}', change, _significance(p)
     lines.append([
       f'`{x.trial.name}`',
       f'{summary["steps"]:,}',
