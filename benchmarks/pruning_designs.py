@@ -3,13 +3,14 @@
     python -m benchmarks.pruning_designs --data_dir=DIR [--steps=4700]
 
 The network and the recipe of benchmarks/time_to_accuracy.py on MNIST, a quarter
-of its steps. Pruning by signed margin, q = r = 0.9, and then with one thing
+of its steps, without crops. Pruning by signed margin, q = r = 0.9, and then with one thing
 changed at a time; what changes plain training too is compared with plain
 training of its own. Every run is kept in WORKDIR: started again it goes on.
 Writes benchmarks/pruning_designs.md.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 from typing import Any
@@ -63,7 +64,9 @@ RECIPES: dict[str, Fields] = {
 
 def make_trials(args: argparse.Namespace) -> dict[str, methods_lib.Trial]:
   """Every setting and recipe, and what each is compared with, by name."""
-  size = time_to_accuracy.SIZES['mnist']
+  size = dataclasses.replace(
+    time_to_accuracy.SIZES['mnist'], augmentations=(), crop_padding=4
+  )
   schedule = size.shortened(args.steps / size.long[0])
   args.scale = 1
   fields = {UNIFORM: PLAIN}

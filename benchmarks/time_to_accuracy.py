@@ -104,7 +104,7 @@ class Size:
   """A size of the benchmark.
 
   Attributes:
-    dataset, model, proxy, augmentations: of its runs.
+    dataset, model, proxy, augmentations, crop_padding: of its runs.
     long: steps of `uniform`, and where its learning rate, 0.1 at first, drops
       by 10.
     short: of the methods that must be faster.
@@ -117,6 +117,7 @@ class Size:
   model: str
   proxy: str
   augmentations: tuple[str, ...]
+  crop_padding: int
   long: tuple[int, ...]
   short: tuple[int, ...]
   interval: int
@@ -148,16 +149,16 @@ class Size:
 CROP_FLIP = ('crop', 'flip')
 SIZES = {
   'mnist': Size(
-    'mnist', SMALL, TINY, (),
+    'mnist', SMALL, TINY, ('crop',), 2,
     (18_800, 9_400, 15_040), (12_220, 6_110, 9_776), 940, 80, 3,
   ),
   'cifar10': Size(
-    'cifar10', 'resnet8', SMALL, CROP_FLIP,
+    'cifar10', 'resnet8', SMALL, CROP_FLIP, 4,
     (12_000, 6_000, 9_600), (7_800, 3_900, 6_240), 600, 20, 3,
   ),
   # The regimes of configs/cifar10_resnet44.py.
   'paper': Size(
-    'cifar10', 'resnet44', 'resnet8', CROP_FLIP,
+    'cifar10', 'resnet44', 'resnet8', CROP_FLIP, 4,
     (156_200, 63_261, 95_282, 128_084), (44_000, 24_992, 27_335, 29_678),
     1_100, 100, 1,
   ),
@@ -294,6 +295,7 @@ def make_config(
   config.data.name = size.dataset
   config.data.data_dir = args.data_dir
   config.data.augmentations = size.augmentations
+  config.data.crop_padding = size.crop_padding
   # So that a trial run has as many epochs; a pool needs 640 examples.
   config.data.fraction = min(1.0, max(args.scale, 0.03))
   config.model.name = size.model
