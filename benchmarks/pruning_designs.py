@@ -3,9 +3,10 @@
     python -m benchmarks.pruning_designs --data_dir=DIR [--steps=4700]
 
 The network and the recipe of benchmarks/time_to_accuracy.py on MNIST, a quarter
-of its steps, without crops. Pruning by signed margin, q = r = 0.9, and then with
-one thing changed at a time; what changes plain training too is compared with
-plain training of its own. Every run is kept in WORKDIR: started again it goes on.
+of its steps, without crops. Pruning by signed margin, q = r = 0.9, and then
+with one thing changed at a time; what changes plain training too is compared
+with plain training of its own. Every run is kept in WORKDIR: started again it
+goes on.
 Writes benchmarks/pruning_designs.md.
 """
 

@@ -213,10 +213,16 @@ def test_command_line_errors_are_one_line(tmp_path):
   assert "unknown config field 'workdir'" in message
   message = error_of(digits, workdir, '--config.stepz=3')
   assert "unknown config field 'stepz'" in message
-  assert 'Did you mean steps' in message
+  assert 'did you mean steps' in message
   message = error_of(digits, workdir, '--config.selektion.rule=mms')
-  assert "unknown config field 'selektion'" in message
-  assert 'Did you mean selection' in message
+  assert "unknown config field 'selektion.rule'" in message
+  assert 'did you mean selection.rule?' in message
+  message = error_of(digits, workdir, '--config.optimizer.lr=0.1')
+  assert 'did you mean optimizer.learning_rates?' in message
+  message = error_of(digits, workdir, '--batch_size=3')
+  assert (
+    'unknown flag --batch_size; did you mean --config.batch_size' in message
+  )
   message = error_of('--config=configs/cifar10_resnet44.py:mmx', workdir)
   assert "method='mmx' must be one of" in message
   message = error_of(

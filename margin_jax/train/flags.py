@@ -1,5 +1,6 @@
 """What the command lines share: the flags, and how they are read."""
 
+import difflib
 import re
 import sys
 import traceback
@@ -8,10 +9,22 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from margin_jax.config import FIELDS
+
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of everything that is written.'
 )
+# What other libraries call a field.
+OTHER_NAMES = {
+  'lr': 'optimizer.learning_rates',
+  'learning_rate': 'optimizer.learning_rates',
+  'epochs': 'steps',
+  'num_epochs': 'steps',
+  'batch': 'batch_size',
+  'dataset': 'data.name',
+  'wd': 'optimizer.weight_decay',
+}
 
 
 def begin(argv: list[str]) -> None:
@@ -51,17 +64,39 @@ def _parse(argv: list[str]) -> list[str]:
       sys.exit(f'error: --config: {error.obj.__file__} has no get_config')
     if not error.args or not re.match(r"""['"\\]+\w+""", str(error.args[0])):
       raise  # a mistake in the config file's own code: show where
-    text = str(error.args[0]).replace('\\n', ' ')
-    name, *hint = re.findall(r'\w+(?: \w+)*', text)
-    hint = ' '.join(hint)
-    sys.exit(f'error: unknown config field {name!r}. {hint}'.strip())
+    name = _unknown_field(argv) or re.search(r'\w+', str(error.args[0]))[0]
+    sys.exit(f'error: unknown config field {name!r}{_nearest(name)}')
   except OSError as error:
     lines = str(error).strip().splitlines()
     sys.exit(f'error: --config: {lines[-1].strip()}')
   return rest
 
 
+def _unknown_field(argv: list[str]) -> str | None:
+  """Returns the first field that the command line sets and that is none."""
+  for argument in argv:
+    flag = argument.partition('=')[0].lstrip('-')
+    name = flag.removeprefix('config.')
+    if name != flag and name not in FIELDS:
+      return name
+  return None
+
+
+def _nearest(name: str, prefix: str = '') -> str:
+  """Returns what to append to a message: the fields that may be meant."""
+  *_, leaf = name.split('.')
+  near = [field for field in FIELDS if field.split('.')[-1] == leaf]
+  if not near and leaf in OTHER_NAMES:
+    near = [OTHER_NAMES[leaf]]
+  near = near or difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
+  names = ' or '.join(prefix + field for field in near)
+  return f'; did you mean {names}?' if near else ''
+
+
 def explain(error: flags.Error) -> str:
   """Returns one line; of an error in a config file, its traceback's last."""
   last = str(error).strip().splitlines()[-1]
+  unknown = re.match(r"Unknown command line flag '([\w.]+)'", last)
+  if unknown and _nearest(unknown[1]):
+    return f'unknown flag --{unknown[1]}{_nearest(unknown[1], "--config.")}'
   return last.removeprefix('margin_jax.config.ConfigError: ')
