@@ -400,6 +400,13 @@ FIELDS: dict[str, Field] = {
     "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
     needs=[_model('a model with variants', 'variant')],
   ),
+  'model.head': Field(
+    'linear',
+    one_of(*models.HEADS),
+    "What follows VGG's convolutions: the last layer alone, or two hidden "
+    "layers of 4096 before it ('released', as in the MMR authors' code).",
+    needs=[_model('a model with heads', 'head')],
+  ),
   'model.dtype': Field(
     'float32',
     DTYPE,
@@ -417,8 +424,8 @@ FIELDS: dict[str, Field] = {
     0.0,
     number(least=0, below=1),
     'Fraction of the activations that is dropped: inside a block of wide '
-    "ResNets; of BERT's embeddings, sublayers, attention and features "
-    '(published: 0.1).',
+    "ResNets; of VGG's hidden layers (released: 0.5), or of its features; of "
+    "BERT's embeddings, sublayers, attention and features (published: 0.1).",
     needs=[_model('a model with dropout', 'dropout')],
   ),
   'model.stem': Field(

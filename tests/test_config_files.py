@@ -116,7 +116,13 @@ ROWS = [
   ),
   (
     'cifar_vgg', 'mmr,dataset=cifar10',
-    {**SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10'},
+    {
+      **SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10',
+      'model.head': 'released', 'model.dropout': 0.5, 'steps': 156_200,
+      BOUNDARIES: (60 * 781, 120 * 781, 160 * 781),
+      RATES: tuple(pytest.approx(0.1 * 0.2**i) for i in range(4)),
+      'optimizer.weight_decay': 5e-4, 'optimizer.weight_decay_mask': 'all',
+    },
   ),
   (
     'trimming', 'on,dataset=svhn_cropped,model=densenet121',

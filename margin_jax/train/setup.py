@@ -198,6 +198,7 @@ def _models(
   model = build(
     'model.name',
     config.model.name,
+    head=config.model.head,
     dropout=config.model.dropout,
     stem=config.model.stem,
     width=config.model.width,
