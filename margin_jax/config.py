@@ -449,7 +449,9 @@ FIELDS: dict[str, Field] = {
   ),
   # The optimizer.
   'optimizer.name': Field(
-    'sgd', one_of('sgd', 'adam', 'rmsprop'), 'The optimizer.'
+    'sgd',
+    one_of('sgd', 'adam', 'adamw', 'rmsprop'),
+    "The optimizer; 'adamw' is Adam with decoupled weight decay.",
   ),
   'optimizer.learning_rates': Field(
     (0.1,),
@@ -487,20 +489,22 @@ FIELDS: dict[str, Field] = {
   'optimizer.weight_decay': Field(
     0.0,
     AT_LEAST_0,
-    'Coefficient of the L2 penalty.',
+    "Coefficient of the L2 penalty; of 'adamw', times the learning rate, the "
+    'fraction of a parameter that a step takes off it.',
   ),
   'optimizer.weight_decay_mask': Field(
     'kernels',
     one_of('kernels', 'convolutions', 'all'),
-    'What is decayed: kernels only, of those the ones of convolutions only, '
-    'or all parameters.',
+    'What is decayed: kernels only (and embeddings; no biases, no scales of '
+    'normalization), of those the ones of convolutions only, or all '
+    'parameters.',
     needs=[_above(0, 'optimizer.weight_decay')],
   ),
   'optimizer.epsilon': Field(
     None,
     optional(POSITIVE),
     "Added to the denominator; None is optax's own.",
-    needs=[_equal('optimizer.name', 'adam', 'rmsprop')],
+    needs=[_equal('optimizer.name', 'adam', 'adamw', 'rmsprop')],
   ),
   'optimizer.clip_norm': Field(
     None,

@@ -85,7 +85,7 @@ BAD = [
   ('model.variant', 'He', "('he', 'authors')"),
   ('model.dtype', 'float16', "('float32', 'bfloat16')"),
   ('model.batch_norm', None, "('global', 'device')"),
-  ('optimizer.name', 'adamw', "('sgd', 'adam', 'rmsprop')"),
+  ('optimizer.name', 'lamb', "('sgd', 'adam', 'adamw', 'rmsprop')"),
   (RATES, 0.1, 'a tuple'),
   (RATES, (0.1, 0.01), 'one more than optimizer.boundaries has'),
   (RATES, (-0.1,), 'at least 0'),
@@ -468,5 +468,6 @@ GOOD = [
     'optimizer.weight_decay_mask': 'convolutions',
   },
   {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 1e-2},
+  {'optimizer.name': 'adamw', 'optimizer.epsilon': 1e-6},
   {'data.fraction': 0.01, 'data.label_noise': 1.0, 'keep_every': 1000},
 ]

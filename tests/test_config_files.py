@@ -137,7 +137,9 @@ ROWS = [
   (
     'glue_bert', 'mrpc',
     {
-      'optimizer.name': 'adam', RATES: (2e-5,), 'model.dropout': 0.1,
+      'optimizer.name': 'adamw', RATES: (2e-5,), 'model.dropout': 0.1,
+      'optimizer.weight_decay': 0.01, 'optimizer.weight_decay_mask': 'kernels',
+      'optimizer.epsilon': 1e-6,
       'optimizer.decay': 'linear', 'mmr.alpha': 1e-5, 'batch_size': 32,
       'steps': 3 * (3668 // 32), 'model.name': 'bert_base',
       'data.name': 'glue/mrpc', 'data.max_length': 128,
