@@ -54,7 +54,6 @@ def get_config(argument: str | None = None):
   config = config_lib.default()
   config.steps = regime['steps']
   config.batch_size = 64
-  config.pool_size = 640
   config.eval_every = 1000
   config.checkpoint_every = 1000
   config.data.name = 'cifar100'

@@ -34,6 +34,9 @@ Flat = dict[str, Any]
 # Plain training on batches of b: no pool, nothing scored.
 UNIFORM = 'uniform'
 
+# The papers' B / b.
+POOL_FACTOR = 10
+
 # Not a field, but saved with them: of which arrays a registered dataset was.
 DIGEST = 'data.digest'
 
@@ -232,9 +235,10 @@ FIELDS: dict[str, Field] = {
     'Examples that a gradient step sees, b, over all devices.',
   ),
   'pool_size': Field(
-    640,
+    POOL_FACTOR * 64,
     integer(1),
-    'Examples to select a batch from, B, over all devices.',
+    'Examples to select a batch from, B, over all devices; ten times '
+    'batch_size, whatever that is, unless it is set.',
     needs=POOL,
   ),
   'devices': Field(
@@ -836,7 +840,10 @@ FIELDS: dict[str, Field] = {
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns every field with its default; config files change some of them."""
+  """Returns every field with its default; config files change some of them.
+
+  `pool_size` follows `batch_size` until it is set itself.
+  """
   nested: dict[str, Any] = {}
   for name, field in FIELDS.items():
     *sections, leaf = name.split('.')
@@ -846,7 +853,9 @@ def default() -> ml_collections.ConfigDict:
     values[leaf] = field.default
     if field.default is None or field.check.type is object:
       values[leaf] = config_dict.FieldReference(field.default, field.check.type)
-  return ml_collections.ConfigDict(nested)
+  config = ml_collections.ConfigDict(nested)
+  config.pool_size = POOL_FACTOR * config.get_ref('batch_size')
+  return config
 
 
 # Ways to select, by name: an argument of config files, a method of `compare`.

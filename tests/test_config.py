@@ -1,6 +1,7 @@
 """Configs: what is refused and how, arguments, JSON."""
 
 import ast
+import copy
 import json
 import pathlib
 import re
@@ -53,6 +54,25 @@ def test_every_field_has_a_bad_value():
 def test_a_bad_combination_is_refused(fields, allowed):
   name, value = next(iter(fields.items()))
   assert_refused(make_config(fields), name, value, allowed)
+
+
+def test_a_pool_is_ten_batches_unless_it_is_set():
+  config = config_lib.default()
+  assert config.pool_size == 640
+  config.batch_size = 32
+  copied = copy.deepcopy(config)
+  copied.update_from_flattened_dict({'batch_size': 16})
+  assert (config.pool_size, copied.pool_size) == (320, 160)
+  # It is not the user who set it: where no pool is scored, no warning.
+  assert schema.warnings(config) == []
+  assert schema.effective(config).pool_size == 640
+  config.selection.rule = 'mms'
+  assert schema.effective(config).pool_size == 320
+  config.selection.rule = 'uniform'
+  config.pool_size = 100
+  config.batch_size = 8
+  assert config.pool_size == 100
+  assert 'pool_size=100 has no effect' in schema.warnings(config)[0]
 
 
 @pytest.mark.parametrize('fields', GOOD, ids=str)

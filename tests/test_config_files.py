@@ -85,6 +85,25 @@ def test_cifar10_resnet44_has_the_numbers_of_the_papers(method, regime):
   assert config.items() >= expected.items()
 
 
+SELECTING = [
+  ('cifar10_resnet44', 'mms', 10), ('cifar100_wrn28_10', 'mms', 10),
+  ('figures', 'figure2a', 10), ('glue_bert', 'rte', 10),
+  ('digits', None, 4), ('glue_tiny', 'mms', 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'argument', 'factor'), SELECTING)
+def test_pools_follow_the_batches(name, argument, factor):
+  """As --config.batch_size does it, after get_config."""
+  module = load_config_file(REPOSITORY / f'configs/{name}.py')
+  config = module.get_config(argument)
+  assert config.pool_size == factor * config.batch_size
+  config.batch_size = 24
+  assert config.pool_size == factor * 24
+  config.pool_size = 50
+  assert config.pool_size == 50
+
+
 SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}
 # Design, section 6, for the other rows: file, argument, and what it must have.
 ROWS = [

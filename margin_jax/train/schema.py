@@ -62,12 +62,20 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
   }
 
 
+def set_in_vain(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns what `unused` does, but for a pool that just follows the batch."""
+  reasons = unused(config)
+  if config.pool_size == config_lib.POOL_FACTOR * config.batch_size:
+    reasons.pop('pool_size', None)
+  return reasons
+
+
 def warnings(config: ml_collections.ConfigDict) -> list[str]:
   """Returns a line for every field that is set and has no effect."""
   flat = flatten(config)
   return [
     f'warning: {name}={flat[name]!r} has no effect: {reason}'
-    for name, reason in unused(config).items()
+    for name, reason in set_in_vain(config).items()
   ]
 
 
