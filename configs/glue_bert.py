@@ -8,6 +8,13 @@ FOLDER has config.json, vocab.txt and model.safetensors (or
 pytorch_model.bin), or is a name on the Hugging Face hub, which is downloaded:
 google-bert/bert-base-uncased. DIR is where TFDS prepared the task.
 
+A whole row, baseline and MMR with three seeds, is one command; of MNLI its MMR
+is two runs, and the mean of matched and mismatched accuracy is the last line:
+
+    python -m margin_jax.compare --config=configs/glue_bert.py:mnli \\
+        --config.model.pretrained=FOLDER --config.data.data_dir=DIR \\
+        --workdir=/tmp/glue_mnli
+
 Arguments: the task `rte`, `mrpc`, `sst2`, `qnli`, `qqp` or `mnli`;
 method=mmr or baseline; epochs=3; model=bert_base, or the sizes of the weights
 in FOLDER, as in bert6_384_12.
@@ -41,6 +48,8 @@ cost less.
 """
 
 from margin_jax import config as config_lib
+from margin_jax.compare import report
+from margin_jax.config import UNIFORM
 
 EXAMPLES = {
   'rte': 2_490,
@@ -52,15 +61,23 @@ EXAMPLES = {
 }
 
 
-def get_config(argument: str | None = None):
-  """The config of one task."""
-  args = config_lib.parse_arguments(
+# Methods whose runs MNLI's row is the mean of.
+MATCHED, MISMATCHED = 'matched', 'mismatched'
+
+
+def _parse(argument: str | None):
+  return config_lib.parse_arguments(
     argument,
     task=tuple(EXAMPLES),
     method=('mmr', 'baseline'),
     epochs=3,
     model='bert_base',
   )
+
+
+def get_config(argument: str | None = None):
+  """The config of one task."""
+  args = _parse(argument)
   config = config_lib.default()
   config.batch_size = 32
   epoch = EXAMPLES[args.task] // config.batch_size
@@ -82,3 +99,43 @@ def get_config(argument: str | None = None):
   if args.method == 'mmr':
     config.mmr.alpha = 1e-5
   return config
+
+
+def get_methods(argument: str | None = None):
+  """The fields of the runs of a row, by name, for margin_jax.compare."""
+  alphas = {'mmr': 1e-5}
+  if _parse(argument).task == 'mnli':
+    alphas = {MATCHED: 1e-5, MISMATCHED: 1e-6}
+  return {
+    name: {'mmr.alpha': alpha}
+    for name, alpha in {UNIFORM: 0.0, **alphas}.items()
+  }
+
+
+def get_summary(rows: list, argument: str | None = None) -> list[str]:
+  """The line of MNLI: the mean of its two test splits, over the seeds."""
+  if _parse(argument).task != 'mnli':
+    return []
+  runs = {(row['method'], row['seed']): row for row in rows}
+  seeds = list(dict.fromkeys(row['seed'] for row in rows))
+
+  def accuracy(matched: str, mismatched: str) -> str | None:
+    means = [
+      1
+      - runs[matched, seed]['test_error'] / 2
+      - runs[mismatched, seed]['test_mismatched_error'] / 2
+      for seed in seeds
+      if {(matched, seed), (mismatched, seed)} <= {*runs}
+    ]
+    return report.percent(*report.mean_and_deviation(means)) if means else None
+
+  parts = [
+    (f'`{UNIFORM}`', accuracy(UNIFORM, UNIFORM)),
+    (
+      f'MMR, of `{MATCHED}` and `{MISMATCHED}`,',
+      accuracy(MATCHED, MISMATCHED),
+    ),
+  ]
+  texts = [f'{name} {mean}' for name, mean in parts if mean is not None]
+  title = 'Mean of matched and mismatched accuracy, %'
+  return [f'{title}: {"; ".join(texts)}.'] if texts else []

@@ -8,6 +8,7 @@ import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import data
+from margin_jax.compare import methods as methods_lib
 from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
 from tests.bad_configs import BOUNDARIES, RATES
@@ -102,6 +103,49 @@ def test_pools_follow_the_batches(name, argument, factor):
   assert config.pool_size == factor * 24
   config.pool_size = 50
   assert config.pool_size == 50
+
+
+def glue_runs(task):
+  """The module, and of every method what its runs train with."""
+  module = load_config_file(REPOSITORY / 'configs/glue_bert.py')
+  config = module.get_config(task)
+  trials = methods_lib.make_trials(config, module.get_methods(task), {})
+  return module, {x.method: x.config.mmr.alpha for x in trials}
+
+
+def test_a_task_is_one_comparison():
+  _, alphas = glue_runs('rte')
+  assert alphas == {'uniform': 0.0, 'mmr': 1e-5}
+
+
+def test_mnli_is_the_mean_of_two_runs():
+  """2020, Table 1: matched with alpha 1e-5, mismatched with 1e-6."""
+  module, alphas = glue_runs('mnli')
+  assert alphas == {'uniform': 0.0, 'matched': 1e-5, 'mismatched': 1e-6}
+  errors = {
+    'uniform': [(0.16, 0.15), (0.18, 0.17)],
+    'matched': [(0.10, 0.50), (0.12, 0.50)],
+    'mismatched': [(0.50, 0.14), (0.50, 0.20)],
+  }
+  rows = [
+    {
+      'method': method, 'seed': seed,
+      'test_error': pairs[seed][0], 'test_mismatched_error': pairs[seed][1],
+    }
+    for seed in (0, 1)
+    for method, pairs in errors.items()
+  ]  # fmt: skip
+  # Accuracies of 84.5 and 82.5; of 88 and 84.
+  assert module.get_summary(rows, 'mnli') == [
+    'Mean of matched and mismatched accuracy, %: `uniform` 83.50 ± 1.41; MMR, '
+    'of `matched` and `mismatched`, 86.00 ± 2.83.'
+  ]
+  # A seed that one of the two runs did not end is left out.
+  (line,) = module.get_summary(rows[:-1], 'mnli')
+  assert line.endswith('`uniform` 83.50 ± 1.41; MMR, of `matched` and '
+                       '`mismatched`, 88.00.')  # fmt: skip
+  assert module.get_summary([], 'mnli') == []
+  assert module.get_summary(rows[:1], 'rte') == []
 
 
 SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}
