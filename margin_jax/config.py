@@ -422,6 +422,21 @@ FIELDS: dict[str, Field] = {
     one_of('global', 'device'),
     "Whose examples BatchNorm normalises with: all devices' ('global', which "
     "does not depend on their number) or each device's own.",
+    needs=[
+      BATCH_NORM,
+      Need(
+        'model.batch_norm_examples=None',
+        lambda config: config['model.batch_norm_examples'] is None,
+        'model.batch_norm_examples',
+      ),
+    ],
+  ),
+  'model.batch_norm_examples': Field(
+    None,
+    optional(integer(2)),
+    'BatchNorm normalises groups of so many examples of a training batch, and '
+    'averages the running statistics: as on devices that have so many, with '
+    "model.batch_norm='device', but on any number of them. None has no groups.",
     needs=[BATCH_NORM],
   ),
   'model.dropout': Field(

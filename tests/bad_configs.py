@@ -85,6 +85,7 @@ BAD = [
   ('model.variant', 'He', "('he', 'authors')"),
   ('model.dtype', 'float16', "('float32', 'bfloat16')"),
   ('model.batch_norm', None, "('global', 'device')"),
+  ('model.batch_norm_examples', 1, 'None or an integer, at least 2'),
   ('optimizer.name', 'lamb', "('sgd', 'adam', 'adamw', 'rmsprop')"),
   (RATES, 0.1, 'a tuple'),
   (RATES, (0.1, 0.01), 'one more than optimizer.boundaries has'),
@@ -189,6 +190,14 @@ BAD = [
 
 # Fields that are good alone and bad together; the first is the one to blame.
 BAD_TOGETHER = [
+  (
+    {
+      'large_margin.weight': 1.0,
+      'model.batch_norm_examples': 8,
+      'model.name': 'resnet8',
+    },
+    '0.0 with model.batch_norm_examples',
+  ),
   ({'loss.weights': (), 'loss.names': ('hinge',)}, 'one for each of'),
   (
     {'loss.names': ('cross_entropy',), 'loss.weights': (1.0,)},
@@ -336,6 +345,15 @@ UNUSED = [
   ({'model.width': 0.5, 'model.name': 'vgg16'}, 'a model with a width'),
   ({'model.head': 'released', 'model.name': 'resnet8'}, 'a model with heads'),
   ({'model.batch_norm': 'device'}, 'a model with BatchNorm'),
+  ({'model.batch_norm_examples': 8}, 'a model with BatchNorm'),
+  (
+    {
+      'model.batch_norm': 'device',
+      'model.batch_norm_examples': 8,
+      'model.name': 'resnet8',
+    },
+    'model.batch_norm_examples=None, but model.batch_norm_examples is 8',
+  ),
   ({'optimizer.momentum': 0.5, 'optimizer.name': 'adam'}, "'rmsprop', but"),
   ({'optimizer.nesterov': True, 'optimizer.name': 'adam'}, "is 'adam'"),
   (
@@ -418,6 +436,7 @@ GOOD = [
   {'data.augmentations': ('flip', 'crop')},
   {'mmr.alpha_end': 1.0, 'mmr.stop_feature_gradient': True},
   {'selection.proxy': 'resnet8', 'model.batch_norm': 'device', **MMS},
+  {'model.name': 'resnet8', 'model.batch_norm_examples': 16},
   {'data.cutout_size': 1, 'data.augmentations': ('cutout', 'autoaugment')},
   {'data.crop_padding': 4, 'data.validation_examples': 1},
   {'optimizer.momentum': 0, 'optimizer.weight_decay': 5e-4},

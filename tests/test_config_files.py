@@ -175,6 +175,7 @@ ROWS = [
       RATES: (0.1, 0.01, 0.001, 0.0001),
       BOUNDARIES: (30 * 5004, 60 * 5004, 80 * 5004),
       'optimizer.weight_decay_mask': 'convolutions', 'model.name': 'mobilenet',
+      'model.batch_norm_examples': 64,
     },
   ),
   (

@@ -291,6 +291,12 @@ def _check_losses(flat: Flat) -> None:
   risk = flat['loss.risk']
   allowed = f'without {risk!r}, which is the risk'
   require(risk not in names, 'loss.names', names, allowed)
+  if flat['model.batch_norm_examples'] is not None:
+    because = (
+      'with model.batch_norm_examples: it holds the statistics of one batch '
+      'fixed, and these are of groups'
+    )
+    _forbid(flat, ('large_margin.weight',), because)
 
 
 def _check_attack(flat: Flat) -> None:
@@ -367,6 +373,24 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
   for name in names:
     holds = config[name] % devices == 0
     require(holds, name, config[name], f'divisible by {devices} devices')
+  if config.model.batch_norm_examples is not None:
+    _check_groups(config, devices)
+
+
+def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
+  """Checks that BatchNorm's groups and the devices divide the examples."""
+  size = config.model.batch_norm_examples
+  places = {'': config.batch_size}
+  if config.selection.batch_stats == 'pool':
+    places[' in a pool'] = config.pool_size
+  for place, total in places.items():
+    own = total // devices
+    allowed = (
+      f'a divisor of {own}, the examples of each device{place}, or a multiple '
+      f'of them and a divisor of all {total}'
+    )
+    holds = own % size == 0 or (size % own == 0 and total % size == 0)
+    require(holds, 'model.batch_norm_examples', size, allowed)
 
 
 def choices(name: str) -> tuple[str, ...]:

@@ -164,9 +164,16 @@ def make_spec(
     learning_rate=learning_rate,
     alpha=alpha,
     axis_name=devices_lib.AXIS,
-    average_batch_stats=config.model.batch_norm == 'device',
+    average_batch_stats=not _synchronized(config),
+    batch_norm_examples=config.model.batch_norm_examples,
     on_nonfinite=config.on_nonfinite,
   )
+
+
+def _synchronized(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether BatchNorm's statistics are of all devices' examples."""
+  own = config.model.batch_norm_examples is not None
+  return config.model.batch_norm == 'global' and not own
 
 
 def _models(
@@ -175,14 +182,13 @@ def _models(
   """Returns the model, and the proxy, whose own options are the defaults."""
 
   def build(field: str, name: str, **options: Any) -> nn.Module:
-    synchronized = config.model.batch_norm == 'global'
     module = models.build(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
       variant=config.model.variant,
       dtype=config.model.dtype,
-      batch_norm_axis=devices_lib.AXIS if synchronized else None,
+      batch_norm_axis=devices_lib.AXIS if _synchronized(config) else None,
       **options,
     )
     if name in models.REGISTERED:
