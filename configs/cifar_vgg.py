@@ -5,7 +5,8 @@
 
 Arguments: the method (`baseline`, `mmr`); dataset=cifar10 or cifar100, which
 adds AutoAugment and cutout; head=released or linear, the usual VGG of 32x32
-images without hidden layers.
+images without hidden layers; penalty=paper, or released: MMR as in the authors'
+code (alpha by epoch, 0 and then 1e-4 to 1e-2; the square of the mean).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1), baseline and mmr:
 
@@ -37,6 +38,7 @@ def get_config(argument: str | None = None):
     method=('baseline', 'mmr'),
     dataset=('cifar10', 'cifar100'),
     head=('released', 'linear'),
+    penalty=tuple(config_lib.MMR_ON_CIFAR),
   )
   config = config_lib.default()
   config.steps = 200 * EPOCH
@@ -57,6 +59,5 @@ def get_config(argument: str | None = None):
   config.optimizer.weight_decay = 5e-4
   config.optimizer.weight_decay_mask = 'all'
   if args.method == 'mmr':
-    config.mmr.alpha = 1e-5
-    config.mmr.alpha_end = 1e-3
+    config.update_from_flattened_dict(config_lib.MMR_ON_CIFAR[args.penalty])
   return config

@@ -745,6 +745,21 @@ FIELDS: dict[str, Field] = {
     optional(AT_LEAST_0),
     'Weight at the last step, linear in the step; None stays at mmr.alpha.',
   ),
+  'mmr.schedule': Field(
+    'linear',
+    one_of('linear', 'released'),
+    "Between them: 'linear' in the step, the paper's, or as in the authors' "
+    'released code: constant in an epoch, linear in its number, 0 in the '
+    'first (theirs: alpha=1e-4, alpha_end=1e-2).',
+    needs=[
+      Need(
+        'mmr.alpha_end',
+        lambda config: config['mmr.alpha_end'] is not None,
+        'mmr.alpha_end',
+      ),
+      MMR,
+    ],
+  ),
   'mmr.reduction': Field(
     'mean_of_squares',
     one_of(*losses.REDUCTIONS),
@@ -901,6 +916,18 @@ def preset(name: str, dataset: str) -> Flat:
   }
   fresh = {'selection.rule': 'mms', 'selection.memory': False}
   return {'memory': memory, 'proxy': proxy, 'fresh': fresh}[name]
+
+
+# MMR on CIFAR as in the paper, and as in the code that its authors released.
+MMR_ON_CIFAR: dict[str, Flat] = {
+  'paper': {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3},
+  'released': {
+    'mmr.alpha': 1e-4,
+    'mmr.alpha_end': 1e-2,
+    'mmr.schedule': 'released',
+    'mmr.reduction': 'square_of_mean',
+  },
+}
 
 
 def require(holds: bool, name: str, value: Any, allowed: str) -> None:

@@ -358,3 +358,15 @@ def batch_norm(x, scale, bias, running, size, momentum=0.9, epsilon=1e-5):
     )
   mean, variance = (sum(values) / len(own) for values in zip(*own, strict=True))
   return np.concatenate(groups), mean, variance
+
+
+def released_alphas(start, end, steps, steps_per_epoch) -> list[float]:
+  """MMR's weight at every step, as the authors' code loops over epochs."""
+  epochs = math.ceil(steps / steps_per_epoch)
+  alphas = []
+  for epoch in range(epochs):
+    alpha = 0.0
+    if epoch > 0:
+      alpha = start + epoch * ((end - start) / epochs)
+    alphas += [alpha] * steps_per_epoch
+  return alphas[:steps]

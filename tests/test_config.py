@@ -161,6 +161,14 @@ def test_sizes_must_be_divisible_by_the_devices():
     schema.validate_devices(config, 2)
 
 
+def test_the_released_alpha_needs_a_second_epoch():
+  fields = {'mmr.alpha_end': 1e-2, 'mmr.schedule': 'released'}
+  config = make_config({**fields, 'steps': 10, 'batch_size': 8})
+  schema.validate_data(config, 79, (8, 8, 1))
+  with pytest.raises(ConfigError, match=r'^steps=10 .*above 10, one epoch'):
+    schema.validate_data(config, 80, (8, 8, 1))
+
+
 def test_the_data_must_fill_what_a_step_draws():
   config = make_config({'pool_size': 640, 'batch_size': 64})
   schema.validate_data(config, 64, (8, 8, 1))

@@ -60,6 +60,10 @@ REGIMES = {
   'early_drop': (44_000, (24_992, 27_335, 29_678)),
 }
 MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
+RELEASED = {
+  'mmr.alpha': 1e-4, 'mmr.alpha_end': 1e-2, 'mmr.schedule': 'released',
+  'mmr.reduction': 'square_of_mean',
+}  # fmt: skip
 # What a method changes of plain training.
 METHODS = {
   'baseline': {'selection.rule': 'uniform', 'mmr.alpha': 0.0},
@@ -188,6 +192,9 @@ ROWS = [
       'optimizer.weight_decay': 5e-4, 'optimizer.weight_decay_mask': 'all',
     },
   ),
+  ('cifar_vgg', 'mmr,penalty=released', RELEASED),
+  ('cifar10_resnet44', 'mms_mmr,penalty=released', RELEASED),
+  ('cifar100_wrn28_10', 'mmr,penalty=released', RELEASED),
   (
     'trimming', 'on,dataset=svhn_cropped,model=densenet121',
     {

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from margin_jax.train import optimizers
+from tests import references
 
 STEPS = 10
 
@@ -52,6 +53,20 @@ def test_linear_goes_from_the_first_step_to_the_last(start, end, steps):
     expected = start + (end - start) * step / last
     np.testing.assert_allclose(schedule(jnp.int32(step)), expected, 1e-4, 1e-9)
   np.testing.assert_allclose(schedule(jnp.int32(last + 9)), end, 1e-4, 1e-9)
+
+
+@pytest.mark.parametrize(
+  ('steps', 'steps_per_epoch'), [(20, 5), (23, 5), (3, 1)]
+)
+@pytest.mark.parametrize(('start', 'end'), [(1e-4, 1e-2), (1e-3, 0.0)])
+def test_the_released_alpha_agrees_with_the_oracle(
+  start, end, steps, steps_per_epoch
+):
+  schedule = jax.jit(optimizers.released(start, end, steps, steps_per_epoch))
+  found = [schedule(jnp.int32(step)) for step in range(steps)]
+  expected = references.released_alphas(start, end, steps, steps_per_epoch)
+  np.testing.assert_allclose(found, expected, 1e-5, 1e-12)
+  assert found[0] == 0
 
 
 @pytest.mark.parametrize('step', [0, 5, 1000])

@@ -58,6 +58,34 @@ def linear(start: float, end: float | None, steps: int) -> optax.Schedule:
   return optax.linear_schedule(start, end, max(steps - 1, 1))
 
 
+def released(
+  start: float, end: float, steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """Makes the schedule of MMR's alpha in the code that its authors released.
+
+  It is constant in an epoch: 0 in the first, and in epoch e = 1, 2, ... of E
+
+      start + e * (end - start) / E
+
+  which does not reach the end. They have 1e-4 and 1e-2.
+
+  Args:
+    start, end: of alpha.
+    steps: of the whole run, E epochs; the last may be cut short.
+    steps_per_epoch: of all training examples.
+
+  Returns:
+    step -> alpha.
+  """
+  epochs = math.ceil(steps / steps_per_epoch)
+
+  def schedule(step: jax.Array) -> jax.Array:
+    epoch = step // steps_per_epoch
+    return (epoch > 0) * (start + epoch * ((end - start) / epochs))
+
+  return schedule
+
+
 def kernels_only(params):
   """Marks the kernels, the arrays that have an input and an output axis.
 

@@ -334,6 +334,12 @@ def validate_data(
       config.steps > epoch, 'steps', config.steps,
       f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
     )  # fmt: skip
+  if config.mmr.schedule == 'released':
+    epoch = examples // config.batch_size
+    require(
+      config.steps > epoch, 'steps', config.steps,
+      f"above {epoch}, one epoch, with mmr.schedule='released': it has no MMR",
+    )  # fmt: skip
   if config.data.name in data.SENTENCES:
     return  # what remains is about images
   _check_sides(config, image_shape)

@@ -135,7 +135,7 @@ def make_spec(
     warmup=config.optimizer.warmup,
     end=config.steps if config.optimizer.decay == 'linear' else None,
   )
-  alpha = _alpha(config)
+  alpha = _alpha(config, dataset.counts['train'])
   has_large_margin = bool(config.large_margin.weight)
   return StepSpec(
     model=model,
@@ -214,11 +214,16 @@ def _models(
   return model, build('selection.proxy', config.selection.proxy)
 
 
-def _alpha(config: ml_collections.ConfigDict) -> optax.Schedule | None:
+def _alpha(
+  config: ml_collections.ConfigDict, examples: int
+) -> optax.Schedule | None:
   """Returns step -> the weight of MMR, or None without it."""
   alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
   if not alpha and not alpha_end:
     return None
+  if config.mmr.schedule == 'released':
+    steps_per_epoch = examples // config.batch_size
+    return optimizers.released(alpha, alpha_end, config.steps, steps_per_epoch)
   return optimizers.linear(alpha, alpha_end, config.steps)
 
 
