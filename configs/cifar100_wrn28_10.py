@@ -5,8 +5,10 @@
         --workdir=/tmp/wrn
 
 Arguments: the method (`baseline`, `mmr`, `mms`, `mms_mmr`), regime=standard
-(156.2K steps) or early_drop (80K steps), and selection=fresh (the papers'
-pools), memory (soft pruning by remembered margins; no pool) or proxy.
+(156.2K steps) or early_drop (80K steps), selection=fresh (the papers' pools),
+memory (soft pruning by remembered margins; no pool) or proxy, and
+penalty=paper, or released: MMR as in its authors' code (alpha by epoch, 0 and
+then 1e-4 to 1e-2; the square of the mean).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1; ICLR 2020 submission,
 Table 1):
@@ -49,12 +51,12 @@ def get_config(argument: str | None = None):
     method=('baseline', 'mmr', 'mms', 'mms_mmr'),
     regime=('standard', 'early_drop'),
     selection=('fresh', 'memory', 'proxy'),
+    penalty=tuple(config_lib.MMR_ON_CIFAR),
   )
   regime = REGIMES[args.regime]
   config = config_lib.default()
   config.steps = regime['steps']
   config.batch_size = 64
-  config.pool_size = 640
   config.eval_every = 1000
   config.checkpoint_every = 1000
   config.data.name = 'cifar100'
@@ -74,6 +76,5 @@ def get_config(argument: str | None = None):
       config_lib.preset(args.selection, config.data.name)
     )
   if 'mmr' in args.method.split('_'):
-    config.mmr.alpha = 1e-5
-    config.mmr.alpha_end = 1e-3
+    config.update_from_flattened_dict(config_lib.MMR_ON_CIFAR[args.penalty])
   return config

@@ -6,7 +6,9 @@
 Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
 steps, the papers' 200 epochs of 50,000 images; 5,000 are held out here) or
 `regime=early_drop` (44K steps), and `selection=fresh` (the papers' pools),
-`memory` (soft pruning by remembered margins; no pool) or `proxy`.
+`memory` (soft pruning by remembered margins; no pool) or `proxy`; and
+`penalty=paper`, or `released`: MMR as in its authors' code (alpha by epoch, 0
+and then 1e-4 to 1e-2; the square of the mean).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
 submission, Table 1):
@@ -52,12 +54,12 @@ def get_config(argument: str | None = None):
     method=('baseline', 'mmr', 'mms', 'mms_mmr'),
     regime=('standard', 'early_drop'),
     selection=('fresh', 'memory', 'proxy'),
+    penalty=tuple(config_lib.MMR_ON_CIFAR),
   )
   regime = REGIMES[args.regime]
   config = config_lib.default()
   config.steps = regime['steps']
   config.batch_size = 64
-  config.pool_size = 640
   config.eval_every = 1000
   config.checkpoint_every = 1000
   config.data.name = 'cifar10'
@@ -77,6 +79,5 @@ def get_config(argument: str | None = None):
       config_lib.preset(args.selection, config.data.name)
     )
   if 'mmr' in args.method.split('_'):
-    config.mmr.alpha = 1e-5
-    config.mmr.alpha_end = 1e-3
+    config.update_from_flattened_dict(config_lib.MMR_ON_CIFAR[args.penalty])
   return config

@@ -34,6 +34,9 @@ Flat = dict[str, Any]
 # Plain training on batches of b: no pool, nothing scored.
 UNIFORM = 'uniform'
 
+# The papers' B / b.
+POOL_FACTOR = 10
+
 # Not a field, but saved with them: of which arrays a registered dataset was.
 DIGEST = 'data.digest'
 
@@ -232,9 +235,10 @@ FIELDS: dict[str, Field] = {
     'Examples that a gradient step sees, b, over all devices.',
   ),
   'pool_size': Field(
-    640,
+    POOL_FACTOR * 64,
     integer(1),
-    'Examples to select a batch from, B, over all devices.',
+    'Examples to select a batch from, B, over all devices; ten times '
+    'batch_size, whatever that is, unless it is set.',
     needs=POOL,
   ),
   'devices': Field(
@@ -400,6 +404,13 @@ FIELDS: dict[str, Field] = {
     "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
     needs=[_model('a model with variants', 'variant')],
   ),
+  'model.head': Field(
+    'linear',
+    one_of(*models.HEADS),
+    "What follows VGG's convolutions: the last layer alone, or two hidden "
+    "layers of 4096 before it ('released', as in the MMR authors' code).",
+    needs=[_model('a model with heads', 'head')],
+  ),
   'model.dtype': Field(
     'float32',
     DTYPE,
@@ -411,14 +422,29 @@ FIELDS: dict[str, Field] = {
     one_of('global', 'device'),
     "Whose examples BatchNorm normalises with: all devices' ('global', which "
     "does not depend on their number) or each device's own.",
+    needs=[
+      BATCH_NORM,
+      Need(
+        'model.batch_norm_examples=None',
+        lambda config: config['model.batch_norm_examples'] is None,
+        'model.batch_norm_examples',
+      ),
+    ],
+  ),
+  'model.batch_norm_examples': Field(
+    None,
+    optional(integer(2)),
+    'BatchNorm normalises groups of so many examples of a training batch, and '
+    'averages the running statistics: as on devices that have so many, with '
+    "model.batch_norm='device', but on any number of them. None has no groups.",
     needs=[BATCH_NORM],
   ),
   'model.dropout': Field(
     0.0,
     number(least=0, below=1),
     'Fraction of the activations that is dropped: inside a block of wide '
-    "ResNets; of BERT's embeddings, sublayers, attention and features "
-    '(published: 0.1).',
+    "ResNets; of VGG's hidden layers (released: 0.5), or of its features; of "
+    "BERT's embeddings, sublayers, attention and features (published: 0.1).",
     needs=[_model('a model with dropout', 'dropout')],
   ),
   'model.stem': Field(
@@ -442,7 +468,9 @@ FIELDS: dict[str, Field] = {
   ),
   # The optimizer.
   'optimizer.name': Field(
-    'sgd', one_of('sgd', 'adam', 'rmsprop'), 'The optimizer.'
+    'sgd',
+    one_of('sgd', 'adam', 'adamw', 'rmsprop'),
+    "The optimizer; 'adamw' is Adam with decoupled weight decay.",
   ),
   'optimizer.learning_rates': Field(
     (0.1,),
@@ -480,20 +508,22 @@ FIELDS: dict[str, Field] = {
   'optimizer.weight_decay': Field(
     0.0,
     AT_LEAST_0,
-    'Coefficient of the L2 penalty.',
+    "Coefficient of the L2 penalty; of 'adamw', times the learning rate, the "
+    'fraction of a parameter that a step takes off it.',
   ),
   'optimizer.weight_decay_mask': Field(
     'kernels',
     one_of('kernels', 'convolutions', 'all'),
-    'What is decayed: kernels only, of those the ones of convolutions only, '
-    'or all parameters.',
+    'What is decayed: kernels only (and embeddings; no biases, no scales of '
+    'normalization), of those the ones of convolutions only, or all '
+    'parameters.',
     needs=[_above(0, 'optimizer.weight_decay')],
   ),
   'optimizer.epsilon': Field(
     None,
     optional(POSITIVE),
     "Added to the denominator; None is optax's own.",
-    needs=[_equal('optimizer.name', 'adam', 'rmsprop')],
+    needs=[_equal('optimizer.name', 'adam', 'adamw', 'rmsprop')],
   ),
   'optimizer.clip_norm': Field(
     None,
@@ -716,6 +746,21 @@ FIELDS: dict[str, Field] = {
     optional(AT_LEAST_0),
     'Weight at the last step, linear in the step; None stays at mmr.alpha.',
   ),
+  'mmr.schedule': Field(
+    'linear',
+    one_of('linear', 'released'),
+    "Between them: 'linear' in the step, the paper's, or as in the authors' "
+    'released code: constant in an epoch, linear in its number, 0 in the '
+    'first (theirs: alpha=1e-4, alpha_end=1e-2).',
+    needs=[
+      Need(
+        'mmr.alpha_end',
+        lambda config: config['mmr.alpha_end'] is not None,
+        'mmr.alpha_end',
+      ),
+      MMR,
+    ],
+  ),
   'mmr.reduction': Field(
     'mean_of_squares',
     one_of(*losses.REDUCTIONS),
@@ -826,7 +871,10 @@ FIELDS: dict[str, Field] = {
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns every field with its default; config files change some of them."""
+  """Returns every field with its default; config files change some of them.
+
+  `pool_size` follows `batch_size` until it is set itself.
+  """
   nested: dict[str, Any] = {}
   for name, field in FIELDS.items():
     *sections, leaf = name.split('.')
@@ -836,7 +884,9 @@ def default() -> ml_collections.ConfigDict:
     values[leaf] = field.default
     if field.default is None or field.check.type is object:
       values[leaf] = config_dict.FieldReference(field.default, field.check.type)
-  return ml_collections.ConfigDict(nested)
+  config = ml_collections.ConfigDict(nested)
+  config.pool_size = POOL_FACTOR * config.get_ref('batch_size')
+  return config
 
 
 # Ways to select, by name: an argument of config files, a method of `compare`.
@@ -878,6 +928,18 @@ def preset(name: str, dataset: str) -> Flat:
     'selection.proxy': None,
   }
   return {'memory': memory, 'proxy': proxy, 'fresh': fresh}[name]
+
+
+# MMR on CIFAR as in the paper, and as in the code that its authors released.
+MMR_ON_CIFAR: dict[str, Flat] = {
+  'paper': {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3},
+  'released': {
+    'mmr.alpha': 1e-4,
+    'mmr.alpha_end': 1e-2,
+    'mmr.schedule': 'released',
+    'mmr.reduction': 'square_of_mean',
+  },
+}
 
 
 def require(holds: bool, name: str, value: Any, allowed: str) -> None:

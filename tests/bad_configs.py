@@ -78,13 +78,15 @@ BAD = [
   ('model.dropout', 1.0, 'below 1'),
   ('model.dropout', -0.3, REAL),
   ('model.stem', 'cifar', "('imagenet', 'small')"),
+  ('model.head', 'mlp', "('linear', 'released')"),
   ('model.width', 0.0, ABOVE),
   ('model.width', '1', ABOVE),
   ('model.pretrained', True, 'None or a string'),
   ('model.variant', 'He', "('he', 'authors')"),
   ('model.dtype', 'float16', "('float32', 'bfloat16')"),
   ('model.batch_norm', None, "('global', 'device')"),
-  ('optimizer.name', 'adamw', "('sgd', 'adam', 'rmsprop')"),
+  ('model.batch_norm_examples', 1, 'None or an integer, at least 2'),
+  ('optimizer.name', 'lamb', "('sgd', 'adam', 'adamw', 'rmsprop')"),
   (RATES, 0.1, 'a tuple'),
   (RATES, (0.1, 0.01), 'one more than optimizer.boundaries has'),
   (RATES, (-0.1,), 'at least 0'),
@@ -153,6 +155,7 @@ BAD = [
   ('mmr.alpha', NAN, REAL),
   ('mmr.alpha_end', -1.0, 'None or a finite number, at least 0'),
   ('mmr.alpha_end', 1e13, 'None or a finite number, at least 0'),
+  ('mmr.schedule', 'cosine', "('linear', 'released')"),
   ('mmr.reduction', 'mean', "'square_of_mean'"),
   ('mmr.stop_feature_gradient', 0, 'True or False'),
   ('large_margin.weight', -1.0, REAL),
@@ -188,6 +191,14 @@ BAD = [
 
 # Fields that are good alone and bad together; the first is the one to blame.
 BAD_TOGETHER = [
+  (
+    {
+      'large_margin.weight': 1.0,
+      'model.batch_norm_examples': 8,
+      'model.name': 'resnet8',
+    },
+    '0.0 with model.batch_norm_examples',
+  ),
   ({'loss.weights': (), 'loss.names': ('hinge',)}, 'one for each of'),
   (
     {'loss.names': ('cross_entropy',), 'loss.weights': (1.0,)},
@@ -333,7 +344,17 @@ UNUSED = [
   ({'model.dropout': 0.3, 'model.name': 'resnet8'}, 'a model with dropout'),
   ({'model.stem': 'small', 'model.name': 'resnet8'}, 'a model with stems'),
   ({'model.width': 0.5, 'model.name': 'vgg16'}, 'a model with a width'),
+  ({'model.head': 'released', 'model.name': 'resnet8'}, 'a model with heads'),
   ({'model.batch_norm': 'device'}, 'a model with BatchNorm'),
+  ({'model.batch_norm_examples': 8}, 'a model with BatchNorm'),
+  (
+    {
+      'model.batch_norm': 'device',
+      'model.batch_norm_examples': 8,
+      'model.name': 'resnet8',
+    },
+    'model.batch_norm_examples=None, but model.batch_norm_examples is 8',
+  ),
   ({'optimizer.momentum': 0.5, 'optimizer.name': 'adam'}, "'rmsprop', but"),
   ({'optimizer.nesterov': True, 'optimizer.name': 'adam'}, "is 'adam'"),
   (
@@ -380,6 +401,7 @@ UNUSED = [
   ({'selection.ramp': 0.1, **MMS}, "selection.rule='loss', but selection.rule"),
   ({'selection.beta': 2.0, **MMS}, "selection.rule='selective_backprop', but"),
   ({'trimming.backward': 'kept'}, 'trimming.first or trimming.last below 1'),
+  ({'mmr.schedule': 'released'}, 'it needs mmr.alpha_end, but'),
   ({'mmr.reduction': 'square_of_mean'}, 'mmr.alpha or mmr.alpha_end above 0'),
   ({'mmr.stop_feature_gradient': True}, 'mmr.alpha or mmr.alpha_end above 0'),
   ({'large_margin.cross_entropy': 0.0}, NO_LARGE_MARGIN),
@@ -415,7 +437,9 @@ GOOD = [
   {'data.data_dir': '/data', 'data.name': 'mnist'},
   {'data.augmentations': ('flip', 'crop')},
   {'mmr.alpha_end': 1.0, 'mmr.stop_feature_gradient': True},
+  {'mmr.alpha': 1e-4, 'mmr.alpha_end': 1e-2, 'mmr.schedule': 'released'},
   {'selection.proxy': 'resnet8', 'model.batch_norm': 'device', **MMS},
+  {'model.name': 'resnet8', 'model.batch_norm_examples': 16},
   {'data.cutout_size': 1, 'data.augmentations': ('cutout', 'autoaugment')},
   {'data.crop_padding': 4, 'data.validation_examples': 1},
   {'optimizer.momentum': 0, 'optimizer.weight_decay': 5e-4},
@@ -450,6 +474,7 @@ GOOD = [
   {'large_margin.weight': 1.0, 'large_margin.cross_entropy': 0.0, **MMS},
   {'attack.name': 'pgd', 'attack.epsilons': (1, 0.1), 'attack.steps': 3},
   {'model.name': 'wrn28_10', 'model.dropout': 0.3},
+  {'model.name': 'vgg16', 'model.head': 'released', 'model.dropout': 0.5},
   {'model.name': 'densenet121', 'model.stem': 'small'},
   {'model.name': 'imagenet_resnet50', 'model.pretrained': 'weights.pth'},
   {'model.name': 'mobilenet', 'model.width': 0.25},
@@ -465,5 +490,6 @@ GOOD = [
     'optimizer.weight_decay_mask': 'convolutions',
   },
   {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 1e-2},
+  {'optimizer.name': 'adamw', 'optimizer.epsilon': 1e-6},
   {'data.fraction': 0.01, 'data.label_noise': 1.0, 'keep_every': 1000},
 ]

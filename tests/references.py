@@ -334,3 +334,39 @@ def class_accuracies(labels, predictions) -> dict[int, float]:
     counts[label] = counts.get(label, 0) + 1
     right[label] = right.get(label, 0) + (label == prediction)
   return {label: right[label] / counts[label] for label in counts}
+
+
+def batch_norm(x, scale, bias, running, size, momentum=0.9, epsilon=1e-5):
+  """BatchNorm of each group of `size` examples in turn, as on a device each.
+
+  Returns the normalised activations, and the running (mean, variance) that
+  the devices' own are averaged to.
+  """
+  x = float64(x)
+  groups, own = [], []
+  for start in range(0, len(x), size):
+    rows = x[start : start + size].reshape(-1, x.shape[-1])
+    mean = sum(rows) / len(rows)
+    variance = sum((row - mean) ** 2 for row in rows) / len(rows)
+    normal = (rows - mean) / np.sqrt(variance + epsilon) * scale + bias
+    groups.append(normal.reshape(x[start : start + size].shape))
+    own.append(
+      [
+        momentum * old + (1 - momentum) * new
+        for old, new in zip(running, (mean, variance), strict=True)
+      ]
+    )
+  mean, variance = (sum(values) / len(own) for values in zip(*own, strict=True))
+  return np.concatenate(groups), mean, variance
+
+
+def released_alphas(start, end, steps, steps_per_epoch) -> list[float]:
+  """MMR's weight at every step, as the authors' code loops over epochs."""
+  epochs = math.ceil(steps / steps_per_epoch)
+  alphas = []
+  for epoch in range(epochs):
+    alpha = 0.0
+    if epoch > 0:
+      alpha = start + epoch * ((end - start) / epochs)
+    alphas += [alpha] * steps_per_epoch
+  return alphas[:steps]

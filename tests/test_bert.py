@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from flax import traverse_util
 from margin_jax import layer_margins, linearized, signed_margins
 from margin_jax.models import bert
 from margin_jax.train import dropout as dropout_lib
+from margin_jax.train import optimizers
 
 TINY = {
   'num_classes': 3, 'vocab_size': 50, 'layers': 2, 'width': 12, 'heads': 3,
@@ -47,6 +49,17 @@ def random_params():
     return noise if path[-1].key == 'embedding' else 1 + 0.3 * noise
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def test_weight_decay_as_in_pretraining():
+  """BERT leaves out what has LayerNorm or bias in its name; rows it decays."""
+  flat = traverse_util.flatten_dict(random_params()['params'], sep='/')
+  mask = optimizers.kernels_only(flat)
+  left_out = {path for path, decayed in mask.items() if not decayed}
+  assert left_out == {
+    path for path in flat if re.search(r'norm\d?/|/bias$', path)
+  }
+  assert mask['embeddings/word/embedding']
 
 
 def apply(inputs, train=False, key=0, device=0, **fields):

@@ -87,6 +87,25 @@ def pretended(monkeypatch):
   return train
 
 
+def test_the_summary_of_a_config_file_stands_below_the_table(
+  tmp_path, pretended
+):
+  lines, seen = [], []
+
+  def summary(rows):
+    seen.append([(row['method'], row['seed']) for row in rows])
+    return [f'The mean of {len(rows)} runs.']
+
+  compare(
+    tmp_path, 'uniform', 'random', seeds=2, log=lines.append, summary=summary
+  )
+  assert seen[-1] == [
+    ('uniform', 0), ('random', 0), ('uniform', 1), ('random', 1)
+  ]  # fmt: skip
+  assert lines[-2].endswith('\n\nThe mean of 4 runs.')
+  assert '\n\nThe mean of 4 runs.\n\n' in (tmp_path / 'compare.md').read_text()
+
+
 @pytest.fixture(scope='module')
 def real(tmp_path_factory):
   """Two seeds on the FLOPs of the baseline: the rows, and the folder."""

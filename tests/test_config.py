@@ -1,6 +1,7 @@
 """Configs: what is refused and how, arguments, JSON."""
 
 import ast
+import copy
 import json
 import pathlib
 import re
@@ -53,6 +54,25 @@ def test_every_field_has_a_bad_value():
 def test_a_bad_combination_is_refused(fields, allowed):
   name, value = next(iter(fields.items()))
   assert_refused(make_config(fields), name, value, allowed)
+
+
+def test_a_pool_is_ten_batches_unless_it_is_set():
+  config = config_lib.default()
+  assert config.pool_size == 640
+  config.batch_size = 32
+  copied = copy.deepcopy(config)
+  copied.update_from_flattened_dict({'batch_size': 16})
+  assert (config.pool_size, copied.pool_size) == (320, 160)
+  # It is not the user who set it: where no pool is scored, no warning.
+  assert schema.warnings(config) == []
+  assert schema.effective(config).pool_size == 640
+  config.selection.rule = 'mms'
+  assert schema.effective(config).pool_size == 320
+  config.selection.rule = 'uniform'
+  config.pool_size = 100
+  config.batch_size = 8
+  assert config.pool_size == 100
+  assert 'pool_size=100 has no effect' in schema.warnings(config)[0]
 
 
 @pytest.mark.parametrize('fields', GOOD, ids=str)
@@ -139,6 +159,14 @@ def test_sizes_must_be_divisible_by_the_devices():
   schema.validate_devices(config, 3)
   with pytest.raises(ConfigError, match=r'^pool_size=9 .*divisible by 2 '):
     schema.validate_devices(config, 2)
+
+
+def test_the_released_alpha_needs_a_second_epoch():
+  fields = {'mmr.alpha_end': 1e-2, 'mmr.schedule': 'released'}
+  config = make_config({**fields, 'steps': 10, 'batch_size': 8})
+  schema.validate_data(config, 79, (8, 8, 1))
+  with pytest.raises(ConfigError, match=r'^steps=10 .*above 10, one epoch'):
+    schema.validate_data(config, 80, (8, 8, 1))
 
 
 def test_the_data_must_fill_what_a_step_draws():

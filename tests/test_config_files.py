@@ -8,6 +8,7 @@ import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import data
+from margin_jax.compare import methods as methods_lib
 from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
 from tests.bad_configs import BOUNDARIES, RATES
@@ -59,6 +60,10 @@ REGIMES = {
   'early_drop': (44_000, (24_992, 27_335, 29_678)),
 }
 MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
+RELEASED = {
+  'mmr.alpha': 1e-4, 'mmr.alpha_end': 1e-2, 'mmr.schedule': 'released',
+  'mmr.reduction': 'square_of_mean',
+}  # fmt: skip
 # What a method changes of plain training.
 METHODS = {
   'baseline': {'selection.rule': 'uniform', 'mmr.alpha': 0.0},
@@ -83,6 +88,68 @@ def test_cifar10_resnet44_has_the_numbers_of_the_papers(method, regime):
     'data.augmentations': ('crop', 'flip'), 'data.crop_padding': 4,
   } | METHODS[method]  # fmt: skip
   assert config.items() >= expected.items()
+
+
+SELECTING = [
+  ('cifar10_resnet44', 'mms', 10), ('cifar100_wrn28_10', 'mms', 10),
+  ('figures', 'figure2a', 10), ('glue_bert', 'rte', 10),
+  ('digits', None, 4), ('glue_tiny', 'mms', 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'argument', 'factor'), SELECTING)
+def test_pools_follow_the_batches(name, argument, factor):
+  """As --config.batch_size does it, after get_config."""
+  module = load_config_file(REPOSITORY / f'configs/{name}.py')
+  config = module.get_config(argument)
+  assert config.pool_size == factor * config.batch_size
+  config.batch_size = 24
+  assert config.pool_size == factor * 24
+  config.pool_size = 50
+  assert config.pool_size == 50
+
+
+def glue_runs(task):
+  """The module, and of every method what its runs train with."""
+  module = load_config_file(REPOSITORY / 'configs/glue_bert.py')
+  config = module.get_config(task)
+  trials = methods_lib.make_trials(config, module.get_methods(task), {})
+  return module, {x.method: x.config.mmr.alpha for x in trials}
+
+
+def test_a_task_is_one_comparison():
+  _, alphas = glue_runs('rte')
+  assert alphas == {'uniform': 0.0, 'mmr': 1e-5}
+
+
+def test_mnli_is_the_mean_of_two_runs():
+  """2020, Table 1: matched with alpha 1e-5, mismatched with 1e-6."""
+  module, alphas = glue_runs('mnli')
+  assert alphas == {'uniform': 0.0, 'matched': 1e-5, 'mismatched': 1e-6}
+  errors = {
+    'uniform': [(0.16, 0.15), (0.18, 0.17)],
+    'matched': [(0.10, 0.50), (0.12, 0.50)],
+    'mismatched': [(0.50, 0.14), (0.50, 0.20)],
+  }
+  rows = [
+    {
+      'method': method, 'seed': seed,
+      'test_error': pairs[seed][0], 'test_mismatched_error': pairs[seed][1],
+    }
+    for seed in (0, 1)
+    for method, pairs in errors.items()
+  ]  # fmt: skip
+  # Accuracies of 84.5 and 82.5; of 88 and 84.
+  assert module.get_summary(rows, 'mnli') == [
+    'Mean of matched and mismatched accuracy, %: `uniform` 83.50 ± 1.41; MMR, '
+    'of `matched` and `mismatched`, 86.00 ± 2.83.'
+  ]
+  # A seed that one of the two runs did not end is left out.
+  (line,) = module.get_summary(rows[:-1], 'mnli')
+  assert line.endswith('`uniform` 83.50 ± 1.41; MMR, of `matched` and '
+                       '`mismatched`, 88.00.')  # fmt: skip
+  assert module.get_summary([], 'mnli') == []
+  assert module.get_summary(rows[:1], 'rte') == []
 
 
 SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}
@@ -112,12 +179,22 @@ ROWS = [
       RATES: (0.1, 0.01, 0.001, 0.0001),
       BOUNDARIES: (30 * 5004, 60 * 5004, 80 * 5004),
       'optimizer.weight_decay_mask': 'convolutions', 'model.name': 'mobilenet',
+      'model.batch_norm_examples': 64,
     },
   ),
   (
     'cifar_vgg', 'mmr,dataset=cifar10',
-    {**SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10'},
+    {
+      **SGD, **MMR, 'model.name': 'vgg16', 'data.name': 'cifar10',
+      'model.head': 'released', 'model.dropout': 0.5, 'steps': 156_200,
+      BOUNDARIES: (60 * 781, 120 * 781, 160 * 781),
+      RATES: tuple(pytest.approx(0.1 * 0.2**i) for i in range(4)),
+      'optimizer.weight_decay': 5e-4, 'optimizer.weight_decay_mask': 'all',
+    },
   ),
+  ('cifar_vgg', 'mmr,penalty=released', RELEASED),
+  ('cifar10_resnet44', 'mms_mmr,penalty=released', RELEASED),
+  ('cifar100_wrn28_10', 'mmr,penalty=released', RELEASED),
   (
     'trimming', 'on,dataset=svhn_cropped,model=densenet121',
     {
@@ -131,7 +208,9 @@ ROWS = [
   (
     'glue_bert', 'mrpc',
     {
-      'optimizer.name': 'adam', RATES: (2e-5,), 'model.dropout': 0.1,
+      'optimizer.name': 'adamw', RATES: (2e-5,), 'model.dropout': 0.1,
+      'optimizer.weight_decay': 0.01, 'optimizer.weight_decay_mask': 'kernels',
+      'optimizer.epsilon': 1e-6,
       'optimizer.decay': 'linear', 'mmr.alpha': 1e-5, 'batch_size': 32,
       'steps': 3 * (3668 // 32), 'model.name': 'bert_base',
       'data.name': 'glue/mrpc', 'data.max_length': 128,

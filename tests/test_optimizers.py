@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from margin_jax.train import optimizers
+from tests import references
 
 STEPS = 10
 
@@ -52,6 +53,20 @@ def test_linear_goes_from_the_first_step_to_the_last(start, end, steps):
     expected = start + (end - start) * step / last
     np.testing.assert_allclose(schedule(jnp.int32(step)), expected, 1e-4, 1e-9)
   np.testing.assert_allclose(schedule(jnp.int32(last + 9)), end, 1e-4, 1e-9)
+
+
+@pytest.mark.parametrize(
+  ('steps', 'steps_per_epoch'), [(20, 5), (23, 5), (3, 1)]
+)
+@pytest.mark.parametrize(('start', 'end'), [(1e-4, 1e-2), (1e-3, 0.0)])
+def test_the_released_alpha_agrees_with_the_oracle(
+  start, end, steps, steps_per_epoch
+):
+  schedule = jax.jit(optimizers.released(start, end, steps, steps_per_epoch))
+  found = [schedule(jnp.int32(step)) for step in range(steps)]
+  expected = references.released_alphas(start, end, steps, steps_per_epoch)
+  np.testing.assert_allclose(found, expected, 1e-5, 1e-12)
+  assert found[0] == 0
 
 
 @pytest.mark.parametrize('step', [0, 5, 1000])
@@ -142,11 +157,32 @@ def adam(weight_decay):
     yield dict(params)
 
 
-def assert_runs_agree(found, expected):
+def adamw(weight_decay, epsilon, clip_norm):
+  """Loshchilov & Hutter 2019, Algorithm 2; BERT decays only the kernels."""
+  params, gradients = random_trees()
+  first = {name: np.zeros_like(x) for name, x in params.items()}
+  second = {name: np.zeros_like(x) for name, x in params.items()}
+  for step, gradient in enumerate(gradients):
+    # The norm is of the gradient alone: the decay is no part of it.
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    for name, g in gradient.items():
+      g = g * min(1, clip_norm / norm)
+      first[name] = 0.9 * first[name] + 0.1 * g
+      second[name] = 0.999 * second[name] + 0.001 * g**2
+      mean = first[name] / (1 - 0.9 ** (step + 1))
+      square = second[name] / (1 - 0.999 ** (step + 1))
+      change = mean / (np.sqrt(square) + epsilon)
+      if name == 'kernel':
+        change = change + weight_decay * params[name]
+      params[name] = params[name] - rate(step) * change
+    yield dict(params)
+
+
+def assert_runs_agree(found, expected, atol=1e-6):
   for step, (x, y) in enumerate(zip(found, expected, strict=True)):
     for name in y:
       np.testing.assert_allclose(
-        x[name], y[name], 1e-5, 1e-6, err_msg=f'{name} after step {step}'
+        x[name], y[name], 1e-5, atol, err_msg=f'{name} after step {step}'
       )
 
 
@@ -175,6 +211,35 @@ def test_adam_agrees_with_the_oracle(weight_decay):
     weight_decay=weight_decay,
   )
   assert_runs_agree(run(optimizer), adam(weight_decay))
+
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.3])
+@pytest.mark.parametrize('clip_norm', [1.0, 100.0])
+@pytest.mark.parametrize('epsilon', [1e-6, 0.1])
+def test_adamw_agrees_with_the_oracle(weight_decay, clip_norm, epsilon):
+  optimizer = optimizers.make(
+    'adamw',
+    optimizers.learning_rate((0.1, 0.01), (4,)),
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=weight_decay,
+    epsilon=epsilon,
+    clip_norm=clip_norm,
+  )
+  expected = adamw(weight_decay, epsilon, clip_norm)
+  assert_runs_agree(run(optimizer), expected, atol=1e-5)
+
+
+def test_adamw_decays_all_parameters_on_request():
+  optimizer = optimizers.make(
+    'adamw', lambda step: 0.1, momentum=0.0, nesterov=False,
+    weight_decay=0.5, weight_decay_mask='all',
+  )  # fmt: skip
+  params = {'bias': jnp.ones(2), 'kernel': jnp.ones((2, 2))}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  for change in updates.values():
+    np.testing.assert_allclose(change, -0.05)
 
 
 def rmsprop(momentum, epsilon, weight_decay, clip_norm):
@@ -245,10 +310,10 @@ def test_biases_and_scales_are_not_decayed(name):
 
 def test_an_unknown_optimizer_is_refused():
   with pytest.raises(
-    ValueError, match=r"'adamw'.*\('sgd', 'adam', 'rmsprop'\)"
+    ValueError, match=r"'lamb'.*\('sgd', 'adam', 'adamw', 'rmsprop'\)"
   ):
     optimizers.make(
-      'adamw',
+      'lamb',
       optimizers.learning_rate((0.1,), ()),
       momentum=0.9,
       nesterov=False,

@@ -41,8 +41,9 @@ def state_dict(classes=10, biases=False):
 
 
 @functools.cache
-def variables(name='vgg11', classes=10):
-  init = functools.partial(models.build(name, classes).init, train=False)
+def variables(name='vgg11', classes=10, head='linear'):
+  model = models.build(name, classes, head=head)
+  init = functools.partial(model.init, train=False)
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
   return jax.eval_shape(init, jax.random.key(0), image)
 
@@ -106,6 +107,51 @@ def test_a_head_of_other_classes_is_left_alone(path, caplog):
   assert head['kernel'].shape == (512, 10)
   rest = {k: v for k, v in loaded['params'].items() if k != 'head'}
   assert not any(np.any(x == 0.5) for x in jax.tree.leaves(rest))
+
+
+def released(inputs=512, classes=10):
+  """A VGG-11's with three linear layers."""
+  state = state_dict()
+  del state['classifier.weight'], state['classifier.bias']
+  rng = np.random.default_rng(1)
+  sizes = {0: (4096, inputs), 3: (4096, 4096), 6: (classes, 4096)}
+  for index, shape in sizes.items():
+    for leaf, size in (('weight', shape), ('bias', shape[:1])):
+      value = rng.standard_normal(size, np.float32)
+      state[f'classifier.{index}.{leaf}'] = value
+  return state
+
+
+def test_the_released_head_of_vgg(path):
+  state = released()
+  save_file(state, path)
+  loaded = pretrained.load(path, 'vgg11', variables(head='released'))
+  for ours, index in (('hidden1', 0), ('hidden2', 3), ('head', 6)):
+    for leaf, theirs in (('kernel', 'weight'), ('bias', 'bias')):
+      np.testing.assert_array_equal(
+        loaded['params'][ours][leaf], state[f'classifier.{index}.{theirs}'].T
+      )
+
+
+@pytest.mark.parametrize(
+  ('state', 'head', 'words'),
+  [
+    (released(), 'linear',
+     r'unexpected: .*classifier\.0\.weight.*classifier\.weight '
+     r'\(10, 4096\), not \(10, 512\)'),
+    (state_dict(), 'released',
+     r'missing: .*classifier\.0\.weight.*classifier\.weight '
+     r'\(10, 512\), not \(10, 4096\)'),
+    # torchvision's, for images of 224x224.
+    (released(inputs=25088, classes=1000), 'released',
+     r'of the wrong shape: classifier\.0\.weight \(4096, 25088\), not '
+     r'\(4096, 512\)$'),
+  ],
+)  # fmt: skip
+def test_another_head_of_vgg_is_refused(state, head, words, path):
+  save_file(state, path)
+  with pytest.raises(pretrained.PretrainedError, match=words):
+    pretrained.load(path, 'vgg11', variables(head=head))
 
 
 def test_one_message_lists_all_that_does_not_fit(path):

@@ -51,15 +51,16 @@ def transformers_mobilenet(width):
   return transformers.MobileNetV1ForImageClassification(config)
 
 
-def vgg(counts, bias):
+def vgg(counts, bias, hidden=None):
   plan = []
   for width, count in zip((64, 128, 256, 512, 512), counts, strict=True):
     plan += [width] * count + ['pool']
-  return twins.VGG(plan, CLASSES, bias)
+  return twins.VGG(plan, CLASSES, bias, hidden)
 
 
 RESNET34 = [3, 4, 6, 3]
 SMALL = {'stem': 'small'}
+RELEASED = {'head': 'released', 'dropout': 0.5}
 # Name, options, side of the images, the same network, the file's suffix.
 CASES = [
   ('imagenet_resnet18', SMALL, 18, '.pth',
@@ -76,6 +77,8 @@ CASES = [
    lambda: transformers_mobilenet(0.5)),
   ('vgg11', {}, 32, '.pth', lambda: vgg([1, 1, 2, 2, 2], bias=False)),
   ('vgg16', {}, 32, '.safetensors', lambda: vgg([2, 2, 3, 3, 3], bias=True)),
+  ('vgg16', RELEASED, 32, '.pth',
+   lambda: vgg([2, 2, 3, 3, 3], bias=True, hidden=4096)),
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from tests import helpers
 from tests.helpers import slow
 
 SMALL = {'stem': 'small'}
+RELEASED = {'head': 'released', 'dropout': 0.5}
 # Name, options, side, classes; parameters and multiply-adds, as published,
 # with as many digits.
 PUBLISHED = [
@@ -26,6 +27,8 @@ PUBLISHED = [
   ('wrn16_8', {}, 32, 10, '11.0e6', '1.55e9'),
   # The usual network without hidden layers.
   ('vgg16', {}, 32, 10, '14.7e6', '0.31e9'),
+  # And with them: 512 * 4096 + 4096 * 4096 more, and as many multiply-adds.
+  ('vgg16', RELEASED, 32, 10, '33.6e6', '0.33e9'),
   # torchvision.
   ('imagenet_resnet18', {}, 224, 1000, 11_689_512, '1.81e9'),
   *slow(('imagenet_resnet34', {}, 224, 1000, 21_797_672, '3.66e9')),
@@ -44,6 +47,7 @@ MODELS = [
   ('wrn10_1', {}, 64),
   ('wrn16_2', {'dropout': 0.3}, 128),
   ('vgg11', {}, 512),
+  ('vgg11', RELEASED, 4096),
   ('imagenet_resnet18', {}, 512),
   ('imagenet_resnet18', SMALL, 512),
   *slow(('imagenet_resnet50', SMALL, 2048)),
@@ -130,6 +134,47 @@ def test_every_model_returns_logits_and_features(name, options, width, dtype):
   }  # fmt: skip
 
 
+def test_first_values_of_the_released_head_are_those_of_pytorch():
+  """Uniform up to 1 / sqrt(inputs), biases too."""
+  model = models.build('vgg11', 7, **RELEASED)
+  images = jnp.zeros((1, 32, 32, 3))
+  init = jax.jit(functools.partial(model.init, train=False))
+  params = init(jax.random.key(0), images)['params']
+  for name, inputs in (('hidden1', 512), ('hidden2', 4096), ('head', 4096)):
+    for leaf in ('kernel', 'bias'):
+      x = np.ravel(params[name][leaf]) * math.sqrt(inputs)
+      assert np.abs(x).max() <= 1
+      if x.size > 7:
+        assert np.std(x) == pytest.approx(1 / math.sqrt(3), rel=0.05)
+        assert np.mean(x) == pytest.approx(0, abs=0.05)
+
+
+def test_dropout_of_the_released_head():
+  """The features are what the last layer reads: after ReLU and dropout."""
+  model = models.build('vgg11', 7, **RELEASED)
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+  variables = model.init(jax.random.key(0), images, train=False)
+  outputs = {}
+  for train in (False, True):
+    (outputs[train], layers) = model.apply(
+      variables, images, train=train, rngs={'dropout': jax.random.key(1)},
+      mutable=['batch_stats', 'intermediates'], capture_intermediates=True,
+    )  # fmt: skip
+    logits, features = map(np.float64, outputs[train])
+    head = {k: np.float64(x) for k, x in variables['params']['head'].items()}
+    expected = features @ head['kernel'] + head['bias']
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    hidden = layers['intermediates']['hidden2']['__call__'][0]
+    active = np.maximum(np.float64(hidden), 0)
+    kept = features != 0
+    np.testing.assert_allclose(
+      features, active * kept * (2 if train else 1), rtol=1e-6
+    )
+    share = kept.sum() / (active > 0).sum()
+    assert share == pytest.approx(0.5, abs=0.03) if train else share == 1
+
+
 @pytest.mark.parametrize('name', ['wrn10_1', 'mobilenet'])
 def test_bfloat16_is_of_the_computation_only(name):
   model = models.build(name, 7, dtype='bfloat16')
@@ -203,6 +248,7 @@ def test_the_least_side_leaves_something(name, stem, last, left):
     ({'stem': 'cifar'}, "'cifar'.*'imagenet', 'small'"),
     ({'dropout': 1.0}, r'dropout must be in \[0, 1\)'),
     ({'width': 0.0}, 'width must be above 0'),
+    ({'head': 'mlp'}, "'mlp'.*'linear', 'released'"),
   ],
 )
 def test_unknown_options_are_refused(options, words):
@@ -222,7 +268,10 @@ def test_what_the_models_can_do():
   deep |= {'resnet50', 'wrn16_1'}
   stems = {'imagenet_resnet50', 'densenet121'}
   assert which(lambda x: 'variant' in x.options) == {'resnet50'}
-  assert which(lambda x: 'dropout' in x.options) == {'wrn16_1', 'bert_base'}
+  assert which(lambda x: 'dropout' in x.options) == {
+    'wrn16_1', 'vgg16', 'bert_base',
+  }  # fmt: skip
+  assert which(lambda x: 'head' in x.options) == {'vgg16'}
   assert which(lambda x: 'stem' in x.options) == stems
   assert which(lambda x: 'width' in x.options) == {'mobilenet'}
   assert which(lambda x: 'dtype' in x.options) == {*names}

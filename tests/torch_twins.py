@@ -145,9 +145,12 @@ class DenseNet(nn.Module):
 
 
 class VGG(nn.Module):
-  """A sequence of convolution, BatchNorm, ReLU, with pooling between."""
+  """A sequence of convolution, BatchNorm, ReLU, with pooling between.
 
-  def __init__(self, plan, classes, bias):
+  With `hidden`, three linear layers follow, as in the original VGG.
+  """
+
+  def __init__(self, plan, classes, bias, hidden=None):
     super().__init__()
     layers, channels = [], 3
     for width in plan:
@@ -159,6 +162,12 @@ class VGG(nn.Module):
       channels = width
     self.features = nn.Sequential(*layers)
     self.classifier = nn.Linear(channels, classes)
+    if hidden is not None:
+      self.classifier = nn.Sequential(
+        nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(),
+        nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(),
+        nn.Linear(hidden, classes),
+      )  # fmt: skip
 
   def forward(self, x):
     return self.classifier(self.features(x).flatten(1))

@@ -5,14 +5,16 @@
 
 The same command again redoes nothing that is complete. Tables and plots are
 written to the workdir. A sweep of config fields:
---sweep=mmr.alpha=1e-5,1e-4,1e-3
+--sweep=mmr.alpha=1e-5,1e-4,1e-3. A config file may have methods of its own
+(`get_methods`), and lines for below the table (`get_summary`).
 """
 
 import functools
 import runpy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -65,26 +67,35 @@ def main(argv: list[str]) -> None:
   cpu.tune()
   devices_lib.use_compilation_cache()
   with process.one_line_errors():
+    module, argument = _config_file()
+    get_summary = module.get('get_summary')
     experiment.compare(
       flags_lib.CONFIG.value,
       flags_lib.WORKDIR.value,
-      methods=_methods(),
+      methods=_methods(module.get('get_methods'), argument),
       seeds=_SEEDS.value,
       budget=_BUDGET.value,
       baseline=_BASELINE.value,
       sweep=_SWEEP.value,
       split=_SPLIT.value,
       command=shlex.join(['python', '-m', 'margin_jax.compare', *sys.argv[1:]]),
+      summary=get_summary and functools.partial(get_summary, argument=argument),
       log=functools.partial(print, flush=True),
     )
 
 
-def _methods() -> Sequence[str] | dict[str, methods_lib.Fields]:
-  """Returns the methods of the flag, of the config file, or the defaults."""
+def _config_file() -> tuple[dict[str, Any], str | None]:
+  """Returns what the config file defines, and the argument that it got."""
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, argument = path.partition(':')
-  get_methods = runpy.run_path(path).get('get_methods')
-  named = get_methods(argument or None) if get_methods else {}
+  return runpy.run_path(path), argument or None
+
+
+def _methods(
+  get_methods: Callable | None, argument: str | None
+) -> Sequence[str] | dict[str, methods_lib.Fields]:
+  """Returns the methods of the flag, of the config file, or the defaults."""
+  named = get_methods(argument) if get_methods else {}
   if _METHODS.value is None:
     return named or experiment.METHODS
   names = methods_lib.split(_METHODS.value)

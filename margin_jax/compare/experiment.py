@@ -28,6 +28,7 @@ def compare(
   sweep: Sequence[str] = (),
   split: str = 'test',
   command: str = '',
+  summary: Callable[[list[dict[str, Any]]], Sequence[str]] | None = None,
   log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
   """Trains every method with every seed; writes tables and plots.
@@ -54,6 +55,8 @@ def compare(
     sweep: fields and their values, 'mmr.alpha=1e-5,1e-4'; several make a grid.
     split: whose errors the curves are: 'test' or 'validation'.
     command: how this was started, for compare.md.
+    summary: takes the rows that are returned; its lines stand below the
+      tables.
     log: takes the progress lines and the tables.
 
   Returns:
@@ -93,10 +96,14 @@ def compare(
       ended = len(outcome.runs) + len(outcome.failures)
       compared = any(run.trial.method == baseline for run in outcome.runs)
       if compared and ended % len(trials) == 0:  # a seed of every trial
+        rows = report.run_rows(outcome.runs, outcome.results)
+        lines = [*summary(rows)] if summary else []
+        below = [x for line in lines for x in (line, '')]
         text = report.write(
           folder, outcome.runs, outcome.results, baseline,
-          [*notes, *_failures(outcome)], split,
+          [*below, *notes, *_failures(outcome)], split,
         )  # fmt: skip
+        text = '\n\n'.join([text, *lines])
   if text is not None:
     log(text)
     log(f'written to {folder}')

@@ -368,7 +368,7 @@ def warnings(
   A field of the config is for the methods that use it: there is a line if none
   does. A field of a method must have an effect there.
   """
-  unused = [schema.unused(trial.config) for trial in trials]
+  unused = [schema.set_in_vain(trial.config) for trial in trials]
   nowhere = set.intersection(*map(set, unused))
   lines = [
     f'warning: {field} has no effect on any method: {reason}'

@@ -21,6 +21,7 @@ from margin_jax.models.model import Family, Model, unmet_requirement
 __all__ = [
   'DTYPES',
   'FAMILIES',
+  'HEADS',
   'MODELS',
   'REGISTERED',
   'STEMS',
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 VARIANTS = ('he', 'authors')
+HEADS = ('linear', 'released')
 DTYPES = ('float32', 'bfloat16')
 
 MODELS: dict[str, Model] = {
@@ -73,6 +75,7 @@ def build(
   num_classes: int,
   *,
   variant: str = 'he',
+  head: str = 'linear',
   dtype: str = 'float32',
   batch_norm_axis: str | None = None,
   dropout: float = 0.0,
@@ -90,9 +93,11 @@ def build(
       one.
     num_classes: C.
     variant: of the CIFAR ResNets: 'he' or 'authors'.
+    head: of VGGs: 'linear' or 'released'.
     dtype: of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.
-    dropout: of wide ResNets and BERTs: the fraction of activations dropped.
+    dropout: of wide ResNets, VGGs and BERTs: the fraction of activations
+      dropped.
     stem: of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
     width: of MobileNet: multiplier of the numbers of channels.
     vocabulary: of BERTs: how many different tokens there are.
@@ -103,14 +108,16 @@ def build(
     A module with `__call__(inputs, *, train) -> (logits, features)`.
 
   Raises:
-    ValueError: there is no such model, variant, dtype or stem, or a number is
-      out of its range.
+    ValueError: there is no such model, variant, head, dtype or stem, or a
+      number is out of its range.
   """
   model = find(name)
   if model is None:
     raise ValueError(f'no model is called {name!r}; there are {names()}')
   if variant not in VARIANTS:
     raise ValueError(f'no variant is called {variant!r}; there are {VARIANTS}')
+  if head not in HEADS:
+    raise ValueError(f'no head is called {head!r}; there are {HEADS}')
   if dtype not in DTYPES:
     raise ValueError(f'no dtype is called {dtype!r}; there are {DTYPES}')
   if stem not in STEMS:
@@ -121,6 +128,7 @@ def build(
     raise ValueError(f'width must be above 0, got {width!r}')
   options = {
     'variant': variant,
+    'head': head,
     'dtype': jnp.dtype(dtype),
     'dropout': dropout,
     'stem': stem,

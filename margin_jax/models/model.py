@@ -18,8 +18,8 @@ class Model:
     make: `(num_classes, **options) -> module`, whose `__call__(inputs, *,
       train)` returns `(logits, features)`. With `batch_norm` it also takes
       `batch_norm_axis`; if it reads sentences, `vocab_size`.
-    options: of 'variant', 'dtype', 'dropout', 'stem' and 'width', those that
-      `make` takes.
+    options: of 'variant', 'head', 'dtype', 'dropout', 'stem' and 'width',
+      those that `make` takes.
     reads: 'images' or 'sentences'.
     any_shape: whether it also reads arrays that are no images.
     batch_norm: whether the examples of a batch meet in BatchNorm.

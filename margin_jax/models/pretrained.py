@@ -2,7 +2,8 @@
 
 Read are the names of torchvision and timm (ImageNet ResNets, DenseNets), of
 Hugging Face transformers (ResNets, MobileNet v1, BERT), and of sequential VGGs
-(`features.N`, `classifier`): each model's `published` field has its own.
+(`features.N`, and `classifier` or `classifier.0`, `.3` and `.6`): each model's
+`published` field has its own.
 Nothing is ever downloaded, but what is named on the Hugging Face hub: see
 `bert_weights`.
 

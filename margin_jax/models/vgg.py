@@ -1,11 +1,15 @@
-"""VGG with BatchNorm and one linear layer, for 32x32 images.
+"""VGG with BatchNorm, for 32x32 images.
 
-The convolutions of Simonyan & Zisserman 2015 (configurations A, B, D and E);
-the 4096-wide hidden layers, made for 224x224 images, are left out.
+The convolutions of Simonyan & Zisserman 2015 (configurations A, B, D and E).
+One linear layer follows, as is usual for small images, or the paper's three, as
+in the code that the MMR authors released (convNet.pytorch's): of 4096, 4096 and
+C outputs, on the 512 that the convolutions leave of a 32x32 image.
 """
 
 import functools
+import math
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,6 +29,9 @@ STAGES = {
 }
 
 
+HIDDEN = 4096
+
+
 class VGG(nn.Module):
   """Five stages of 3x3 convolutions, each ending in 2x2 max-pooling.
 
@@ -34,18 +41,28 @@ class VGG(nn.Module):
   Attributes:
     depth: 11, 13, 16 or 19.
     num_classes: C.
+    head: 'linear', the last layer alone, or 'released': two hidden layers of
+      4096 with ReLU stand before it.
+    dropout: the fraction dropped of what each hidden layer returns; without
+      them, of the features. 0.5 with the released head.
     dtype: of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 
   depth: int
   num_classes: int
+  head: str = 'linear'
+  dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   batch_norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, inputs: Array, *, train: bool) -> tuple[Array, Array]:
-    """(B, H, W, channels) -> logits (B, C), features (B, 512), both float32."""
+    """(B, H, W, channels) -> logits (B, C), features (B, D), both float32.
+
+    D is 512, or 4096 with the released head. The features are what the last
+    layer reads: in training, after dropout.
+    """
     conv = common.make_conv(self)
     norm = common.make_norm(self, train)
     x = inputs.astype(self.dtype)
@@ -56,13 +73,42 @@ class VGG(nn.Module):
         x = conv(width, (3, 3), padding=1, name=f'conv{suffix}')(x)
         x = nn.relu(norm(name=f'norm{suffix}')(x))
       x = nn.max_pool(x, (2, 2), strides=(2, 2))
-    return common.classify(x, self.num_classes)
+    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    drop = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+    if self.head == 'linear':
+      features = drop(name='dropout')(x)
+      return nn.Dense(self.num_classes, name='head')(features), features
+    for index in (1, 2):
+      dense = _pytorch_dense(x.shape[-1])
+      x = dense(HIDDEN, dtype=self.dtype, name=f'hidden{index}')(x)
+      x = drop(name=f'dropout{index}')(nn.relu(x))
+    features = x.astype(jnp.float32)
+    head = _pytorch_dense(HIDDEN)(self.num_classes, name='head')
+    return head(features), features
+
+
+def _pytorch_dense(inputs: int) -> Callable[..., nn.Module]:
+  """`nn.Dense` that starts as PyTorch's linear layers do."""
+  uniform = nn.initializers.uniform(2 / math.sqrt(inputs))
+
+  def init(*args) -> Array:
+    return uniform(*args) - 1 / math.sqrt(inputs)
+
+  return functools.partial(nn.Dense, kernel_init=init, bias_init=init)
+
+
+# Linear, ReLU, dropout, linear, ReLU, dropout and linear, or the last alone.
+_LINEAR = {
+  'hidden1': 'classifier.0',
+  'hidden2': 'classifier.3',
+  'head': 'classifier',
+}
 
 
 def _published_name(depth: int, module: Path) -> str:
   """Its index in a sequence of convolution, BatchNorm, ReLU, ..., pooling."""
-  if module == ('head',):
-    return 'classifier'
+  if module[0] in _LINEAR:
+    return _LINEAR[module[0]]
   kind, stage, index = re.fullmatch(r'(\D+)(\d)_(\d)', module[0]).groups()
   stage, index = int(stage) - 1, int(index) - 1
   before = sum(3 * count + 1 for count in STAGES[depth][:stage])
@@ -90,11 +136,12 @@ def _without_biases(state: State) -> State:
 MODELS = {
   f'vgg{depth}': Model(
     make=functools.partial(VGG, depth),
-    options=frozenset({'dtype'}),
+    options=frozenset({'dtype', 'head', 'dropout'}),
     any_size=True,
     least_side=32,
     published=Published(
       name_of=functools.partial(_published_name, depth),
+      spellings=((r'^classifier\.6\.', 'classifier.'),),
       convert=_without_biases,
     ),
   )

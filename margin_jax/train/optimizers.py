@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-NAMES = ('sgd', 'adam', 'rmsprop')
+NAMES = ('sgd', 'adam', 'adamw', 'rmsprop')
 # What weight decay is applied to.
 WEIGHT_DECAY_MASKS = ('kernels', 'convolutions', 'all')
 
@@ -58,10 +58,39 @@ def linear(start: float, end: float | None, steps: int) -> optax.Schedule:
   return optax.linear_schedule(start, end, max(steps - 1, 1))
 
 
+def released(
+  start: float, end: float, steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """Makes the schedule of MMR's alpha in the code that its authors released.
+
+  It is constant in an epoch: 0 in the first, and in epoch e = 1, 2, ... of E
+
+      start + e * (end - start) / E
+
+  which does not reach the end. They have 1e-4 and 1e-2.
+
+  Args:
+    start, end: of alpha.
+    steps: of the whole run, E epochs; the last may be cut short.
+    steps_per_epoch: of all training examples.
+
+  Returns:
+    step -> alpha.
+  """
+  epochs = math.ceil(steps / steps_per_epoch)
+
+  def schedule(step: jax.Array) -> jax.Array:
+    epoch = step // steps_per_epoch
+    return (epoch > 0) * (start + epoch * ((end - start) / epochs))
+
+  return schedule
+
+
 def kernels_only(params):
   """Marks the kernels, the arrays that have an input and an output axis.
 
-  Biases and the scales of normalisation layers are vectors.
+  Biases and the scales of normalisation layers are vectors. The rows of an
+  embedding are marked: they are what BERT's pre-training decays too.
   """
   return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
 
@@ -95,21 +124,25 @@ def make(
   """Makes the optimizer of the papers' results.
 
   Weight decay is added to the gradient before the optimizer sees it (an L2
-  penalty, as in PyTorch's SGD and Adam); then the gradient is clipped.
+  penalty, as in PyTorch's SGD and Adam); then the gradient is clipped. That of
+  'adamw' is decoupled (Loshchilov & Hutter 2019): a step takes the learning
+  rate times `weight_decay` of a parameter off it, beside Adam's update by the
+  clipped gradient. So does BERT's pre-training, whose Adam does not correct
+  the bias of its averages to zero, though; this one does.
 
   Args:
-    name: 'sgd' (with `momentum` and `nesterov`), 'adam' (which ignores them),
-      or 'rmsprop' (with `momentum`; decay 0.9 and TensorFlow's form: the
-      average of squares starts at 1, `epsilon` is under the root).
+    name: 'sgd' (with `momentum` and `nesterov`), 'adam' or 'adamw' (which
+      ignore them), or 'rmsprop' (with `momentum`; decay 0.9 and TensorFlow's
+      form: the average of squares starts at 1, `epsilon` is under the root).
     schedule: step -> learning rate.
     momentum: decay of the trace.
     nesterov: SGD's variant.
     weight_decay: coefficient.
-    weight_decay_mask: 'kernels', of those the 'convolutions', or 'all'
-      parameters.
+    weight_decay_mask: 'kernels' (with embeddings), of those the
+      'convolutions', or 'all' parameters.
     epsilon: of Adam and RMSProp; None is optax's default.
-    clip_norm: the gradient, weight decay included, is scaled down to this L2
-      norm; None does not clip.
+    clip_norm: the gradient, an L2 penalty's included, is scaled down to this
+      L2 norm; None does not clip.
 
   Returns:
     The gradient transformation.
@@ -129,12 +162,15 @@ def make(
     core = optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov)
   elif name == 'adam':
     core = optax.adam(schedule, **eps)
+  elif name == 'adamw':
+    mask = _MASKS[weight_decay_mask]
+    core = optax.adamw(schedule, weight_decay=weight_decay, mask=mask, **eps)
   else:
     core = optax.rmsprop(
       schedule, initial_scale=1.0, momentum=momentum or None, **eps
     )
   chain = []
-  if weight_decay:
+  if weight_decay and name != 'adamw':
     chain.append(
       optax.add_decayed_weights(weight_decay, mask=_MASKS[weight_decay_mask])
     )

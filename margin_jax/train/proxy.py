@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from margin_jax.train import dropout
+from margin_jax.train import batch_norm, dropout
 from margin_jax.train.spec import StepSpec
 
 PyTree = Any
@@ -29,8 +29,9 @@ def train(
 
   def loss_function(params: PyTree):
     variables = {'params': params, 'batch_stats': proxy['batch_stats']}
+    groups = batch_norm.in_groups(spec.batch_norm_examples, spec.axis_name)
     # A proxy is small, and has no key to drop anything by.
-    with nn.intercept_methods(dropout.off):
+    with nn.intercept_methods(dropout.off), nn.intercept_methods(groups):
       (logits, _), updates = spec.proxy.apply(
         variables,
         spec.dataset.prepare(batch['inputs']),

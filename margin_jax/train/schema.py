@@ -62,12 +62,20 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
   }
 
 
+def set_in_vain(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns what `unused` does, but for a pool that just follows the batch."""
+  reasons = unused(config)
+  if config.pool_size == config_lib.POOL_FACTOR * config.batch_size:
+    reasons.pop('pool_size', None)
+  return reasons
+
+
 def warnings(config: ml_collections.ConfigDict) -> list[str]:
   """Returns a line for every field that is set and has no effect."""
   flat = flatten(config)
   return [
     f'warning: {name}={flat[name]!r} has no effect: {reason}'
-    for name, reason in unused(config).items()
+    for name, reason in set_in_vain(config).items()
   ]
 
 
@@ -283,6 +291,12 @@ def _check_losses(flat: Flat) -> None:
   risk = flat['loss.risk']
   allowed = f'without {risk!r}, which is the risk'
   require(risk not in names, 'loss.names', names, allowed)
+  if flat['model.batch_norm_examples'] is not None:
+    because = (
+      'with model.batch_norm_examples: it holds the statistics of one batch '
+      'fixed, and these are of groups'
+    )
+    _forbid(flat, ('large_margin.weight',), because)
 
 
 def _check_attack(flat: Flat) -> None:
@@ -319,6 +333,12 @@ def validate_data(
     require(
       config.steps > epoch, 'steps', config.steps,
       f'above {epoch}, one epoch: what trimming keeps changes by the epoch',
+    )  # fmt: skip
+  if config.mmr.schedule == 'released':
+    epoch = examples // config.batch_size
+    require(
+      config.steps > epoch, 'steps', config.steps,
+      f"above {epoch}, one epoch, with mmr.schedule='released': it has no MMR",
     )  # fmt: skip
   if config.data.name in data.SENTENCES:
     return  # what remains is about images
@@ -359,6 +379,24 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
   for name in names:
     holds = config[name] % devices == 0
     require(holds, name, config[name], f'divisible by {devices} devices')
+  if config.model.batch_norm_examples is not None:
+    _check_groups(config, devices)
+
+
+def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
+  """Checks that BatchNorm's groups and the devices divide the examples."""
+  size = config.model.batch_norm_examples
+  places = {'': config.batch_size}
+  if config.selection.batch_stats == 'pool':
+    places[' in a pool'] = config.pool_size
+  for place, total in places.items():
+    own = total // devices
+    allowed = (
+      f'a divisor of {own}, the examples of each device{place}, or a multiple '
+      f'of them and a divisor of all {total}'
+    )
+    holds = own % size == 0 or (size % own == 0 and total % size == 0)
+    require(holds, 'model.batch_norm_examples', size, allowed)
 
 
 def choices(name: str) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def make_spec(
     warmup=config.optimizer.warmup,
     end=config.steps if config.optimizer.decay == 'linear' else None,
   )
-  alpha = _alpha(config)
+  alpha = _alpha(config, dataset.counts['train'])
   has_large_margin = bool(config.large_margin.weight)
   return StepSpec(
     model=model,
@@ -164,9 +164,16 @@ def make_spec(
     learning_rate=learning_rate,
     alpha=alpha,
     axis_name=devices_lib.AXIS,
-    average_batch_stats=config.model.batch_norm == 'device',
+    average_batch_stats=not _synchronized(config),
+    batch_norm_examples=config.model.batch_norm_examples,
     on_nonfinite=config.on_nonfinite,
   )
+
+
+def _synchronized(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether BatchNorm's statistics are of all devices' examples."""
+  own = config.model.batch_norm_examples is not None
+  return config.model.batch_norm == 'global' and not own
 
 
 def _models(
@@ -175,14 +182,13 @@ def _models(
   """Returns the model, and the proxy, whose own options are the defaults."""
 
   def build(field: str, name: str, **options: Any) -> nn.Module:
-    synchronized = config.model.batch_norm == 'global'
     module = models.build(
       name,
       dataset.num_classes,
       vocabulary=dataset.vocabulary,
       variant=config.model.variant,
       dtype=config.model.dtype,
-      batch_norm_axis=devices_lib.AXIS if synchronized else None,
+      batch_norm_axis=devices_lib.AXIS if _synchronized(config) else None,
       **options,
     )
     if name in models.REGISTERED:
@@ -198,6 +204,7 @@ def _models(
   model = build(
     'model.name',
     config.model.name,
+    head=config.model.head,
     dropout=config.model.dropout,
     stem=config.model.stem,
     width=config.model.width,
@@ -207,11 +214,16 @@ def _models(
   return model, build('selection.proxy', config.selection.proxy)
 
 
-def _alpha(config: ml_collections.ConfigDict) -> optax.Schedule | None:
+def _alpha(
+  config: ml_collections.ConfigDict, examples: int
+) -> optax.Schedule | None:
   """Returns step -> the weight of MMR, or None without it."""
   alpha, alpha_end = config.mmr.alpha, config.mmr.alpha_end
   if not alpha and not alpha_end:
     return None
+  if config.mmr.schedule == 'released':
+    steps_per_epoch = examples // config.batch_size
+    return optimizers.released(alpha, alpha_end, config.steps, steps_per_epoch)
   return optimizers.linear(alpha, alpha_end, config.steps)
 
 

@@ -184,6 +184,8 @@ class StepSpec:
     axis_name: of the mapped axis of the devices.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
+    batch_norm_examples: BatchNorm normalises groups of so many examples; None
+      is all that it sees.
     on_nonfinite: what a step does where a number is not finite.
     variant: the only variant to compile; None compiles a switch between all.
   """
@@ -204,6 +206,7 @@ class StepSpec:
   alpha: optax.Schedule | None
   axis_name: str
   average_batch_stats: bool
+  batch_norm_examples: int | None = None
   on_nonfinite: str = guard.STOP
   variant: Variant | None = None
 

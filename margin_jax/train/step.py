@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from margin_jax import linearized, losses, margins, selection
-from margin_jax.train import dropout, guard
+from margin_jax.train import batch_norm, dropout, guard
 from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
@@ -253,7 +253,8 @@ def score(
     return scorer.apply(variables, scorer_inputs(spec, inputs), train=False)
 
   if spec.selection.pool_statistics:
-    with nn.intercept_methods(dropout.off):
+    groups = batch_norm.in_groups(spec.batch_norm_examples, spec.axis_name)
+    with nn.intercept_methods(dropout.off), nn.intercept_methods(groups):
       (logits, features), updates = scorer.apply(
         variables,
         scorer_inputs(spec, pool['inputs']),
@@ -515,7 +516,9 @@ def training_forward(
   inputs = spec.dataset.prepare(batch['inputs'])
   key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
   device = jax.lax.axis_index(spec.axis_name)
-  with nn.intercept_methods(dropout.by_position(device)):
+  masks = dropout.by_position(device)
+  groups = batch_norm.in_groups(spec.batch_norm_examples, spec.axis_name)
+  with nn.intercept_methods(masks), nn.intercept_methods(groups):
     (logits, features), updates = spec.model.apply(
       variables,
       inputs,
