@@ -6,6 +6,7 @@ Each is measured in benchmarks/NOTES.md: what was predicted, and what came out.
 import ctypes
 import math
 import os
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,59 @@ CHUNK_SIZE = 32
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
+_YNN = 'xla_cpu_experimental_ynn_fusion_type'
+
+
+def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles a program, and on CPUs again if XLA computes nonsense in it.
+
+  XLA:CPU of jax 0.11 and 0.12 fuses a product of matrices in batches with what
+  it is summed into. Where one of the matrices is a constant, as in
+  `jnp.sum((x @ jnp.full_like(x, 0.37)) * x, -1)`, the result is off by 1e32, or
+  NaN. Without any such fusions a step takes an eighth to a quarter more of the
+  processors, so only a program that needs it goes without.
+  """
+  compiled = lowered.compile()
+  if _knows_flags() and is_default() and constant_dots(compiled.as_text()):
+    compiled = lowered.compile(compiler_options={_YNN: ''})
+  return compiled
+
+
+def constant_dots(program: str) -> list[str]:
+  """Returns the dots with a broadcast operand in what an HLO text has fused."""
+  found = []
+  for body in re.split(r'\n(?=%|ENTRY)', program):
+    name = body.lstrip().partition(' ')[0]
+    if ' dot(' not in body or not re.search(f'calls={name}\\b', program):
+      continue
+    constants = set(re.findall(r'(%\S+) = \S+ broadcast\(', body))
+    for line in body.splitlines():
+      operands = re.search(r' dot\(([^)]*)\)', line)
+      if operands and constants & set(re.findall(r'%[^\s,]+', operands[1])):
+        found.append(line.strip())
+  return found
+
+
+def avoid_wrong_results() -> None:
+  """Keeps XLA:CPU from the fusions that `compile` tells of, in every program.
+
+  For a loop of your own, before JAX computes anything. What XLA_FLAGS says of
+  them has precedence.
+  """
+  _add_flag(f'--{_YNN}=-reduce')
+
+
+def _knows_flags() -> bool:
+  """Returns whether this version is known to have the flags used here."""
+  return (0, 11) <= jax.__version_info__ < (0, 13)
+
+
+def _add_flag(flag: str) -> None:
+  """Adds it to XLA_FLAGS, unless that has it or this XLA may not know it."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  # XLA aborts where it does not know a flag, and these are experimental.
+  if _knows_flags() and flag.partition('=')[0] not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
 
 
 def tune() -> None:
@@ -27,8 +81,8 @@ def tune() -> None:
   XLA:CPU takes its temporary memory anew for every step. Of so large a block,
   glibc gives the pages back to the system at once and gets them one by one,
   zeroed: 25,000 page faults a step of ResNet-20. Here it keeps them. And
-  jax 0.11 computes convolutions and products of matrices with oneDNN, if it is
-  told to before it starts. Programs with these cannot be kept in JAX's
+  jax from 0.11 on computes convolutions and products of matrices with oneDNN,
+  if it is told to before it starts. Programs with these cannot be kept in JAX's
   compilation cache: a start of ResNet-44 is some 10 s longer, and every step a
   sixth shorter; XLA_FLAGS with that flag as false decides otherwise.
 
@@ -36,11 +90,7 @@ def tune() -> None:
   Without glibc there is no first part, and on an accelerator neither has an
   effect.
   """
-  flags = os.environ.get('XLA_FLAGS', '')
-  # XLA aborts where it does not know a flag, and this is an experimental one.
-  knows = (0, 11) <= jax.__version_info__ < (0, 12)
-  if knows and _ONEDNN.partition('=')[0] not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {_ONEDNN}'.strip()
+  _add_flag(_ONEDNN)
   mine = not any(name.startswith('MALLOC_') for name in os.environ)
   if mine and is_default():
     _keep_pages()

@@ -15,6 +15,7 @@ such a function of a Flax model.
 
 import collections
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,8 @@ def check_norm(norm: str) -> None:
 
 def _dual_norms(gradient: Array, norm: str) -> Array:
   """Computes norms dual to `norm`, differentiably: (k, B, ...) -> (B, k)."""
-  k, rows = gradient.shape[:2]
-  flat = gradient.reshape(k * rows, -1)
+  k, rows, *layer = gradient.shape
+  flat = gradient.reshape(k * rows, math.prod(layer))
   if norm == 'l_inf':
     norms = jnp.sum(jnp.abs(flat), axis=1)
   elif norm == 'l1':
@@ -76,6 +77,11 @@ def gradient_norms(
     (B, k) own value minus other value, and for each leaf of `activations`
     (B, k) dual norms of the gradients of that.
   """
+  for layer in jax.tree.leaves(activations):
+    if 0 in layer.shape[1:]:
+      raise ValueError(
+        f'activations must not be empty, got shape {layer.shape}'
+      )
   values, pull = jax.vjp(values_fn, activations)
   own, others = choose(values)
   gaps = jnp.take_along_axis(values, own[:, None], axis=1)

@@ -48,7 +48,8 @@ def mmr_penalty(
   With `weights` v the means are of v_i R_i and of v_i || w_y - w_m ||.
 
   The gradient flows through both factors, and is 0 (never NaN) at equal
-  columns, at zero features, and where the penalty overflows to infinity.
+  columns, at zero features, and where the penalty is infinite. A factor may be
+  outside the range of float32 where the penalty is inside.
 
   Under `pmap`, or `shard_map` with `check_vma=False`, pass `axis_name`: the
   maximum and the mean are then over the examples of all devices, every device
@@ -67,11 +68,11 @@ def mmr_penalty(
     axis_name: the mapped axis to reduce over, if any.
 
   Returns:
-    () in the dtype of the inputs together; computed in float32.
+    () float32, or float64 for float64 inputs.
 
   Raises:
     TypeError: an array has the wrong kind of dtype.
-    ValueError: a shape does not fit, B is 0, or `reduction` is unknown.
+    ValueError: a shape does not fit, B or D is 0, or `reduction` is unknown.
 
   References:
     Weinstein et al. 2020, Eq. 8.
@@ -104,13 +105,19 @@ def mmr_penalty(
     weights = jnp.asarray(weights)
     margins.check_floating('weights', weights, 1)
     margins.check_shape('weights', weights, labels.shape, 'one an example')
-  dtype, wide = margins.compute_dtype(features, logits, kernel)
+  wide = margins.compute_dtype(features, logits, kernel)[1]
   features, columns = features.astype(wide), kernel.astype(wide).T
 
   valid = m >= 0
   labels, m = jnp.where(valid, labels, 0), jnp.where(valid, m, 1)
+  # Moves between the factors, so that neither square over- or underflows.
+  scale = _power_of_two(features, axis_name)
+  features = features / scale
+  difference = scale * (columns[labels] - columns[m])
   largest = jnp.finfo(wide).max / 4  # its double is finite, its square is not
-  difference = jnp.clip(columns[labels] - columns[m], -largest, largest)
+  difference = jnp.clip(difference, -largest, largest)
+  if weights is not None:  # 0 times infinity would be NaN
+    difference = jnp.where((weights == 0)[:, None], 0, difference)
   width = jnp.sum(jnp.square(difference), axis=1)
   width = jnp.where(valid, width, jnp.nan)
   feature_norm = jnp.sum(jnp.square(features), axis=1)  # squared
@@ -138,7 +145,18 @@ def mmr_penalty(
   penalty = jax.lax.stop_gradient(product(feature_norm, mean))
   finite = jnp.isfinite(penalty)
   safe = product(jnp.where(finite, feature_norm, 0), jnp.where(finite, mean, 0))
-  return jnp.where(finite, safe, penalty).astype(dtype)
+  return jnp.where(finite, safe, penalty)
+
+
+def _power_of_two(x: Array, axis_name: str | None) -> Array:
+  """Returns a constant power of two at most the largest |x| of all devices."""
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+  if axis_name is not None:
+    largest = jax.lax.pmax(largest, axis_name)
+  limits = jnp.finfo(x.dtype)
+  exponent = jnp.frexp(largest)[1] - 1
+  exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 1)
+  return jnp.ldexp(jnp.ones_like(largest), exponent)
 
 
 def _check_options(norm: str, difference: str, **positive: float) -> None:
@@ -284,8 +302,8 @@ def trimmed_mean(
     () in the dtype of `losses`; computed in float32.
 
   Raises:
-    TypeError: `losses` is not floating.
-    ValueError: `losses` is not a vector, or empty.
+    TypeError: `losses` is not floating, or `keep` no integer.
+    ValueError: `losses` is not a vector or empty, or `keep` not one number.
 
   References:
     Fassold, section 2.
@@ -301,12 +319,31 @@ def trimmed_mean(
     raise ValueError('losses must hold at least one loss, got none')
   dtype, wide = margins.compute_dtype(losses)
   losses = losses.astype(wide)
-  keep = jnp.clip(keep, 1, size)
+  keep = jnp.clip(_one_integer('keep', keep), 1, size)
   order = selection.select_lowest(-losses, size)
   counts = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < keep)
   # NaN ranks last, so it has to be let in for it to be seen.
   total = jnp.sum(jnp.where(counts | jnp.isnan(losses), losses, 0))
   return (total / keep).astype(dtype)
+
+
+def _one_integer(name: str, value: object) -> Array:
+  """Returns an integer, which may be traced, as int32.
+
+  Raises:
+    TypeError: it is no integer.
+    ValueError: it is an array of several.
+  """
+  if isinstance(value, int) and not isinstance(value, bool):
+    limits = jnp.iinfo(jnp.int32)
+    return jnp.int32(min(max(value, limits.min), limits.max))
+  message = f'{name} must be one integer, got {value!r}'
+  dtype = getattr(value, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(message)
+  if value.shape:
+    raise ValueError(message)
+  return jnp.asarray(value).astype(jnp.int32)
 
 
 class Outputs(NamedTuple):

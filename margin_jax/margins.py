@@ -73,11 +73,13 @@ def check_labels(labels: Array, size: int) -> None:
 
 
 def check_kernel(kernel: Array, classes: int) -> None:
-  """Raises unless `kernel` is floating, (D, classes)."""
+  """Raises unless `kernel` is floating, (D, classes), with D >= 1."""
   check_floating('kernel', kernel, 2)
   check_shape(
     'kernel', kernel, (None, classes), 'one column a class of the logits'
   )
+  if not kernel.shape[0]:
+    raise ValueError('kernel must have at least one row, of a feature')
 
 
 def compute_dtype(*arrays: Array) -> tuple[jnp.dtype, jnp.dtype]:

@@ -278,6 +278,7 @@ def loss(scored: Scored) -> Scores:
   References:
     The "NM-samples" of the ICLR 2020 submission.
   """
+  margins.check_logits(scored.logits)
   log_p = jax.nn.log_softmax(scored.logits.astype(jnp.float32))
   return jnp.take_along_axis(log_p, scored.labels[:, None], axis=1)[:, 0]
 
@@ -290,6 +291,7 @@ def entropy(scored: Scored) -> Scores:
   References:
     ICLR 2020 submission, section 4.2.
   """
+  margins.check_logits(scored.logits)
   log_p = jax.nn.log_softmax(scored.logits.astype(jnp.float32))
   # p log p tends to 0 where log p is -inf; the product alone would be NaN.
   terms = jnp.where(jnp.isneginf(log_p), 0, jnp.exp(log_p) * log_p)
@@ -301,6 +303,7 @@ def margin(scored: Scored) -> Scores:
 
   p_j1 - p_j2,    p = softmax(logits)
   """
+  margins.check_logits(scored.logits)
   p = jax.nn.softmax(scored.logits.astype(jnp.float32))
   top = jax.lax.top_k(p, 2)[0]
   return top[:, 0] - top[:, 1]

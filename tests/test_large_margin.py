@@ -248,3 +248,9 @@ def test_bad_shapes_are_refused():
     large_margin_loss(lambda x: x, jnp.ones((2, 3)), jnp.ones(2))
   with pytest.raises(ValueError, match='logits must have 2 dimension'):
     large_margin_loss(lambda x: x[:, 0], jnp.ones((2, 3)), labels)
+  with pytest.raises(ValueError, match='logits must have at least two'):
+    large_margin_loss(lambda x: x[:, :1], jnp.ones((2, 3)), labels)
+  with pytest.raises(ValueError, match='activations must not be empty'):
+    large_margin_loss(
+      lambda x: jnp.ones((2, 3)) + x.sum(), jnp.ones((2, 0)), labels
+    )

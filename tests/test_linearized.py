@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from margin_jax import (
+  large_margin_loss,
   layer_margins,
   linearized,
   mms_scores,
@@ -97,6 +98,21 @@ def test_edges_of_layer_margins():
     layer_margins(logits_fn, inputs, labels, norm='l3')
   with pytest.raises(ValueError, match='labels must have shape'):
     layer_margins(logits_fn, inputs, labels[:2])
+  with pytest.raises(ValueError, match='logits must have at least two'):
+    layer_margins(lambda x: x[:, :1], inputs, labels)
+  with pytest.raises(
+    ValueError, match=r'must not be empty, got shape \(4, 0\)'
+  ):
+    layer_margins(logits_fn, inputs[:, :0], labels)
+
+
+@pytest.mark.parametrize('norm', ['l1', 'l2', 'l_inf'])
+def test_of_no_examples_there_is_nothing(norm):
+  none, labels = jnp.ones((0, 3)), jnp.zeros(0, jnp.int32)
+  assert layer_margins(lambda x: x, none, norm=norm).shape == (0,)
+  assert layer_margins(lambda x: x, none, labels, norm=norm).shape == (0,)
+  found = large_margin_loss(lambda x: x, none, labels, norm=norm)
+  assert found.shape == (0,)
 
 
 @pytest.mark.slow

@@ -56,14 +56,18 @@ def test_hand_computed_values_and_the_default_reduction():
 
 
 @each_reduction
-def test_bfloat16_is_computed_wider_and_rounded_once(reduction):
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_half_precision_gives_float32(dtype, reduction):
   *arrays, labels = references.random_head((16, 10, 8), seed=1)
-  arrays = [jnp.bfloat16(x) for x in arrays]
+  # Of float16 the penalty overflows, which a gradient must not hide.
+  arrays = [dtype(x * np.float32(100)) for x in arrays]
   penalty = jit_mmr(*arrays, labels, reduction=reduction)
-  assert penalty.dtype == jnp.bfloat16
+  assert penalty.dtype == jnp.float32
   expected = references.mmr_penalty(*arrays, labels, reduction)
-  assert np.isfinite(expected)
-  np.testing.assert_allclose(references.float64(penalty), expected, 2.0**-8)
+  assert expected > 65_504  # float16 ends here
+  np.testing.assert_allclose(penalty, expected, 1e-5)
+  gradient = jit_gradients(*arrays, labels, reduction)[2]
+  assert gradient.dtype == dtype
 
 
 @each_reduction
@@ -215,6 +219,76 @@ def test_an_overflow_is_infinite_with_gradient_zero(reduction, big, size):
 
 
 @each_reduction
+@pytest.mark.parametrize(
+  ('grown', 'shrunk'),
+  [(1e20, 1e-20), (1e-25, 1e25), (1e20, 1e-10), (1e-20, 1e10), (1e36, 1e-36)],
+)
+def test_one_factor_may_leave_the_range_of_float32(grown, shrunk, reduction):
+  """Only the penalty itself over- or underflows."""
+  features, logits, kernel, labels = references.random_head((6, 5, 4))
+  features = features * np.float32(grown)
+  kernel = kernel * np.float32(shrunk)
+  head = features, logits, kernel, labels
+  expected = references.mmr_penalty(*head, reduction)
+  np.testing.assert_allclose(
+    jit_mmr(*head, reduction=reduction), expected, 1e-5
+  )
+  by_features, _, by_kernel = gradients(*head, reduction)
+  # Homogeneous of degree 2 in each of the two.
+  for x, gradient in ((features, by_features), (kernel, by_kernel)):
+    along = np.sum(references.float64(x) * references.float64(gradient))
+    np.testing.assert_allclose(along, 2 * expected, 1e-4)
+
+
+@each_reduction
+@pytest.mark.parametrize('weighted', [False, True])
+def test_equal_columns_cost_nothing_at_any_feature_norm(reduction, weighted):
+  features, logits, kernel, labels = references.random_head((6, 5, 4))
+  features *= np.float32(3e37)
+  head = features, logits, kernel * 0 + kernel[:, :1], labels
+  weights = np.arange(6, dtype=np.float32) if weighted else None
+  assert references.mmr_penalty(*head, reduction, weights) == 0
+
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def penalty(features, kernel):
+    return mmr_penalty(
+      features, logits, kernel, labels, reduction=reduction, weights=weights
+    )
+
+  value, by = penalty(features, head[2])
+  assert value == 0
+  for gradient in by:
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@each_reduction
+def test_an_example_of_weight_zero_may_overflow(reduction):
+  features, logits, kernel, labels = references.random_head((6, 5, 4))
+  features *= 0
+  features[:, 0] = 1
+  labels = np.array([0, 1, 1, 1, 1, 2], np.int32)
+  logits = np.where(np.arange(5) == 3, 9, 0).astype(np.float32)  # competitor
+  logits = np.tile(logits, (6, 1))
+  kernel[:, 0] = 1e30
+  weights = np.array([0, 1, 1, 1, 1, 2], np.float32)
+  expected = references.mmr_penalty(
+    features, logits, kernel, labels, reduction, weights
+  )
+  assert expected < 1e3
+
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def penalty(features, kernel):
+    return mmr_penalty(
+      features, logits, kernel, labels, reduction=reduction, weights=weights
+    )
+
+  value, by = penalty(features, kernel)
+  np.testing.assert_allclose(value, expected, 1e-5)
+  for gradient in by:
+    assert np.isfinite(gradient).all()
+
+
+@each_reduction
 @pytest.mark.parametrize('label', [-1, 5, 2**31 - 1])
 def test_invalid_label_makes_it_nan(label, reduction):
   *arrays, labels = references.random_head((6, 5, 4))
@@ -315,6 +389,7 @@ LABELS = np.zeros(4, np.int32)
     ('kernel', KERNEL.astype(int), TypeError, 'kernel must be a float'),
     ('kernel', KERNEL[0], ValueError, 'kernel must have 2 dimension'),
     ('kernel', KERNEL[:, :2], ValueError, r'kernel must have shape \(D, 3\)'),
+    ('kernel', KERNEL[:0], ValueError, 'kernel must have at least one row'),
     ('labels', LABELS.astype(float), TypeError, 'labels must be integers'),
     ('labels', LABELS[:3], ValueError, r'labels must have shape \(4,\)'),
     ('reduction', 'sum', ValueError, "reduction must be one of .* got 'sum'"),

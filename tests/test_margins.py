@@ -290,6 +290,7 @@ BAD_KERNELS = [
   (KERNEL.astype(np.int32), TypeError, 'kernel must be a floating-point'),
   (KERNEL[0], ValueError, 'kernel must have 2 dimension'),
   (KERNEL[:, :2], ValueError, r'kernel must have shape \(D, 3\)'),
+  (KERNEL[:0], ValueError, 'kernel must have at least one row, of a feature'),
 ]
 BAD_LABELS = [
   (LABELS.astype(np.float32), TypeError, 'labels must be integers'),
@@ -315,6 +316,13 @@ def test_bad_kernels_raise(kernel, error, message):
     signed_margins(LOGITS, kernel, LABELS)
   with pytest.raises(error, match=message):
     mms_scores(LOGITS, kernel)
+
+
+def test_of_no_examples_there_is_nothing():
+  logits, labels = LOGITS[:0], LABELS[:0]
+  assert competitors(logits, labels).shape == (0,)
+  assert signed_margins(logits, KERNEL, labels).shape == (0,)
+  assert mms_scores(logits, KERNEL).shape == (0,)
 
 
 @pytest.mark.parametrize(('labels', 'error', 'message'), BAD_LABELS)

@@ -141,6 +141,36 @@ def test_trimmed_mean_bad_arguments_raise(losses, error, message):
     trimmed_mean(losses, 1)
 
 
+@pytest.mark.parametrize(
+  ('keep', 'error'),
+  [
+    (2.5, TypeError),
+    (2.0, TypeError),
+    (np.float32(2), TypeError),
+    (True, TypeError),
+    (None, TypeError),
+    ('2', TypeError),
+    ([2], TypeError),
+    (np.array([2]), ValueError),
+  ],
+)
+def test_trimmed_mean_keeps_a_number_of_losses(keep, error):
+  losses = jnp.array([4.0, 3.0, 2.0, 1.0])
+  with pytest.raises(error, match='keep must be one integer, got'):
+    trimmed_mean(losses, keep)
+  if isinstance(keep, float):
+    with pytest.raises(error, match='keep must be one integer, got'):
+      jit_trimmed(losses, keep)
+
+
+@pytest.mark.parametrize('keep', [2**40, -(2**40), 7, 0, np.uint8(200)])
+def test_trimmed_mean_clips_any_integer(keep):
+  losses = random_losses(300)
+  np.testing.assert_allclose(
+    trimmed_mean(losses, keep), references.trimmed_mean(losses, keep), 1e-6
+  )
+
+
 def test_trimmed_mean_of_gathered_losses_has_the_gradient_of_one_device():
   # A parameter an example, and equal losses on different devices.
   params = np.array([3, 1, 2, 3] * 4, np.float32)

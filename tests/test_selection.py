@@ -339,6 +339,13 @@ def test_rules_of_infinite_and_extreme_logits():
   )
 
 
+@pytest.mark.parametrize('name', sorted({*selection.RULES} - {'random'}))
+def test_a_rule_of_one_class_is_refused(name):
+  one = jnp.zeros((4, 1)), jnp.zeros((2, 1)), jnp.zeros(4, jnp.int32)
+  with pytest.raises(ValueError, match='logits must have at least two classes'):
+    selection.find(name).score(helpers.scored(*one, example_keys(4)))
+
+
 def test_random_rule_depends_on_nothing_but_the_key_of_the_example():
   logits = jnp.zeros((64, 3))
   labels = jnp.zeros(64, jnp.int32)

@@ -19,7 +19,7 @@ import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from margin_jax import files
+from margin_jax import cpu, files
 
 AXIS = 'device'
 
@@ -292,7 +292,7 @@ class Compiled:
     # With several processes a program takes global arrays, and only `pmap`
     # itself makes them of each process's own; it then compiles when called.
     self._late = several_processes()
-    self._executable = mapped if self._late else self.lowered.compile()
+    self._executable = mapped if self._late else cpu.compile(lowered)
     self.first_call_seconds = 0.0
 
   def __call__(self, *args: PyTree) -> PyTree:
@@ -309,4 +309,4 @@ class Compiled:
 
   def as_text(self) -> str:
     """The optimised program."""
-    return self.lowered.compile().as_text()
+    return cpu.compile(self.lowered).as_text()
