@@ -10,6 +10,10 @@ steps, the papers' 200 epochs of 50,000 images; 5,000 are held out here) or
 `penalty=paper`, or `released`: MMR as in its authors' code (alpha by epoch, 0
 and then 1e-4 to 1e-2; the square of the mean).
 
+The network is He's; --config.model.variant=mms_select makes it that of the
+authors' repository mms-select, with a bias that is in the norm of MMS and under
+weight decay.
+
 Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
 submission, Table 1):
 

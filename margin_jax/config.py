@@ -401,7 +401,9 @@ FIELDS: dict[str, Field] = {
   'model.variant': Field(
     'he',
     one_of(*models.VARIANTS),
-    "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code.",
+    "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code; "
+    "'mms_select' is the latter with the bias folded into the last layer's "
+    'weights, in the norm and under weight decay, as mms-select does.',
     needs=[_model('a model with variants', 'variant')],
   ),
   'model.head': Field(

@@ -55,6 +55,8 @@ def tiny(name, argument):
   config.batch_size = 2
   config.pool_size = 6
   config.devices = 1
+  if config.model.batch_norm_examples is not None:
+    config.model.batch_norm_examples = 2
   schema.validate(config)
   rng = np.random.default_rng(0)
   if config.data.name in data.SENTENCES:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import models
+from margin_jax import mms_scores, models
 from margin_jax.models import resnet
+from margin_jax.train import optimizers
 
 BATCH = 3
 RESNETS = list(resnet.MODELS)
@@ -80,15 +81,17 @@ def test_every_model_returns_logits_and_features(name, variant):
   model = models.build(name, 7, variant=variant)
   (logits, features), variables = shapes(model)
   width = {'cnn': 128, 'mnist_cnn': 512}.get(name, 64)
+  folded = variant == 'mms_select' and name.startswith('resnet')
+  width += folded  # a 1 that the bias is the weight of
   assert (logits.shape, logits.dtype) == ((BATCH, 7), jnp.float32)
   assert (features.shape, features.dtype) == ((BATCH, width), jnp.float32)
   head = variables['params']['head']
   assert {key: x.shape for key, x in head.items()} == {
-    'kernel': (width, 7), 'bias': (7,),
+    'kernel': (width, 7), **({} if folded else {'bias': (7,)}),
   }  # fmt: skip
   if name.startswith('resnet'):
     depth = int(name.removeprefix('resnet'))
-    count = expected_size(depth, 7, variant == 'authors')
+    count = expected_size(depth, 7, variant != 'he')
     assert size(variables['params']) == count
 
 
@@ -181,6 +184,9 @@ class Oracle:
       x = self.block(x, f'stage{stage}_block1', width, min(stage, 2))
     features = x.mean(axis=(1, 2))
     head = self.params['head']
+    if 'bias' not in head:  # folded into the weights
+      features = np.concatenate([features, np.ones((len(features), 1))], 1)
+      return features @ head['kernel'], features
     return features @ head['kernel'] + head['bias'], features
 
 
@@ -205,6 +211,24 @@ def test_resnet8_agrees_with_the_oracle(variant, train):
     updates['batch_stats'],
     oracle.stats,
   )
+
+
+def test_a_folded_bias_is_in_the_norm_and_under_weight_decay():
+  inputs = np.random.default_rng(1).normal(size=(BATCH, 8, 8, 3))
+  model = models.build('resnet8', 5, variant='mms_select')
+  variables = random_variables(model, inputs.shape)
+  kernel = variables['params']['head']['kernel']
+  logits, _ = model.apply(variables, inputs.astype(np.float32), train=False)
+  scores = mms_scores(logits, jnp.asarray(kernel))
+  for row, score in zip(np.float64(logits), scores, strict=True):
+    second, first = np.argsort(row)[-2:]
+    weights, biases = (kernel[:64], kernel[64])
+    square = np.sum((weights[:, first] - weights[:, second]) ** 2)
+    square += (biases[first] - biases[second]) ** 2
+    expected = (row[first] - row[second]) / np.sqrt(square)
+    np.testing.assert_allclose(score, expected, 1e-5)
+  mask = optimizers.kernels_only(variables['params'])
+  assert mask['head'] == {'kernel': True}
 
 
 def test_cnn_agrees_with_the_oracle():
@@ -285,7 +309,7 @@ def test_first_values(variant):
   params = jax.jit(functools.partial(model.init, train=False))(
     jax.random.key(0), jnp.zeros((1, 8, 8, 3))
   )['params']
-  authors = variant == 'authors'
+  authors = variant != 'he'
   for stage, width in ((1, 16), (2, 32), (3, 64)):
     block = params[f'stage{stage}_block1']
     assert np.all(block['norm1']['scale'] == 1)
@@ -298,5 +322,6 @@ def test_first_values(variant):
     kernel = np.asarray(block['conv1']['kernel'])
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * width)), 0.1)
   head = np.asarray(params['head']['kernel'])
-  np.testing.assert_allclose(head.std(), 0.01 if authors else 1 / 8, 0.1)
-  assert not np.any(params['head']['bias'])
+  bias = params['head'].get('bias', head[64:])
+  np.testing.assert_allclose(head[:64].std(), 0.01 if authors else 1 / 8, 0.1)
+  assert not np.any(bias)

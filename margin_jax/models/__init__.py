@@ -34,7 +34,7 @@ __all__ = [
   'unmet_requirement',
 ]
 
-VARIANTS = ('he', 'authors')
+VARIANTS = ('he', 'authors', 'mms_select')
 HEADS = ('linear', 'released')
 DTYPES = ('float32', 'bfloat16')
 
@@ -92,7 +92,7 @@ def build(
       'bertL_H_A', a BERT of L layers of width H with A heads; or a registered
       one.
     num_classes: C.
-    variant: of the CIFAR ResNets: 'he' or 'authors'.
+    variant: of the CIFAR ResNets: 'he', 'authors' or 'mms_select'.
     head: of VGGs: 'linear' or 'released'.
     dtype: of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.

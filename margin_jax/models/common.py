@@ -61,6 +61,7 @@ def classify(
   x: Array,
   num_classes: int,
   kernel_init: Callable = nn.linear.default_kernel_init,
+  fold_bias: bool = False,
 ) -> tuple[Array, Array]:
   """Global average pooling and the last layer, in float32.
 
@@ -70,12 +71,24 @@ def classify(
     x: (B, H, W, D) activations.
     num_classes: C.
     kernel_init: of the head.
+    fold_bias: whether the bias is the last row of the kernel, and the last
+      feature 1.
 
   Returns:
-    Logits (B, C) and features (B, D), both float32.
+    Logits (B, C) and features (B, D), or (B, D + 1), both float32.
   """
   features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-  head = nn.Dense(num_classes, kernel_init=kernel_init, name='head')
+  if not fold_bias:
+    head = nn.Dense(num_classes, kernel_init=kernel_init, name='head')
+    return head(features), features
+
+  def init(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+    rows, columns = shape
+    kernel = kernel_init(key, (rows - 1, columns), dtype)
+    return jnp.pad(kernel, ((0, 1), (0, 0)))
+
+  features = jnp.pad(features, ((0, 0), (0, 1)), constant_values=1)
+  head = nn.Dense(num_classes, use_bias=False, kernel_init=init, name='head')
   return head(features), features
 
 

@@ -56,11 +56,15 @@ class ResNet(nn.Module):
   `variant='authors'` is the one of the MMS and MMR papers' code: 1x1
   projections where the shape changes, last BatchNorm scale of a block at
   zero, and a head initialised with standard deviation 0.01.
+  `variant='mms_select'` has besides, as their repository of that name, the bias
+  folded into the last layer's weights: the last feature is 1, and the head has
+  no bias, but a row more of weights that starts at zero. So the bias is in the
+  norm of MMS and MMR and under weight decay.
 
   Attributes:
     depth: 8, 14, 20, ..., 110.
     num_classes: C.
-    variant: 'he' or 'authors'.
+    variant: 'he', 'authors' or 'mms_select'.
     dtype: of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
@@ -73,8 +77,11 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: Array, *, train: bool) -> tuple[Array, Array]:
-    """(B, H, W, channels) -> logits (B, C), features (B, 64), both float32."""
-    authors = self.variant == 'authors'
+    """(B, H, W, channels) -> logits (B, C), features (B, 64), both float32.
+
+    Of 'mms_select' (B, 65).
+    """
+    authors = self.variant != 'he'
     conv = common.make_conv(self)
     norm = common.make_norm(self, train)
     x = conv(16, (3, 3), padding=1, name='conv_stem')(inputs.astype(self.dtype))
@@ -93,7 +100,8 @@ class ResNet(nn.Module):
     head_init = (
       nn.initializers.normal(0.01) if authors else nn.linear.default_kernel_init
     )
-    return common.classify(x, self.num_classes, head_init)
+    folded = self.variant == 'mms_select'
+    return common.classify(x, self.num_classes, head_init, folded)
 
 
 MODELS = {
