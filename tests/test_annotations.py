@@ -22,8 +22,13 @@ def checked(function):
   return jaxtyping.jaxtyped(function, typechecker=beartype.beartype)
 
 
-# Those of arrays; `register_*` are not.
-NAMES = [x for x in margin_jax.__all__ if not x.startswith('register_')]
+# Those of arrays; `register_*` and what loads a run are not.
+OTHERS = ('Trained', 'load')
+NAMES = [
+  x
+  for x in margin_jax.__all__
+  if not x.startswith('register_') and x not in OTHERS
+]
 API = {name: checked(getattr(margin_jax, name)) for name in NAMES}
 
 
