@@ -13,7 +13,7 @@ of 1e-4 is not in the paper; depthwise kernels count as convolutions here.
 
 Ours: not run at full length yet.
 
-Cost, calculated from XLA's FLOP count of the step (0.89 TFLOP): 400 PFLOP, at
+Cost, calculated from XLA's FLOP count of the step (0.89 TFLOP): 402 PFLOP, at
 50 TFLOP/s 2.2 GPU-hours; decoding 115 million JPEGs takes longer than that.
 """
 

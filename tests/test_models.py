@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import flax
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from margin_jax import models
-from margin_jax.models import resnet
+from margin_jax.models import common, resnet
 
 BATCH = 3
 RESNETS = list(resnet.MODELS)
@@ -300,3 +301,15 @@ def test_first_values(variant):
   head = np.asarray(params['head']['kernel'])
   np.testing.assert_allclose(head.std(), 0.01 if authors else 1 / 8, 0.1)
   assert not np.any(params['head']['bias'])
+
+
+def test_the_running_variance_is_the_mean_of_the_batches_own():
+  """And not n / (n - 1) times that, as PyTorch's."""
+  model = types.SimpleNamespace(dtype=None, batch_norm_axis=None)
+  norm = common.make_norm(model, train=True)()
+  x = np.random.default_rng(0).normal(size=(3, 1, 1, 2)).astype(np.float32)
+  variables = norm.init(jax.random.key(0), x)
+  _, updated = norm.apply(variables, x, mutable=['batch_stats'])
+  np.testing.assert_allclose(
+    updated['batch_stats']['var'], 0.9 + 0.1 * x.var(axis=(0, 1, 2)), 1e-5
+  )
