@@ -5,8 +5,8 @@
 Argument: how examples are selected, `selection=fresh` (MMS of a pool of 128),
 `memory` (soft pruning by remembered margins, no pool is scored) or `proxy`.
 
-Expected: at least 98% test accuracy. Cost: under a minute on two CPU cores.
-No paper has this row; it is the first thing to run.
+Expected: at least 98% test accuracy (benchmarks/rules_on_digits.md). No paper
+has this row; it is the first thing to run.
 """
 
 from margin_jax import config as config_lib

@@ -41,8 +41,8 @@ Ours: not run yet with BERT-base. With a small pretrained BERT (6 layers of 384)
 and Adam without weight decay, MRPC has F1 83.05 +- 0.71 and accuracy 73.61 +-
 1.21, with and without MMR, over 3 seeds: benchmarks/glue_minilm.md.
 
-Cost, calculated from 6 FLOP a parameter and token at the full 128 tokens: 66
-GFLOP an example, 0.5 PFLOP for RTE, 78 PFLOP for MNLI: at 50 TFLOP/s from ten
+Cost, calculated from XLA's FLOP count of the step at the full 128 tokens (68
+GFLOP an example): 0.5 PFLOP for RTE, 80 PFLOP for MNLI: at 50 TFLOP/s from ten
 seconds to half an hour. Shorter sentences are padded to 32 or 64 tokens, and
 cost less.
 """

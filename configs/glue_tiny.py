@@ -1,4 +1,4 @@
-"""A generated entailment task, a BERT of two layers: no download, one minute.
+"""A generated entailment task, a BERT of two layers: no download.
 
     python -m margin_jax.train --config=configs/glue_tiny.py \\
         --workdir=/tmp/glue_tiny
@@ -8,10 +8,8 @@ Arguments: method=uniform or any rule of selection, as in
 
 The pairs, their words and their grammar are in margin_jax/data/entailment.py:
 8,000 to train, 1,000 to test, half of them entailed. Everything is learned from
-random weights. For some 500 steps the loss stays at 0.69; then it falls.
-
-Measured on two CPU cores (jax 0.10.1), the whole command 53 to 57 s, of which
-37 s are training: 99.9, 99.9 and 100.0% of the test pairs (seeds 0, 1, 2).
+random weights: at first the loss stays at that of guessing, 0.69; then it
+falls.
 """
 
 from margin_jax import config as config_lib

@@ -20,7 +20,7 @@ shape, the paper's "standard data augmentation" as Goyal et al. 2017 have it.
 
 Ours: not run at full length yet.
 
-Cost, calculated from XLA's FLOP count of the step (0.89 TFLOP): 400 PFLOP, at
+Cost, calculated from XLA's FLOP count of the step (0.89 TFLOP): 402 PFLOP, at
 50 TFLOP/s 2.2 GPU-hours; decoding 115 million JPEGs takes longer than that.
 """
 

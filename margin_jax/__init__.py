@@ -6,6 +6,7 @@ trainer is `python -m margin_jax.train`.
 
 import warnings as _warnings
 
+import jax as _jax
 import jaxlib as _jaxlib
 
 from margin_jax.linearized import at_layers, layer_margins
@@ -48,5 +49,15 @@ if _jaxlib.__version__ == '0.10.2':
   _warnings.warn(
     'jaxlib 0.10.2 computes wrong results on CPU (jax-ml/jax#39103, #39257, '
     '#40412); install the versions pinned in requirements.txt',
+    stacklevel=2,
+  )
+
+# All tests pass with the first and the last: those of requirements.txt.
+_TESTED = ((0, 10, 1), (0, 11, 2))
+if not _TESTED[0] <= _jax.__version_info__[:3] <= _TESTED[1]:
+  _first, _last = ('.'.join(map(str, version)) for version in _TESTED)
+  _warnings.warn(
+    f'margin_jax is tested with jax {_first} to {_last}, and this is jax '
+    f'{_jax.__version__}',
     stacklevel=2,
   )

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import flax
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from margin_jax import mms_scores, models
-from margin_jax.models import resnet
+from margin_jax.models import common, resnet
 from margin_jax.train import optimizers
 
 BATCH = 3
@@ -325,3 +326,15 @@ def test_first_values(variant):
   bias = params['head'].get('bias', head[64:])
   np.testing.assert_allclose(head[:64].std(), 0.01 if authors else 1 / 8, 0.1)
   assert not np.any(bias)
+
+
+def test_the_running_variance_is_the_mean_of_the_batches_own():
+  """And not n / (n - 1) times that, as PyTorch's."""
+  model = types.SimpleNamespace(dtype=None, batch_norm_axis=None)
+  norm = common.make_norm(model, train=True)()
+  x = np.random.default_rng(0).normal(size=(3, 1, 1, 2)).astype(np.float32)
+  variables = norm.init(jax.random.key(0), x)
+  _, updated = norm.apply(variables, x, mutable=['batch_stats'])
+  np.testing.assert_allclose(
+    updated['batch_stats']['var'], 0.9 + 0.1 * x.var(axis=(0, 1, 2)), 1e-5
+  )

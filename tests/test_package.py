@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 
+import jax
 import jaxlib
 import pytest
 
@@ -16,6 +17,7 @@ import margin_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+REQUIREMENTS = (ROOT / 'requirements.txt').read_text()
 
 
 def test_readme_loop_runs_as_printed():
@@ -61,6 +63,32 @@ def test_importing_under_the_broken_jaxlib_warns(monkeypatch):
   with pytest.warns(UserWarning, match=r'jaxlib 0\.10\.2 computes wrong'):
     importlib.reload(margin_jax)
   monkeypatch.undo()
+  importlib.reload(margin_jax)
+
+
+@pytest.mark.parametrize(
+  ('version', 'warns'),
+  [
+    ((0, 9, 2), True),
+    ((0, 10, 1), False),
+    ((0, 11, 0), False),
+    ((0, 11, 2), False),
+    ((0, 12, 0, 1), True),
+  ],
+)
+def test_importing_under_a_jax_that_is_not_tested_warns(
+  version, warns, monkeypatch, recwarn
+):
+  monkeypatch.setattr(jax, '__version_info__', version)
+  importlib.reload(margin_jax)
+  monkeypatch.undo()
+  (pinned, *_), (newest, *_) = (
+    re.findall(rf'^jax==(\S+);.*{python}', REQUIREMENTS, re.MULTILINE)
+    for python in ('< "3.12"', '>= "3.12"')
+  )
+  expected = f'is tested with jax {pinned} to {newest}, and this is jax'
+  found = [x for x in recwarn if expected in str(x.message)]
+  assert len(found) == warns
   importlib.reload(margin_jax)
 
 

@@ -273,6 +273,7 @@ def test_rules_agree_with_oracles(shape, dtype):
   logits = jnp.asarray(logits, dtype)
   expected = {
     'mms': references.mms_scores(logits, kernel),
+    'signed_margin': references.signed_margins(logits, kernel, labels),
     'loss': references.loss_scores(logits, labels),
     'entropy': references.entropy_scores(logits),
     'margin': references.margin_scores(logits),

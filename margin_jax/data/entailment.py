@@ -7,7 +7,7 @@
 The premise says of one to four people what they did, the hypothesis of one of
 them. It follows if that person's clause has the same noun, or one of its kind.
 A premise is about one kind of things, so that a small transformer learns the
-task from nothing, on a CPU, in less than a minute.
+task from nothing, on a CPU.
 
 Neither sentence tells the label: each by itself is as likely with the one as
 with the other. Nor does any weighted sum of the words of both: they must be

@@ -20,7 +20,11 @@ depthwise_init = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 
 
 def make_norm(model: Any, train: bool) -> Callable[..., nn.Module]:
-  """BatchNorm as every model has it; the statistics of PyTorch's default.
+  """BatchNorm as every model has it, with PyTorch's epsilon and momentum.
+
+  The running variance is the mean of the batches' own. PyTorch's is n / (n - 1)
+  times that, for n values a channel: 1.0002 for 64 images in the last stage of
+  ResNet-44, 1.004 in that of VGG-16. No accuracy of a paper has so many digits.
 
   Args:
     model: has `dtype` and `batch_norm_axis`.
