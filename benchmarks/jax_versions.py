@@ -26,8 +26,8 @@ ONEDNN = '--xla_cpu_experimental_onednn_custom_call='
 FUSIONS = '--xla_cpu_experimental_ynn_fusion_type='
 FLAGS = {
   'as tuned': '',
-  'with the fusions that compute nonsense': f'{FUSIONS}+reduce',
-  'without any fusion into that library': FUSIONS,
+  'without fused sums': f'{FUSIONS}-reduce',  # `cpu.avoid_wrong_results`
+  'without fusions into YNNPACK': FUSIONS,
   'without oneDNN': f'{ONEDNN}false',
 }
 SECONDS = 0.6  # of a measurement

@@ -29,8 +29,8 @@ def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   XLA:CPU of jax 0.11 and 0.12 fuses a product of matrices in batches with what
   it is summed into. Where one of the matrices is a constant, as in
   `jnp.sum((x @ jnp.full_like(x, 0.37)) * x, -1)`, the result is off by 1e32, or
-  NaN. Without any such fusions a step takes an eighth to a quarter more of the
-  processors, so only a program that needs it goes without.
+  NaN. Steps without such fusions are slower (benchmarks/jax_versions.py), so
+  only a program that needs it goes without.
   """
   compiled = lowered.compile()
   if _knows_flags() and is_default() and constant_dots(compiled.as_text()):
