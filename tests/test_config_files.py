@@ -45,11 +45,22 @@ def arguments_of(module, monkeypatch):
   return [None, *filter(None, combinations)]
 
 
+def refused(argument):
+  """Returns whether it says how MMS selects where nothing is selected."""
+  parts = dict(x.split('=') for x in filter(None, (argument or '').split(',')))
+  selects = 'mms' in parts.get('method', 'mms')
+  return parts.get('selection', 'fresh') != 'fresh' and not selects
+
+
 @pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
 def test_config_files_are_valid(path, monkeypatch):
   module = load_config_file(path)
   assert f'--config=configs/{path.name}' in module.__doc__
   for argument in arguments_of(module, monkeypatch):
+    if refused(argument):
+      with pytest.raises(config_lib.ConfigError, match='needs mms'):
+        module.get_config(argument)
+      continue
     config = module.get_config(*filter(None, [argument]))
     schema.validate(config)
 

@@ -369,7 +369,8 @@ def test_weights_of_sampler_and_dataset_multiply():
   rows, given = (
     np.asarray(x)[:8] for x in (state.sampler.order, state.sampler.weights)
   )
-  assert {*given.round(3).tolist()} == {1.0, 2.5}
+  # Of 32 easy examples 12 stay.
+  assert {*given.round(3).tolist()} == {1.0, np.float32(2.667)}
 
   def take():
     return in_memory.take_weights(
