@@ -42,6 +42,7 @@ UNSCORED = {
   'memory, weighted': {**MEMORY, 'selection.sampler': 'weighted'},
   'memory, pool, B=128, explore=0.2': {
     **MEMORY,
+    'selection.sampler': 'pool',
     'pool_size': 128,
     'selection.explore': 0.2,
   },
