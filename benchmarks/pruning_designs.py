@@ -94,15 +94,17 @@ def table(errors: dict[str, list[float]]) -> list[str]:
     found = errors.get(name, [])
     base = errors.get(f'{UNIFORM}, {name}' if name in RECIPES else UNIFORM, [])
     count = min(len(found), len(base))
-    if count < 2:
+    if not count:
       continue
     # The same seeds start from the same parameters.
     pairs = [100 * (x - y) for x, y in zip(found, base, strict=False)]
-    spread = 2 * statistics.stdev(pairs) / count**0.5
+    spread = ''
+    if count > 1:
+      spread = f' ± {2 * statistics.stdev(pairs) / count**0.5:.2f}'
     lines.append(
       f'| {name} | {count} | {100 * statistics.mean(found):.2f} | '
       f'{100 * statistics.mean(base):.2f} | '
-      f'{statistics.mean(pairs):+.2f} ± {spread:.2f} |'
+      f'{statistics.mean(pairs):+.2f}{spread} |'
     )
   return lines
 
