@@ -102,8 +102,8 @@ def table(errors: dict[str, list[float]]) -> list[str]:
     if count > 1:
       spread = f' ± {2 * statistics.stdev(pairs) / count**0.5:.2f}'
     lines.append(
-      f'| {name} | {count} | {100 * statistics.mean(found):.2f} | '
-      f'{100 * statistics.mean(base):.2f} | '
+      f'| {name} | {count} | {100 * statistics.mean(found[:count]):.2f} | '
+      f'{100 * statistics.mean(base[:count]):.2f} | '
       f'{statistics.mean(pairs):+.2f}{spread} |'
     )
   return lines
