@@ -262,7 +262,7 @@ def test_random_selection_uses_every_example_equally_often():
   assert abs(chi_square - 1256) < 4 * 50
   # The hard rule is not uniform, and the test sees it.
   hard = helpers.Setup(
-    steps=400, **{'selection.rule': 'mms', 'selection.log_counts': True}
+    steps=400, **{'selection.rule': 'loss', 'selection.log_counts': True}
   )
   counts = np.asarray(hard.run(390)[0].counts, np.float64)
   assert np.sum((counts - mean) ** 2 / variance) > 1256 + 4 * 50
