@@ -77,7 +77,7 @@ def number_or(check: Check, *words: str) -> Check:
   """Allows what a check of a number allows, and some words."""
   return Check(
     lambda value: value in words or check.holds(value),
-    lambda: f'{check.allowed()}, or one of {words}',
+    lambda: f'{check.allowed()}, or {" or ".join(map(repr, words))}',
     object,
   )
 

@@ -134,7 +134,7 @@ BAD = [
   ('selection.decay', 1.0, 'below 1'),
   ('selection.explore', -0.5, REAL),
   ('selection.threshold', 'median', "('share', 'mean')"),
-  ('selection.share', 'most', "or one of ('auto',)"),
+  ('selection.share', 'most', "at most 1, or 'auto'"),
   ('selection.share', 1.5, 'at most 1'),
   ('selection.drop', 1.0, 'below 1'),
   ('selection.pressure', 0.5, 'at least 1'),
