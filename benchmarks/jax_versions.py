@@ -15,6 +15,7 @@ programs on the machine change less. Writes benchmarks/jax_versions.md.
 import argparse
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Process:
     )  # fmt: skip
 
   def answer(self) -> str:
-    """What it says next; first the version of its jax."""
+    """What it says next; first the versions of its Python and jax."""
     line = self.process.stdout.readline()
     if not line:
       raise SystemExit('error: a process stopped, see above')
@@ -70,14 +71,15 @@ class Process:
 
 def work() -> None:
   """Answers lines until there are no more."""
+  import jax
+
   from benchmarks import selection_cost, step_time, steps
   from margin_jax import cpu
   from margin_jax.train import devices as devices_lib
-  from margin_jax.train.reporting import versions
 
   cpu.tune()  # as the trainer does, before JAX starts
   devices_lib.use_compilation_cache()
-  print(versions()['jax'], flush=True)
+  print(f'{platform.python_version()}, jax {jax.__version__}', flush=True)
   model, runs = None, {}
   for line in sys.stdin:
     name, kind, count = line.split()
@@ -155,7 +157,7 @@ def main() -> None:
     for python in args.pythons
     for flags in args.flags
   ]
-  processes = {f'jax {p.answer()}, {flags}': p for flags, p in started}
+  processes = {f'Python {p.answer()}, {flags}': p for flags, p in started}
   text = [
     '# Versions of jax, and flags of XLA',
     '',

@@ -53,8 +53,8 @@ if _jaxlib.__version__ == '0.10.2':
   )
 
 # All tests pass with the first and the last: those of requirements.txt.
-_TESTED = ((0, 10, 1), (0, 11, 2))
-if not _TESTED[0] <= _jax.__version_info__[:3] <= _TESTED[1]:
+_TESTED = ((0, 10, 1), (0, 12, 0, 1))
+if not _TESTED[0] <= _jax.__version_info__[:4] <= _TESTED[1]:
   _first, _last = ('.'.join(map(str, version)) for version in _TESTED)
   _warnings.warn(
     f'margin_jax is tested with jax {_first} to {_last}, and this is jax '
