@@ -224,5 +224,5 @@ def test_install_cell_takes_jax_with_its_plugin_and_never_downgrades(
     gpu = {'jax_cuda12_plugin': '0.7.2', 'jax': '0.7.2'}
     found = installs(monkeypatch, python, **gpu)
     assert found == [f'jax[cuda12]=={jax}', f'flax=={flax}']
-    found = installs(monkeypatch, python, libtpu='0.1', jax='0.12.0')
-    assert found == ['jax[tpu]==0.12.0', 'flax>=0.12.12']
+    found = installs(monkeypatch, python, libtpu='0.1', jax='0.12.1')
+    assert found == ['jax[tpu]==0.12.1', 'flax>=0.12.12']
