@@ -383,10 +383,29 @@ def test_errors_of_batches_are_in_the_plot(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
   for last in (0.01, 0.0001):
     test, train = {'mms': [rows(0.3, 0.05)]}, {'mms': [rows(0.6, last)]}
-    plots.error(tmp_path / 'error.png', test, train)
+    plots.error(tmp_path / 'error.png', test, train, 'mms')
   limits = [figure.axes[0].get_ylim() for figure in saved]
   assert limits[0] == pytest.approx((1 / 1.3, 60 * 1.3))
   assert limits[1] == pytest.approx((5 / 1.3, 60 * 1.3))  # below a tenth of 5
+
+
+def test_the_end_of_the_baseline_is_a_dotted_line(tmp_path, monkeypatch):
+  """2020, Figure 3; the mean over its seeds, whatever their last steps."""
+
+  def rows(*errors):
+    costs = {'flops': 1.0, 'seconds': 1.0}
+    return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
+
+  saved = []
+  monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
+  curves = {'mms': [rows(0.5, 0.1)], 'plain': [rows(0.6, 0.2), rows(0.6, 0.3)]}
+  plots.error(tmp_path / 'error.png', curves, curves, 'plain')
+  for axes in saved[0].axes:
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    dotted = lines['end of plain']
+    assert dotted.get_linestyle() == ':'
+    assert dotted.get_color() == lines['plain'].get_color()
+    assert [*dotted.get_ydata()] == pytest.approx([25, 25])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@
 The same command again redoes nothing that is complete. Tables and plots are
 written to the workdir. A sweep of config fields:
 --sweep=mmr.alpha=1e-5,1e-4,1e-3. A config file may have methods of its own
-(`get_methods`), and lines for below the table (`get_summary`).
+(`get_methods`), a baseline (`get_baseline`), and lines for below the table
+(`get_summary`).
 """
 
 import functools
@@ -44,7 +45,10 @@ _BUDGET = flags.DEFINE_enum(
   'baseline.',
 )
 _BASELINE = flags.DEFINE_string(
-  'baseline', UNIFORM, 'The method that the others are compared with.'
+  'baseline',
+  None,
+  'The method that the others are compared with. Default: that of the config '
+  f'file, or {UNIFORM}',
 )
 _SWEEP = flags.DEFINE_multi_string(
   'sweep', [], 'A config field and its values: mmr.alpha=1e-5,1e-4. Several '
@@ -69,13 +73,14 @@ def main(argv: list[str]) -> None:
   with process.one_line_errors():
     module, argument = _config_file()
     get_summary = module.get('get_summary')
+    get_baseline = module.get('get_baseline', lambda argument: UNIFORM)
     experiment.compare(
       flags_lib.CONFIG.value,
       flags_lib.WORKDIR.value,
       methods=_methods(module.get('get_methods'), argument),
       seeds=_SEEDS.value,
       budget=_BUDGET.value,
-      baseline=_BASELINE.value,
+      baseline=_BASELINE.value or get_baseline(argument),
       sweep=_SWEEP.value,
       split=_SPLIT.value,
       command=shlex.join(['python', '-m', 'margin_jax.compare', *sys.argv[1:]]),

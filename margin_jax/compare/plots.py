@@ -20,24 +20,31 @@ COLORS = 10  # of matplotlib's cycle; more lines are dotted
 
 
 def error(
-  path: pathlib.Path, test: Curves, train: Curves, split: str = 'test'
+  path: pathlib.Path,
+  test: Curves,
+  train: Curves,
+  baseline: str,
+  split: str = 'test',
 ) -> None:
   """Plots errors against steps, FLOPs and seconds (ICLR, Figures 2, 4, 5).
 
   Solid is the error of a split, the mean over the seeds with a band of one
   standard deviation; dashed and thin the error on the batches that were trained
-  on, down to a tenth of the least test error.
+  on, down to a tenth of the least test error. Dotted is where the baseline ends
+  (2020, Figure 3).
 
   Args:
     path: of the PNG file.
     test: have 'step', 'flops', 'seconds' and 'error'.
     train: the same, of the same trials.
+    baseline: the name of one of them.
     split: what the first are of: 'test', or 'validation' as in the figures of
       the 2020 paper.
   """
   figure = figures.new(WIDTH, 4.2)
   grid = figure.subplots(1, len(COSTS), sharey=True)
   test_errors, train_errors = [], []
+  final = 100 * np.mean([rows[-1]['error'] for rows in test[baseline]])
   for axes, (cost, label) in zip(grid, COSTS.items(), strict=True):
     for index, (name, seeds) in enumerate(test.items()):
       style = _style(index)
@@ -47,6 +54,8 @@ def error(
       dashed = style | {'linestyle': '--'}
       axes.plot(x, 100 * y, linewidth=0.8, alpha=0.7, **dashed)
       train_errors += list(100 * y)
+    color = _style([*test].index(baseline))['color']
+    axes.axhline(final, color=color, linestyle=':', label=f'end of {baseline}')
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
     _cost_axis(axes.xaxis, cost)

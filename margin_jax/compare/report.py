@@ -142,10 +142,10 @@ def _write_comparison(
   """Writes compare.md and the plots of one trial of each method."""
   test = {x.trial.name: [run.test for run in x.curves] for x in trials}
   train = {x.trial.name: [run.train for run in x.curves] for x in trials}
-  plots.error(folder / 'error.png', test, train, split)
+  reference = next(x for x in trials if x.trial.method == baseline)
+  plots.error(folder / 'error.png', test, train, reference.trial.name, split)
   plots.mean_mms(folder / 'mean_mms.png', train)
   plots.cost(folder / 'cost.png', {x.trial.name: x.rows for x in trials})
-  reference = next(x for x in trials if x.trial.method == baseline)
   table = '\n'.join(comparison_table(trials, reference))
   explanation = EXPLANATION.format(baseline=reference.trial.name)
   config = trials[0].trial.config
