@@ -353,7 +353,9 @@ FIELDS: dict[str, Field] = {
     'dataset',
     one_of(*data.NORMALIZATIONS),
     "Whose mean and deviation images are normalised with: the training split's "
-    "or ImageNet's. ImageNet itself has its own either way.",
+    "or ImageNet's, which ImageNet has either way; or none: 'unit' leaves them "
+    'in [0, 1], and distances at the input are in units of pixels, as '
+    'attack.epsilons are.',
     needs=[IMAGES],
   ),
   'data.image_size': Field(
@@ -412,6 +414,12 @@ FIELDS: dict[str, Field] = {
     "What follows VGG's convolutions: the last layer alone, or two hidden "
     "layers of 4096 before it ('released', as in the MMR authors' code).",
     needs=[_model('a model with heads', 'head')],
+  ),
+  'model.kernel_init': Field(
+    'default',
+    one_of(*models.KERNEL_INITS),
+    "How kernels start: as the model has it, or as Glorot's, uniform, which is "
+    "that of TensorFlow's layers.",
   ),
   'model.dtype': Field(
     'float32',

@@ -273,7 +273,7 @@ def test_cutout_covers_every_square_equally_often(size):
     assert abs(counts[key] - mean) <= 5 * np.sqrt(mean)
 
 
-@pytest.mark.parametrize('kind', ['dataset', 'imagenet'])
+@pytest.mark.parametrize('kind', ['dataset', 'imagenet', 'unit'])
 def test_cutout_fills_with_what_normalisation_maps_to_zero(kind):
   raw = pictures()
   prepare = normalization.normalizer(raw, kind)
@@ -281,6 +281,8 @@ def test_cutout_fills_with_what_normalisation_maps_to_zero(kind):
   mean = 255 * normalization.statistics(raw)[0]
   if kind == 'imagenet':
     mean = 255 * np.array(normalization.IMAGENET_MEAN)
+  if kind == 'unit':
+    mean = np.zeros(3)
   np.testing.assert_array_equal(pixel, np.round(mean))
   step = np.asarray(prepare(jnp.asarray([[1, 1, 1]], jnp.uint8)))
   step = step - prepare(jnp.zeros((1, 3), jnp.uint8))

@@ -144,6 +144,20 @@ def test_imagenet_normalization_has_imagenets_statistics():
   np.testing.assert_allclose(outputs, expected, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_unit_normalization_is_in_0_1(channels):
+  raw = image_of(0, (6, 7, channels))
+  outputs = normalization.normalizer(raw[None], 'unit')(jnp.asarray(raw))
+  assert outputs.dtype == jnp.float32
+  np.testing.assert_allclose(outputs, raw / 255, 1e-6)
+  ends = np.array([[[0] * channels, [255] * channels]], np.uint8)
+  ends = normalization.normalizer(raw[None], 'unit')(jnp.asarray(ends))
+  np.testing.assert_array_equal(ends[0], [[0] * channels, [1] * channels])
+  dataset = data.load('digits', normalization='unit')
+  digits = dataset.splits['test']['inputs']
+  np.testing.assert_allclose(dataset.prepare(digits), digits / 255, 1e-6)
+
+
 def test_digits_are_scikit_learns_each_once():
   train, test, _ = digits.load()
   rows = []
@@ -188,7 +202,7 @@ def test_validation_is_the_last_of_the_training_examples():
     ('validation_examples', 1437, ['validation_examples=1437', 'has 1437 ']),
     ('validation_examples', -1, ['validation_examples=-1']),
     ('normalization', 'imagenet', ["='imagenet' needs RGB", '1 channel']),
-    ('normalization', 'none', ["'none'", "('dataset', 'imagenet')"]),
+    ('normalization', 'none', ["'none'", "('dataset', 'imagenet', 'unit')"]),
     ('augmentations', ('mixup',), ["'mixup'", "('crop', 'flip', "]),
   ],
 )

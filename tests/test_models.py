@@ -1,6 +1,7 @@
 """Models: sizes, shapes, dtypes, BatchNorm, and a float64 NumPy forward."""
 
 import functools
+import math
 import re
 import types
 
@@ -13,6 +14,7 @@ import pytest
 from margin_jax import mms_scores, models
 from margin_jax.models import common, resnet
 from margin_jax.train import optimizers
+from tests import helpers
 
 BATCH = 3
 RESNETS = list(resnet.MODELS)
@@ -338,3 +340,57 @@ def test_the_running_variance_is_the_mean_of_the_batches_own():
   np.testing.assert_allclose(
     updated['batch_stats']['var'], 0.9 + 0.1 * x.var(axis=(0, 1, 2)), 1e-5
   )
+
+
+@pytest.mark.parametrize('name', ['cnn', 'mobilenet', 'bert2_32_2'])
+def test_glorot_draws_kernels_of_his_variance(name):
+  """Uniform to sqrt(6 / (fan_in + fan_out)); nothing else changes."""
+  if name.startswith('bert'):
+    model = models.build(name, 3, vocabulary=50)
+    tokens = jnp.ones((1, 6), jnp.int32)
+    inputs = {'ids': tokens, 'segments': tokens, 'mask': tokens}
+  else:
+    model, inputs = models.build(name, 3), jnp.ones((1, 16, 16, 3))
+  init = jax.jit(functools.partial(model.init, train=False))
+  params = init(jax.random.key(0), inputs)['params']
+  params = jax.tree.map(lambda x: x + 2, params)
+  draw = jax.jit(models.glorot)
+  found = draw(params, jax.random.key(1))
+  before = flax.traverse_util.flatten_dict(params)
+  seen, relative = set(), []
+  for path, value in flax.traverse_util.flatten_dict(found).items():
+    if path[-1] != 'kernel':
+      np.testing.assert_array_equal(value, before[path])
+      continue
+    *receptive, fan_in, fan_out = value.shape
+    bound = math.sqrt(6 / (math.prod(receptive) * (fan_in + fan_out)))
+    assert np.abs(value).max() <= bound * (1 + 1e-6)
+    relative.append(np.asarray(value).ravel() / bound)
+    seen.add(float(value.ravel()[0]) / bound)
+  assert len(seen) == len(relative) > 2  # no two layers have the same draw
+  relative = np.concatenate(relative)
+  # Of n uniform numbers the mean square is 1/3 with deviation 0.3 / sqrt(n).
+  np.testing.assert_allclose(
+    np.mean(relative**2), 1 / 3, 0, 1.5 / len(relative) ** 0.5
+  )
+  for other, same in ((jax.random.key(1), True), (jax.random.key(2), False)):
+    again = jax.tree.leaves(draw(params, other))
+    equal = map(np.array_equal, again, jax.tree.leaves(found))
+    assert all(equal) == same
+
+
+def test_a_run_starts_as_its_config_says():
+  fields = {'selection.rule': 'uniform', 'model.name': 'mnist_cnn'}
+  states = [
+    helpers.Setup(**fields, **{'model.kernel_init': kind}).first
+    for kind in ('default', 'glorot')
+  ]
+  kernels = [state.params['hidden']['kernel'] for state in states]
+  fan_in, fan_out = kernels[0].shape
+  for kernel, variance in zip(
+    kernels, (1 / fan_in, 2 / (fan_in + fan_out)), strict=True
+  ):
+    np.testing.assert_allclose(kernel.var(), variance, 0.02)
+  assert np.abs(kernels[1]).max() <= math.sqrt(6 / (fan_in + fan_out))
+  for name in ('batch_stats', 'opt_state'):
+    helpers.assert_trees_equal(*(getattr(state, name) for state in states))

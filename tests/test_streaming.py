@@ -437,3 +437,17 @@ def test_a_loader_starts_at_any_step():
 def test_all_examples_have_one_shape():
   examples = {'inputs': np.zeros((2, 16, 16, 3)), 'label': np.zeros(2)}
   assert streamed().fit(examples, {}) is examples
+
+
+@pytest.mark.parametrize('normalization', ['dataset', 'imagenet', 'unit'])
+def test_imagenet_has_its_own_statistics_or_none(normalization, data_dir):
+  dataset = data.load(
+    'imagenet2012', data_dir=sample(data_dir), normalization=normalization
+  )
+  pixels = np.array([[[[0, 51, 255]]]], np.uint8)
+  expected = np.array([0, 0.2, 1])
+  if normalization != 'unit':
+    expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+  np.testing.assert_allclose(
+    dataset.prepare(pixels)[0, 0, 0], expected, 1e-5, 1e-6
+  )

@@ -95,8 +95,8 @@ def load(
       order.
     crop_padding: pixels of zeros around the image before a random crop.
     cutout_size: the side of the square that cutout covers.
-    normalization: of images: 'dataset' (statistics of the training split) or
-      'imagenet'.
+    normalization: of images: 'dataset' (statistics of the training split),
+      'imagenet', or 'unit', [0, 1].
     image_size: side of the images that those of `STREAMED` are cut to.
     workers: processes that decode those.
     undecodable: 'stop' at a JPEG that cannot be decoded, or 'skip' it.
@@ -148,8 +148,9 @@ def load(
     shift['train'] = splits.label_shift(
       len(rows['train']), label_noise, num_classes, seed
     )
-    # Both normalisations: ImageNet's statistics are those of the dataset.
-    prepare = normalizer(np.zeros((1, 1, 1, 3), np.uint8), 'imagenet')
+    # ImageNet's statistics are those of the dataset.
+    own = 'imagenet' if normalization == 'dataset' else normalization
+    prepare = normalizer(np.zeros((1, 1, 1, 3), np.uint8), own)
     return (Ordered if ordered else Streaming)(
       name=name,
       num_classes=num_classes,

@@ -1,4 +1,4 @@
-"""Pixels to numbers that networks read: mean 0 and variance 1 per channel."""
+"""Pixels to numbers that networks read: normalised per channel, or [0, 1]."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-NORMALIZATIONS = ('dataset', 'imagenet')
+NORMALIZATIONS = ('dataset', 'imagenet', 'unit')
 
 # Over [0, 1], the statistics that networks trained on ImageNet expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,11 +41,13 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def normalizer(
   images: np.ndarray, normalization: str
 ) -> Callable[[Array], Array]:
-  """Returns uint8 -> float32 with mean 0 and variance 1 per channel.
+  """Returns uint8 -> float32: mean 0 and variance 1 per channel, or [0, 1].
 
   Args:
     images: the training images, whose statistics 'dataset' uses.
-    normalization: 'dataset', or 'imagenet' as in the authors' code.
+    normalization: 'dataset', 'imagenet' as in the authors' code, or 'unit':
+      divided by 255, so that distances at the input are in units of pixels, as
+      the epsilon of an attack is.
 
   Raises:
     ValueError: 'imagenet' for images that are not RGB.
@@ -57,6 +59,8 @@ def normalizer(
         f"{images.shape[-1]} channel(s); use 'dataset'"
       )
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+  elif normalization == 'unit':
+    mean, std = np.zeros(images.shape[-1]), np.ones(images.shape[-1])
   else:
     mean, std = statistics(images)
     std = np.where(std == 0, 1, std)  # a constant channel becomes all zeros

@@ -15,13 +15,14 @@ from margin_jax.models import (
   vgg,
   wide_resnet,
 )
-from margin_jax.models.common import STEMS
+from margin_jax.models.common import STEMS, glorot
 from margin_jax.models.model import Family, Model, unmet_requirement
 
 __all__ = [
   'DTYPES',
   'FAMILIES',
   'HEADS',
+  'KERNEL_INITS',
   'MODELS',
   'REGISTERED',
   'STEMS',
@@ -30,12 +31,14 @@ __all__ = [
   'Model',
   'build',
   'find',
+  'glorot',
   'names',
   'unmet_requirement',
 ]
 
 VARIANTS = ('he', 'authors', 'mms_select')
 HEADS = ('linear', 'released')
+KERNEL_INITS = ('default', 'glorot')
 DTYPES = ('float32', 'bfloat16')
 
 MODELS: dict[str, Model] = {

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import Array
 
 from margin_jax import cpu
@@ -17,6 +19,27 @@ conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # A depthwise output sees one input channel: JAX would count them all as its
 # fan-out, and start 6 to 32 times too small.
 depthwise_init = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+def glorot(params: Any, key: Array) -> Any:
+  """Draws all kernels anew: uniform, of variance 2 / (fan_in + fan_out).
+
+  Whatever the model is; biases, embeddings and scales stay as they are.
+
+  Args:
+    params: a model's, whose kernels are called `kernel`.
+    key: PRNG key.
+
+  References:
+    Glorot & Bengio 2010, Eq. 16.
+  """
+  flat = traverse_util.flatten_dict(params)
+  paths = sorted(path for path in flat if path[-1] == 'kernel')
+  init = nn.initializers.glorot_uniform()
+  keys = jax.random.split(key, len(paths))
+  for path, key in zip(paths, keys, strict=True):
+    flat[path] = init(key, flat[path].shape, flat[path].dtype)
+  return traverse_util.unflatten_dict(flat)
 
 
 def make_norm(model: Any, train: bool) -> Callable[..., nn.Module]:

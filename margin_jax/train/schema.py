@@ -194,6 +194,9 @@ def _check_models(flat: Flat) -> None:
   if models.find(model).published is None:
     because = f'with model.name={model!r}, which has no published weights'
     _forbid(flat, ('model.pretrained',), because)
+  if flat['model.variant'] == 'mms_select':
+    because = "with model.variant='mms_select', whose bias is in a kernel"
+    _forbid(flat, ('model.kernel_init',), because)
 
 
 def _check_selection(flat: Flat) -> None:

@@ -545,9 +545,14 @@ def init_state(
     np.zeros((1, *dataset.input_shape), dataset.input_dtype),
     dataset.counts['train'] if config.selection.log_counts else None,
   )
-  if weights is None:
+  glorot = config.model.kernel_init == 'glorot' and not restoring
+  if weights is None and not glorot:
     return state
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
-  variables = pretrained.put(variables, weights)
+  if glorot:
+    key = jax.random.fold_in(jax.random.key(config.seed), step_lib.INIT)
+    variables['params'] = models.glorot(state.params, key)
+  if weights is not None:
+    variables = pretrained.put(variables, weights)
   opt_state = spec.optimizer.init(variables['params'])
   return state.replace(opt_state=opt_state, **variables)
