@@ -47,13 +47,13 @@ def export(
       run.config.model.name, 'a BERT to be exported',
     )  # fmt: skip
     state = run.restore(step)
-  folder = runs.make_folder(out)
-  bert_weights.write(
-    folder,
-    {'params': state.params},
-    bert_weights.sizes_of(run.spec.model),
-    vocabulary.find(run.config, run.workdir),
-  )
+    folder = runs.make_folder(out)
+    bert_weights.write(
+      folder,
+      {'params': state.params},
+      bert_weights.sizes_of(run.spec.model),
+      vocabulary.find(run.config, str(run.workdir.folder)),
+    )
   return folder
 
 

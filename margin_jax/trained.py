@@ -139,7 +139,7 @@ def load(
       )
     state = run.restore(step)
     encode = None
-    path = vocabulary.find(run.config, run.workdir)
+    path = vocabulary.find(run.config, str(run.workdir.folder))
     if run.config.data.name in data.VOCABULARY_NEEDED and path is not None:
       encode = functools.partial(
         tokenization.encode,

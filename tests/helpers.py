@@ -19,6 +19,7 @@ from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop, schema
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import Checkpoints
+from margin_jax.train.workdirs import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -203,7 +204,7 @@ def saved_state(workdir, **fields):
   target = setup_lib.init_state(
     config, dataset, setup_lib.make_spec(config, dataset, 1)
   )
-  checkpoints = Checkpoints(str(workdir))
+  checkpoints = Checkpoints(Workdir(workdir))
   restored = checkpoints.restore(target)
   checkpoints.close()
   return restored

@@ -15,6 +15,7 @@ from margin_jax import config as config_lib
 from margin_jax.models import bert_weights
 from margin_jax.train import evaluation, loop
 from margin_jax.train.checkpoints import Checkpoints
+from margin_jax.train.workdirs import Workdir
 from tests import helpers
 from tests.helpers import slow
 
@@ -277,7 +278,7 @@ def test_a_run_resumes_bit_for_bit_is_analyzed_and_exported(tmp_path):
 
 def restored(workdir):
   """The last checkpoint of a run of the tests' model."""
-  with contextlib.closing(Checkpoints(str(workdir))) as checkpoints:
+  with contextlib.closing(Checkpoints(Workdir(workdir))) as checkpoints:
     return checkpoints.restore(setup(**{'selection.rule': 'mms'}).first)
 
 

@@ -1,6 +1,5 @@
 """Measures the margins of a trained run; writes tables and a plot."""
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +62,7 @@ def analyze(
       ),
       {name: shapes[name] for name in layer_names},
     )  # fmt: skip
-    folder = runs.make_folder(out or os.path.join(run.workdir, 'analysis'))
+    folder = runs.make_folder(out or run.workdir.folder / 'analysis')
     report = Report(run.dataset, layer_names)
     for step in sorted({*(steps or run.checkpoints.steps())}):
       state = run.restore(step)

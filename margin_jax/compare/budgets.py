@@ -22,6 +22,7 @@ from margin_jax.train import setup as setup_lib
 from margin_jax.train.devices import Devices
 from margin_jax.train.process import Interrupted, Interrupts
 from margin_jax.train.spec import StepSpec
+from margin_jax.train.workdirs import Workdir
 
 BUDGETS = ('steps', 'flops', 'seconds')
 # Enough for a mean that a slow step does not move much.
@@ -169,7 +170,7 @@ class Costs:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: Workdir,
     budget: str,
     interrupts: Interrupts,
     log: Callable[[str], None],
@@ -182,8 +183,9 @@ class Costs:
       interrupts: are checked before every measurement.
       log: takes the progress lines.
     """
-    self._path = workdir / 'costs.json'
-    self._pilots = workdir / 'pilots'
+    self._workdir = workdir
+    self._path = workdir.folder / 'costs.json'
+    self._pilots = workdir.folder / 'pilots'
     self._budget = budget
     self._interrupts = interrupts
     self._log = log
@@ -203,6 +205,7 @@ class Costs:
       cost = self._measure(trial, periods)
       measured = self._measured[key] = {'cost': cost, 'config': config}
       files.write_json(self._path, self._measured)
+      self._workdir.commit()
     return measured['cost']
 
   def _measure(self, trial: Trial, periods: Periods) -> float:

@@ -1,7 +1,5 @@
 """Trains methods on one budget, with several seeds, and reports the results."""
 
-import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ from margin_jax.compare import budgets, report, runs
 from margin_jax.compare import methods as methods_lib
 from margin_jax.config import UNIFORM, require
 from margin_jax.train import runs as runs_lib
+from margin_jax.train import workdirs
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupts
 
@@ -85,11 +84,14 @@ def compare(
   methods = methods_lib.parse_methods(methods, config)
   grid = methods_lib.parse_sweep(sweep, config)
   trials = _trials(config, methods, grid, baseline, log)
-  folder = pathlib.Path(os.path.abspath(os.path.expanduser(workdir)))
-  with Interrupts() as interrupts, runs_lib.lock_workdir(folder):
-    costs = budgets.Costs(folder, budget, interrupts, log)
+  with (
+    Interrupts() as interrupts,
+    workdirs.opened(workdir) as place,
+    runs_lib.lock_workdir(place),
+  ):
+    costs = budgets.Costs(place, budget, interrupts, log)
     trials = budgets.allocate(trials, budget, baseline, costs, log)
-    all_runs = runs.plan(trials, seeds, folder)
+    all_runs = runs.plan(trials, seeds, place)
     notes = _notes(all_runs, budget, baseline, command)
     text = None
     for outcome in runs.train(all_runs, interrupts, log):
@@ -100,13 +102,13 @@ def compare(
         lines = [*summary(rows)] if summary else []
         below = [x for line in lines for x in (line, '')]
         text = report.write(
-          folder, outcome.runs, outcome.results, baseline,
+          place.folder, outcome.runs, outcome.results, baseline,
           [*below, *notes, *_failures(outcome)], split,
         )  # fmt: skip
         text = '\n\n'.join([text, *lines])
   if text is not None:
     log(text)
-    log(f'written to {folder}')
+    log(f'written to {place}')
   if outcome.failures:
     names = '\n  '.join(name for name, _ in outcome.failures)
     raise NonFiniteError(

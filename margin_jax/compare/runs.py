@@ -13,6 +13,7 @@ from margin_jax.train import loop, schema
 from margin_jax.train import runs as runs_lib
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupted, Interrupts
+from margin_jax.train.workdirs import Workdir
 
 Result = dict[str, Any]
 
@@ -24,12 +25,17 @@ class Run:
   Attributes:
     trial: what is trained.
     seed: the seed.
-    folder: the workdir.
+    workdir: its place.
   """
 
   trial: Trial
   seed: int
-  folder: pathlib.Path
+  workdir: Workdir
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The folder to read its files from."""
+    return self.workdir.folder
 
   @property
   def name(self) -> str:
@@ -50,12 +56,11 @@ class Run:
       ConfigError: the folder holds the result of another config, or one that
         cannot be read.
     """
+    self.workdir.refresh()
     return runs_lib.complete(self.folder, runs_lib.to_save(self.config))
 
 
-def plan(
-  trials: Sequence[Trial], seeds: int, workdir: pathlib.Path
-) -> list[Run]:
+def plan(trials: Sequence[Trial], seeds: int, workdir: Workdir) -> list[Run]:
   """Returns all runs, every trial with a seed before the next seed.
 
   So a comparison has its first table early.
@@ -67,7 +72,7 @@ def plan(
   for i in range(seeds):
     for trial in trials:
       seed = trial.config.seed + i
-      folder = workdir / 'runs' / trial.folder / f'seed_{seed}'
+      folder = workdir.child(f'runs/{trial.folder}/seed_{seed}')
       run = Run(trial, seed, folder)
       with named_errors(run.name):
         schema.validate(run.config)
@@ -140,4 +145,4 @@ def _train(run: Run) -> Result:
       file.write(f'{line}\n')
       file.flush()
 
-    return loop.train(run.config, str(run.folder), log=log)
+    return loop.train(run.config, str(run.workdir), log=log)

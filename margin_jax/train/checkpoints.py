@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from margin_jax.train import devices as devices_lib
+from margin_jax.train.workdirs import Workdir
 
 PyTree = Any
 
@@ -93,12 +94,16 @@ class Checkpoints:
   """A few functions around an Orbax `CheckpointManager`."""
 
   def __init__(
-    self, workdir: str, keep_every: int | None = None, *, writing: bool = False
+    self,
+    workdir: Workdir,
+    keep_every: int | None = None,
+    *,
+    writing: bool = False,
   ):
     """Opens, or creates, `workdir`/checkpoints.
 
     Args:
-      workdir: the run's folder.
+      workdir: of the run.
       keep_every: checkpoints at its multiples are never deleted.
       writing: whether this is the run itself, which may clear away what a
         save left that was killed.
@@ -108,7 +113,8 @@ class Checkpoints:
     keep = [policies.LatestN(2), _Best(self._accuracies)]
     if keep_every is not None:
       keep.append(policies.EveryNSteps(keep_every))
-    self._folder = pathlib.Path(workdir).absolute() / FOLDER
+    self._workdir = workdir
+    self._folder = workdir.folder / FOLDER
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -148,12 +154,14 @@ class Checkpoints:
       state=ocp.args.StandardSave(host), info=ocp.args.JsonSave(info)
     )
     with self._explained():
+      self._workdir.wait()
       saved = self._manager.save(step, args=args)
     if not saved:
       raise SaveError(
         f'{self._folder} holds steps {self.steps()} already, so that step '
         f'{step} could not be saved'
       )
+    self._workdir.commit(self._manager.is_saving_in_progress)
 
   def restore(
     self, target: PyTree, step: int | None = None
@@ -171,6 +179,7 @@ class Checkpoints:
     if step is None:
       return None
     info = self.info(step)
+    self._workdir.fetch(step)
     host = jax.tree.map(np.asarray, jax.device_get(target))
     args = ocp.args.StandardRestore(_without_mark(host))
     with self._read(step):
@@ -252,6 +261,7 @@ class Checkpoints:
     """
     with self._explained():
       self._manager.wait_until_finished()
+      self._workdir.wait()
 
   def close(self) -> None:
     """Waits for the last save.

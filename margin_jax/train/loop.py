@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from margin_jax.train import (
   runs,
   schema,
   vocabulary,
+  workdirs,
 )
 from margin_jax.train import setup as setup_lib
 from margin_jax.train import step as step_lib
@@ -38,6 +38,7 @@ from margin_jax.train.reporting import (
   versions,
 )
 from margin_jax.train.spec import StepSpec
+from margin_jax.train.workdirs import Workdir
 
 PyTree = Any
 Log = Callable[[str], None]
@@ -49,7 +50,7 @@ class Run:
 
   Attributes:
     config: validated.
-    workdir: where it writes.
+    workdir: its place.
     devices, dataset, spec: as `setup` makes them of the config.
     checkpoints: of the workdir.
     saved_config: what checkpoints and result.json keep of the config.
@@ -61,7 +62,7 @@ class Run:
   """
 
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  workdir: Workdir
   devices: devices_lib.Devices
   dataset: data.Dataset
   spec: StepSpec
@@ -130,23 +131,27 @@ def train(
     SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
-  folder = pathlib.Path(os.path.abspath(os.path.expanduser(workdir)))
   schema.validate(config)
   warnings, config = schema.warnings(config), schema.effective(config)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(Interrupts())
+    place = stack.enter_context(workdirs.opened(workdir))
+    place.refresh()
 
     # Set up. The workdir is untouched until the model is known to fit the data.
-    devices, dataset = setup_lib.load(config, rule, workdir=str(folder))
-    say = log if devices.is_main_process else (lambda line: None)
+    devices, dataset = setup_lib.load(config, rule, workdir=str(place.folder))
+    main = devices.is_main_process
+
+    def say(line: str) -> None:
+      if main:
+        log(place.named(line))
+
     for line in warnings:
       say(line)
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
-    stack.enter_context(runs.lock_workdir(folder, devices))
+    stack.enter_context(runs.lock_workdir(place, devices))
     checkpoints = stack.enter_context(
-      contextlib.closing(
-        Checkpoints(str(folder), config.keep_every, writing=True)
-      )
+      contextlib.closing(Checkpoints(place, config.keep_every, writing=True))
     )
 
     # Restore.
@@ -160,7 +165,7 @@ def train(
     start = int(state.step)
     result = None
     if start == config.steps:
-      result = runs.trained(folder, saved_config)
+      result = runs.trained(place.folder, saved_config)
     if result is not None and runs.attacked(result, saved_config):
       say(f'complete: {_headline(result)}')
       return result
@@ -171,7 +176,7 @@ def train(
     stack.callback(loader.close)
     run = Run(
       config=config,
-      workdir=folder,
+      workdir=place,
       devices=devices,
       dataset=dataset,
       spec=spec,
@@ -320,9 +325,9 @@ def _reporter(
 ) -> Reporter:
   if not run.devices.is_main_process:
     return Silent()
-  vocabulary.keep(run.config, str(run.workdir))
+  vocabulary.keep(run.config, str(run.workdir.folder))
   return Reporter(
-    str(run.workdir),
+    str(run.workdir.folder),
     steps=run.config.steps,
     after=run.start,
     counters=dataclasses.asdict(run.counters),
@@ -472,7 +477,7 @@ def _with_examples(
   saved = run.checkpoints.steps()
   last = saved[-1] if saved else 0
   text = f'{error}; the last checkpoint is of step {last:,}'
-  path = run.workdir / f'nonfinite_step_{error.step}.npz'
+  path = run.workdir.folder / f'nonfinite_step_{error.step}.npz'
   try:
     examples = _examples_of_failed_step(run)
     if run.devices.is_main_process:
@@ -543,5 +548,5 @@ def _headline(result: dict[str, Any]) -> str:
 def _write_result(run: Run, result: dict[str, Any]) -> None:
   if run.config.selection.log_counts:
     counts = np.asarray(run.state.counts)
-    np.save(run.workdir / 'selection_counts.npy', counts)
-  files.write_json(run.workdir / 'result.json', result)
+    np.save(run.workdir.folder / 'selection_counts.npy', counts)
+  files.write_json(run.workdir.folder / 'result.json', result)

@@ -13,19 +13,20 @@ from typing import Any
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import data, files, losses, models, selection
-from margin_jax.train import schema
+from margin_jax import data, losses, models, selection
+from margin_jax.train import schema, workdirs
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.checkpoints import FOLDER, Checkpoints
 from margin_jax.train.devices import Devices
 from margin_jax.train.spec import StepSpec
+from margin_jax.train.workdirs import Workdir
 
 PyTree = Any
 
 
 @contextlib.contextmanager
 def lock_workdir(
-  workdir: str | os.PathLike, devices: Devices | None = None
+  workdir: Workdir, devices: Devices | None = None
 ) -> Iterator[None]:
   """Creates a workdir and keeps other programs out of it.
 
@@ -40,9 +41,8 @@ def lock_workdir(
   with contextlib.ExitStack() as stack:
     problem = None
     try:
-      os.makedirs(workdir, exist_ok=True)
       if devices is None or devices.is_main_process:
-        stack.enter_context(files.locked(os.fspath(workdir)))
+        stack.enter_context(workdir.locked())
     except OSError as error:
       problem = error
     failed = problem is not None
@@ -50,9 +50,9 @@ def lock_workdir(
       failed = devices.sum(failed)
     if failed:
       raise config_lib.ConfigError(
-        f'workdir={os.fspath(workdir)!r}: '
-        f'{problem or "see the other processes"}'
+        f'workdir={str(workdir)!r}: {problem or "see the other processes"}'
       ) from problem
+    workdir.refresh()  # what others wrote until now
     yield
 
 
@@ -163,7 +163,7 @@ class TrainedRun:
   """A run that has trained, open to be read.
 
   Attributes:
-    workdir: absolute.
+    workdir: its place.
     config: the run's, for the devices of this machine.
     checkpoints: open while the run is.
     devices: all of this machine.
@@ -171,7 +171,7 @@ class TrainedRun:
     spec: holds the model.
   """
 
-  workdir: str
+  workdir: Workdir
   config: ml_collections.ConfigDict
   checkpoints: Checkpoints
   devices: Devices
@@ -191,7 +191,7 @@ class TrainedRun:
     best = self.checkpoints.info()['best']
     if best is None:
       raise config_lib.ConfigError(
-        f'workdir={self.workdir!r} has no best checkpoint: the run had no '
+        f'workdir={str(self.workdir)!r} has no best checkpoint: the run had no '
         'validation split (data.validation_examples)'
       )
     return int(best['step'])
@@ -225,23 +225,27 @@ def open_run(
       dataset that is registered nowhere.
     DatasetError: the dataset is missing or broken.
   """
-  workdir = os.path.abspath(os.path.expanduser(workdir))
-  with contextlib.closing(_checkpoints(workdir, steps)) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    place = stack.enter_context(workdirs.opened(workdir))
+    checkpoints = stack.enter_context(
+      contextlib.closing(_checkpoints(place, steps))
+    )
     config = _saved_config(checkpoints.info(), data_dir)
     devices, dataset = setup_lib.load(
-      config, None, training=False, workdir=workdir
+      config, None, training=False, workdir=str(place.folder)
     )
     spec = setup_lib.make_spec(config, dataset, devices.total)
-    yield TrainedRun(workdir, config, checkpoints, devices, dataset, spec)
+    yield TrainedRun(place, config, checkpoints, devices, dataset, spec)
 
 
-def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
+def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
   """Opens the run's checkpoints; looking must not create a folder."""
   none = config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoints: train it first with '
+    f'workdir={str(workdir)!r} holds no checkpoints: train it first with '
     'python -m margin_jax.train'
   )
-  if not os.path.isdir(os.path.join(workdir, FOLDER)):
+  workdir.refresh()
+  if not (workdir.folder / FOLDER).is_dir():
     raise none
   checkpoints = Checkpoints(workdir)
   saved = checkpoints.steps()
@@ -252,8 +256,8 @@ def _checkpoints(workdir: str, steps: list[int] | None) -> Checkpoints:
   if not saved:
     raise none
   raise config_lib.ConfigError(
-    f'workdir={workdir!r} holds no checkpoint of step(s) {missing}; it has '
-    f'{saved}'
+    f'workdir={str(workdir)!r} holds no checkpoint of step(s) {missing}; it '
+    f'has {saved}'
   )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from margin_jax.train.checkpoints import Checkpoints
+from margin_jax.train.workdirs import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
@@ -57,7 +58,7 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 
 def digest(workdir, step: int = STEPS) -> str:
   """Of the state that a checkpoint holds."""
-  checkpoints = Checkpoints(str(workdir))
+  checkpoints = Checkpoints(Workdir(workdir))
   try:
     return checkpoints.digests(step)['state']
   finally:

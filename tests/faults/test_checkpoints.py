@@ -11,6 +11,7 @@ from margin_jax import config as config_lib
 from margin_jax.train import checkpoints as checkpoints_lib
 from margin_jax.train import loop
 from margin_jax.train import runs as runs_lib
+from margin_jax.train.workdirs import Workdir
 from tests import helpers
 from tests.faults import runs
 from tests.helpers import slow
@@ -168,10 +169,10 @@ def test_the_best_and_the_last_two_are_kept(tmp_path):
   accuracies = {1: 0.5, 2: 0.9, 3: 0.9, 4: None, 5: 0.7, 6: 0.6, 7: None}
   info = {'config': {}, 'counters': {}}
   for step, accuracy in accuracies.items():
-    opened = checkpoints_lib.Checkpoints(str(tmp_path), writing=True)
+    opened = checkpoints_lib.Checkpoints(Workdir(tmp_path), writing=True)
     opened.save(state.replace(step=step), {**info, 'step': step}, accuracy)
     opened.close()
-  opened = checkpoints_lib.Checkpoints(str(tmp_path))
+  opened = checkpoints_lib.Checkpoints(Workdir(tmp_path))
   assert opened.steps() == [3, 6, 7]
   opened.close()
 
@@ -179,7 +180,7 @@ def test_the_best_and_the_last_two_are_kept(tmp_path):
 def test_a_step_that_is_there_is_not_saved_in_silence(tmp_path):
   state = helpers.Setup().first.replace(step=5)
   info = {'config': {}, 'counters': {}, 'step': 5}
-  opened = checkpoints_lib.Checkpoints(str(tmp_path))
+  opened = checkpoints_lib.Checkpoints(Workdir(tmp_path))
   opened.save(state, info, None)
   opened.wait()
   with pytest.raises(checkpoints_lib.SaveError, match='could not be saved'):

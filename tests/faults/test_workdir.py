@@ -7,8 +7,11 @@ import subprocess
 
 import pytest
 
+import margin_jax
 from margin_jax import config as config_lib
 from margin_jax import files
+from margin_jax.analyze import analyze
+from margin_jax.compare import compare
 from margin_jax.train import loop
 from tests import helpers
 from tests.faults import runs
@@ -44,6 +47,26 @@ def test_a_workdir_that_is_in_use_is_a_config_error(tmp_path):
     pytest.raises(config_lib.ConfigError, match=r'workdir=.* in use by'),
   ):
     loop.train(helpers.small_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['ftp://host/run', 'gs:/bucket/run', 'file:///tmp/run', 'gs://', 's3:///run'],
+)
+def test_a_url_that_is_no_workdir_is_one_line(tmp_path, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  calls = [
+    lambda: loop.train(helpers.small_config(), name),
+    lambda: compare(helpers.small_config(), name),
+    lambda: analyze(name),
+    lambda: margin_jax.load(name),
+  ]
+  for call in calls:
+    with pytest.raises(config_lib.ConfigError) as caught:
+      call()
+    assert str(caught.value).startswith(f'workdir={name!r} is not allowed: ')
+    assert '\n' not in str(caught.value)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
