@@ -12,6 +12,7 @@ import zipfile
 import jax
 import jaxlib
 import pytest
+import yaml
 
 import margin_jax
 
@@ -151,6 +152,21 @@ def test_scripts_name_functions():
     assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_the_workflow_tests_every_python_of_the_metadata():
+  text = (ROOT / '.github/workflows/tests.yml').read_text()
+  matrix = yaml.safe_load(text)['jobs']['fast']['strategy']['matrix']
+  prefix = 'Programming Language :: Python :: '
+  classifiers = metadata()['project']['classifiers']
+  named = [x.removeprefix(prefix) for x in classifiers if prefix in x]
+  assert matrix['python'] == named
+
+
+def test_pre_commit_runs_the_ruff_of_the_requirements():
+  text = (ROOT / '.pre-commit-config.yaml').read_text()
+  (hooks,) = yaml.safe_load(text)['repos']
+  assert f'\nruff=={hooks["rev"].removeprefix("v")}\n' in REQUIREMENTS
+
+
 def test_the_version_stands_in_one_place():
   """And the changelog begins with it."""
   places = [
@@ -158,7 +174,7 @@ def test_the_version_stands_in_one_place():
     for path in (*ROOT.glob('*.*'), *ROOT.glob('[!.]*/**/*.py'))
     if path.is_file()
     and re.search(
-      rf'[\'" ]{re.escape(margin_jax.__version__)}[\'"\s]', path.read_text()
+      rf'[\'" []{re.escape(margin_jax.__version__)}[\'"\s\]]', path.read_text()
     )
   ]
   assert sorted(places) == ['CHANGELOG.md', 'margin_jax/__init__.py']
