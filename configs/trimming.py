@@ -4,8 +4,17 @@
         --config=configs/trimming.py:on,dataset=cifar10,model=resnet34 \\
         --workdir=/tmp/trimming
 
-Arguments: trimming `on` or `off`; dataset=svhn_cropped, cifar10 or cifar100;
-model=resnet34 or densenet121, both in their 32x32 form.
+The paper's table, every cell without and with trimming, is one command; the
+last lines are the table:
+
+    python -m margin_jax.compare --seeds=10 \\
+        --config=configs/trimming.py:dataset=all,model=all \\
+        --workdir=/tmp/trimming_table
+
+Arguments: trimming `on` or `off`, of which a comparison runs both;
+dataset=svhn_cropped, cifar10 or cifar100; model=resnet34 or densenet121, both
+in their 32x32 form; `all` of either, for a comparison. scale=0.01 runs that
+fraction of the steps.
 
 Paper's test error, off and on, means of ten seeds (Fassold, Table 1):
 
@@ -22,38 +31,109 @@ Ours: not run at full length yet.
 
 Cost on CIFAR, calculated from XLA's FLOP count of the step: resnet34 45 PFLOP,
 densenet121 39 PFLOP; at 50 TFLOP/s 0.25 and 0.22 GPU-hours a seed. SVHN, with
-572 steps an epoch instead of 390, takes 1.47 times that.
+572 steps an epoch instead of 390, takes 1.47 times that. The table is 5,830
+PFLOP, 32 GPU-hours.
 """
 
-from margin_jax import config as config_lib
+import itertools
 
-EXAMPLES = {'cifar10': 50_000, 'cifar100': 50_000, 'svhn_cropped': 73_257}
+from margin_jax import config as config_lib
+from margin_jax.compare import report
+from margin_jax.compare.budgets import scaled
+
+EXAMPLES = {'svhn_cropped': 73_257, 'cifar10': 50_000, 'cifar100': 50_000}
+MODELS = {'resnet34': 'imagenet_resnet34', 'densenet121': 'densenet121'}
+OFF, ON = 'off', 'on'
+ALL = 'all'
+
+
+def _parse(argument: str | None):
+  args = config_lib.parse_arguments(
+    argument,
+    trimming=(ON, OFF),
+    dataset=('cifar10', 'cifar100', 'svhn_cropped', ALL),
+    model=(*MODELS, ALL),
+    scale=1.0,
+  )
+  holds = 0 < args.scale <= 1
+  config_lib.require(holds, 'scale', args.scale, 'above 0, at most 1')
+  return args
+
+
+def _cells(args) -> list[tuple[str, str]]:
+  """The datasets and networks that are asked for, in the table's order."""
+  datasets = EXAMPLES if args.dataset == ALL else (args.dataset,)
+  models = MODELS if args.model == ALL else (args.model,)
+  return [*itertools.product(datasets, models)]
+
+
+def _name(dataset: str, model: str, trimming: str) -> str:
+  return f'{dataset} {model} {trimming}'
 
 
 def get_config(argument: str | None = None):
-  """The config of one cell of the table."""
-  args = config_lib.parse_arguments(
-    argument,
-    trimming=('on', 'off'),
-    dataset=('cifar10', 'cifar100', 'svhn_cropped'),
-    model=('resnet34', 'densenet121'),
-  )
+  """The config of one cell of the table; of several, of the first."""
+  args = _parse(argument)
+  dataset, model = _cells(args)[0]
+  return _config(dataset, model, args.trimming, args.scale)
+
+
+def _config(dataset: str, model: str, trimming: str, scale: float):
   config = config_lib.default()
   config.batch_size = 128
-  epoch = EXAMPLES[args.dataset] // config.batch_size
+  epoch = EXAMPLES[dataset] // config.batch_size
   config.steps = 150 * epoch
   config.eval_every = 10 * epoch
-  config.checkpoint_every = 10 * epoch
-  config.data.name = args.dataset
-  models = {'resnet34': 'imagenet_resnet34', 'densenet121': 'densenet121'}
-  config.model.name = models[args.model]
+  config.data.name = dataset
+  config.model.name = MODELS[model]
   config.model.stem = 'small'
   config.optimizer.name = 'adam'
   config.optimizer.learning_rates = (1e-3, 5e-4, 2.5e-4)
   config.optimizer.boundaries = (50 * epoch, 100 * epoch)
   config.optimizer.weight_decay = 1e-4
   config.optimizer.weight_decay_mask = 'all'
-  if args.trimming == 'on':
+  if trimming == ON:
     config.trimming.first = 1.0
     config.trimming.last = 0.2
+  config = scaled(config, round(config.steps * scale))
+  config.checkpoint_every = config.eval_every
+  config.log_every = min(config.log_every, config.eval_every)
   return config
+
+
+def get_methods(argument: str | None = None):
+  """The fields of every cell, without and with trimming, by its name."""
+  args = _parse(argument)
+  common = config_lib.flatten(get_config(argument))
+  methods = {}
+  for dataset, model in _cells(args):
+    for trimming in (OFF, ON):
+      fields = config_lib.flatten(_config(dataset, model, trimming, args.scale))
+      methods[_name(dataset, model, trimming)] = {
+        name: value for name, value in fields.items() if value != common[name]
+      }
+  return methods
+
+
+def get_baseline(argument: str | None = None) -> str:
+  """The first cell, without trimming."""
+  return _name(*_cells(_parse(argument))[0], OFF)
+
+
+def get_summary(rows: list, argument: str | None = None) -> list[str]:
+  """The paper's table: every cell's test error without and with trimming."""
+  errors: dict[str, list[float]] = {}
+  for row in rows:
+    errors.setdefault(row['method'], []).append(row['test_error'])
+  lines = []
+  for dataset, model in _cells(_parse(argument)):
+    off, on = (errors.get(_name(dataset, model, x)) for x in (OFF, ON))
+    if off and on:
+      means = [report.mean_and_deviation(x) for x in (off, on)]
+      (before, _), (after, _) = means
+      change = f'{100 * (before - after) / before:+.1f}' if before else '-'
+      p = report.significance(report.welch(off, on))
+      cells = [report.percent(*x) for x in means]
+      lines.append([dataset, model, *cells, change, p])
+  header = ('dataset', 'network', 'off, %', 'on, %', 'change, %', 'p')
+  return ['\n'.join(report.markdown(header, lines))] if lines else []

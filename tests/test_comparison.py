@@ -335,6 +335,13 @@ def test_the_table_of_a_comparison():
   assert cells[4][2:7] == ['1', '50.00', '+45.50', '-1011.1', '-']
 
 
+def test_errors_on_another_dataset_are_not_compared():
+  trials = [seeds_of(name, rows([0.04, 0.05])) for name in ('a', 'b')]
+  trials[1].trial.config.data.name = 'cifar10'
+  found = report.comparison_table(trials, trials[0])[3]
+  assert '| 4.50 ± 0.71 | - | - | - |' in found
+
+
 def test_a_task_is_shown_by_what_it_is_reported_by(tmp_path):
   costs = dict.fromkeys(
     ('examples_scored', 'examples_trained', 'flops', 'seconds', 'data_wait',

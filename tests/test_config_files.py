@@ -5,6 +5,7 @@ import itertools
 import pathlib
 
 import pytest
+import scipy.stats
 
 from margin_jax import config as config_lib
 from margin_jax import data
@@ -161,6 +162,62 @@ def test_mnli_is_the_mean_of_two_runs():
                        '`mismatched`, 88.00.')  # fmt: skip
   assert module.get_summary([], 'mnli') == []
   assert module.get_summary(rows[:1], 'rte') == []
+
+
+TRIMMED = {'trimming.first': 1.0, 'trimming.last': 0.2}
+PLAIN = {'trimming.first': 1.0, 'trimming.last': 1.0}
+
+
+def test_the_table_of_trimming_is_one_comparison():
+  """Fassold, Table 1: six cells, each without and with trimming."""
+  module = load_config_file(REPOSITORY / 'configs/trimming.py')
+  argument = 'dataset=all,model=all'
+  config = module.get_config(argument)
+  methods = module.get_methods(argument)
+  trials = methods_lib.make_trials(config, methods, {})
+  assert len(trials) == 12
+  assert trials[0].method == module.get_baseline(argument)
+  for trial in trials:
+    dataset, model, trimming = trial.method.split()
+    alone = f'{trimming},dataset={dataset},model={model}'
+    assert trial.config == module.get_config(alone)
+    found = config_lib.flatten(trial.config)
+    assert found.items() >= (TRIMMED if trimming == 'on' else PLAIN).items()
+  # A cell, or a column, is a comparison of its own.
+  assert [*module.get_methods('model=densenet121')] == [
+    'cifar10 densenet121 off', 'cifar10 densenet121 on'
+  ]  # fmt: skip
+  assert len(module.get_methods('off,dataset=all')) == 6
+  small = module.get_config('dataset=svhn_cropped,scale=0.001')
+  assert (small.steps, small[BOUNDARIES]) == (86, (29, 57))
+  with pytest.raises(config_lib.ConfigError, match=r'scale=2\.0 is not'):
+    module.get_config('scale=2')
+
+
+def test_the_summary_of_trimming_is_the_table():
+  module = load_config_file(REPOSITORY / 'configs/trimming.py')
+  errors = {
+    'svhn_cropped resnet34 off': [0.05, 0.07],
+    'svhn_cropped resnet34 on': [0.04, 0.05],
+    'cifar10 densenet121 off': [0.10],
+    'cifar10 densenet121 on': [0.12],
+    'cifar100 resnet34 off': [0.48],  # and the other half is missing
+  }
+  rows = [
+    {'method': method, 'seed': seed, 'test_error': error}
+    for method, values in errors.items()
+    for seed, error in enumerate(values)
+  ]
+  p = scipy.stats.ttest_ind([0.05, 0.07], [0.04, 0.05], equal_var=False).pvalue
+  (table,) = module.get_summary(rows, 'dataset=all,model=all')
+  assert table.splitlines() == [
+    '| dataset | network | off, % | on, % | change, % | p |',
+    '| --- | --- | --- | --- | --- | --- |',
+    '| svhn_cropped | resnet34 | 6.00 ± 1.41 | 4.50 ± 0.71 | +25.0 | '
+    f'{p:.3f} |',
+    '| cifar10 | densenet121 | 10.00 | 12.00 | -20.0 | - |',
+  ]
+  assert module.get_summary([], 'dataset=all') == []
 
 
 SGD = {'optimizer.name': 'sgd', 'optimizer.nesterov': False}

@@ -148,8 +148,10 @@ def _write_comparison(
   plots.cost(folder / 'cost.png', {x.trial.name: x.rows for x in trials})
   table = '\n'.join(comparison_table(trials, reference))
   explanation = EXPLANATION.format(baseline=reference.trial.name)
-  config = trials[0].trial.config
-  title = f'# {config.data.name}, {config.model.name}: methods compared'
+  configs = [x.trial.config for x in trials]
+  names = dict.fromkeys(x.data.name for x in configs)
+  names |= dict.fromkeys(x.model.name for x in configs)
+  title = f'# {", ".join(names)}: methods compared'
   images = [f'![{name}]({name}.png)\n' for name in PLOTS]
   _write_lines(
     folder / COMPARISON,
@@ -407,11 +409,12 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
   lines = []
   for x, summary in zip(trials, summaries, strict=True):
     compared = '-', '-', '-'
-    if x.trial.name != baseline.trial.name:
+    comparable = x.trial.config.data.name == baseline.trial.config.data.name
+    if comparable and x.trial.name != baseline.trial.name:
       higher, p = difference(x.rows, baseline.rows)
       error = baseline.summary['test'][0]
       change = f'{-100 * higher / error:+.1f}' if error else '-'
-      compared = f'{100 * higher:+.2f}', change, _significance(p)
+      compared = f'{100 * higher:+.2f}', change, significance(p)
     lines.append([
       f'`{x.trial.name}`',
       f'{summary["steps"]:,}',
@@ -479,7 +482,8 @@ def unit(largest: float) -> tuple[float, str]:
   return 1000.0**power, prefixes[power]
 
 
-def _significance(p: float | None) -> str:
+def significance(p: float | None) -> str:
+  """Formats p of a test, if there was one."""
   if p is None:
     return '-'
   return '< 0.001' if p < 0.001 else f'{p:.3f}'
