@@ -143,7 +143,11 @@ def layer_margins(
 
   def choose(logits: Array) -> tuple[Array, Array]:
     nonlocal valid
-    own = jnp.argmax(logits, axis=1) if labels is None else jnp.asarray(labels)
+    own = (
+      jnp.argmax(logits, axis=1)
+      if labels is None
+      else margins.to_array('labels', labels)
+    )
     competitor = margins.competitors(logits, own)
     valid = competitor >= 0
     own = jnp.where(valid, own, 0).astype(jnp.int32)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Float32, Int32, Integer, PyTree
@@ -84,8 +85,12 @@ def mmr_penalty(
     >>> float(mmr_penalty(features, features @ kernel, kernel, labels))
     100.0
   """
-  features, logits = jnp.asarray(features), jnp.asarray(logits)
-  kernel, labels = jnp.asarray(kernel), jnp.asarray(labels)
+  features = margins.to_array('features', features)
+  logits, labels = (
+    margins.to_array('logits', logits),
+    margins.to_array('labels', labels),
+  )
+  kernel = margins.to_array('kernel', kernel)
   if reduction not in REDUCTIONS:
     raise ValueError(
       f'reduction must be one of {REDUCTIONS}, got {reduction!r}'
@@ -102,7 +107,7 @@ def mmr_penalty(
   if not features.shape[0]:
     raise ValueError('features must hold at least one example, got none')
   if weights is not None:
-    weights = jnp.asarray(weights)
+    weights = margins.to_array('weights', weights)
     margins.check_floating('weights', weights, 1)
     margins.check_shape('weights', weights, labels.shape, 'one an example')
   wide = margins.compute_dtype(features, logits, kernel)[1]
@@ -242,7 +247,7 @@ def large_margin_loss(
     -0.6
   """
   _check_options(norm, difference, gamma=gamma, alpha=alpha, epsilon=epsilon)
-  labels = jnp.asarray(labels)
+  labels = margins.to_array('labels', labels)
   valid = None
 
   def values_fn(activations: PyTree) -> Array:
@@ -312,7 +317,7 @@ def trimmed_mean(
     >>> float(trimmed_mean(jnp.array([4.0, 3.0, 2.0, 1.0]), 2))
     3.5
   """
-  losses = jnp.asarray(losses)
+  losses = margins.to_array('losses', losses)
   margins.check_floating('losses', losses, 1)
   size = losses.shape[0]
   if not size:
@@ -334,9 +339,9 @@ def _one_integer(name: str, value: object) -> Array:
     TypeError: it is no integer.
     ValueError: it is an array of several.
   """
-  if isinstance(value, int) and not isinstance(value, bool):
+  if isinstance(value, int | np.integer) and not isinstance(value, bool):
     limits = jnp.iinfo(jnp.int32)
-    return jnp.int32(min(max(value, limits.min), limits.max))
+    return jnp.int32(min(max(int(value), limits.min), limits.max))
   message = f'{name} must be one integer, got {value!r}'
   dtype = getattr(value, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.integer):

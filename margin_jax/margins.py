@@ -14,8 +14,36 @@ float32 (float64 for float64 inputs) and returns the dtype of its inputs.
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int32, Integer
+
+
+def to_array(name: str, value: ArrayLike) -> Array:
+  """Converts an argument to an array of JAX, which holds the same numbers.
+
+  Without jax_enable_x64 JAX takes the lower 32 bits of an integer in silence:
+  the label 2**32 would be 0.
+
+  Raises:
+    TypeError: `value` is None.
+    ValueError: its integers do not fit the type that JAX gives them.
+  """
+  if value is None:
+    raise TypeError(f'{name} must be an array, got None')
+  if not isinstance(value, jax.Array):
+    value = np.asarray(value)
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    if value.dtype.kind in 'iu' and dtype != value.dtype and value.size:
+      lowest, highest = int(value.min()), int(value.max())
+      limits = jnp.iinfo(dtype)
+      if lowest < limits.min or highest > limits.max:
+        raise ValueError(
+          f'{name} must be integers from {limits.min} to {limits.max}, got '
+          f'{lowest if lowest < limits.min else highest}'
+        )
+  return jnp.asarray(value)
 
 
 def check_floating(name: str, array: Array, ndim: int) -> None:
@@ -146,7 +174,7 @@ def competitors(
     >>> competitors(logits, jnp.array([0, 2])).tolist()
     [2, 1]
   """
-  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+  logits, labels = to_array('logits', logits), to_array('labels', labels)
   check_logits(logits)
   check_labels(labels, logits.shape[0])
   classes = logits.shape[1]
@@ -210,8 +238,8 @@ def signed_margins(
     >>> signed_margins(logits, kernel, jnp.array([0, 0])).tolist()
     [1.0, -1.0]
   """
-  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-  kernel = jnp.asarray(kernel)
+  logits, labels = to_array('logits', logits), to_array('labels', labels)
+  kernel = to_array('kernel', kernel)
   competitor = competitors(logits, labels)
   check_kernel(kernel, logits.shape[1])
   dtype, wide = compute_dtype(logits, kernel)
@@ -276,6 +304,6 @@ def mms_scores(
     >>> mms_scores(jnp.array([[10.0, 5.0], [0.0, 5.0]]), kernel).tolist()
     [1.0, 1.0]
   """
-  logits = jnp.asarray(logits)
+  logits = to_array('logits', logits)
   check_logits(logits)
   return signed_margins(logits, kernel, jnp.argmax(logits, axis=1))

@@ -102,7 +102,7 @@ def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
     >>> select_lowest(jnp.array([0.3, jnp.nan, 0.1, 0.3]), 3).tolist()
     [2, 0, 3]
   """
-  scores = jnp.asarray(scores)
+  scores = margins.to_array('scores', scores)
   margins.check_floating('scores', scores, 1)
   try:
     if isinstance(k, bool):
@@ -150,11 +150,11 @@ def query(
     >>> query(jnp.array([0.3, 0.1, 0.2]), 1, labelled).tolist()
     [2]
   """
-  scores = jnp.asarray(scores)
+  scores = margins.to_array('scores', scores)
   margins.check_floating('scores', scores, 1)
   if labelled is None:
     return select_lowest(scores, k)
-  labelled = jnp.asarray(labelled)
+  labelled = margins.to_array('labelled', labelled)
   if labelled.dtype != bool:
     raise TypeError(f'labelled must be bool, got dtype {labelled.dtype}')
   if labelled.shape != scores.shape:
@@ -208,7 +208,7 @@ def take_lowest(
     ValueError: k is out of range or not divisible by the number of devices,
       or the arrays of `examples` do not have n rows.
   """
-  scores = jnp.asarray(scores)
+  scores = margins.to_array('scores', scores)
   margins.check_floating('scores', scores, 1)
   examples = jax.tree.map(jnp.asarray, examples)
   rows = scores.shape[0]

@@ -355,3 +355,28 @@ def test_the_largest_floats_give_no_nan(logits, kernel):
     np.testing.assert_allclose(value, np.float32(exact), 1e-5)
   for gradient in gradients:
     assert not np.isnan(gradient).any()
+
+
+@pytest.mark.parametrize('label', [2**32, -(2**31) - 1])
+@pytest.mark.parametrize('cast', [np.array, list])
+def test_labels_beyond_int32_are_refused_and_not_wrapped(label, cast):
+  """JAX would take the lower 32 bits: class 0 of 2**32."""
+  logits, kernel = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
+  with pytest.raises(ValueError, match=rf'labels must be .*, got {label}'):
+    signed_margins(logits, kernel, cast([0, label]))
+
+
+def test_labels_of_numpy_int64_are_labels():
+  _, logits, kernel, labels = references.random_head((6, 4, 3))
+  np.testing.assert_array_equal(
+    signed_margins(logits, kernel, np.asarray(labels, np.int64)),
+    signed_margins(logits, kernel, labels),
+  )
+
+
+@pytest.mark.parametrize('missing', ['logits', 'kernel', 'labels'])
+def test_none_is_no_array(missing):
+  _, logits, kernel, labels = references.random_head((6, 4, 3))
+  arguments = {'logits': logits, 'kernel': kernel, 'labels': labels}
+  with pytest.raises(TypeError, match=f'{missing} must be an array, got None'):
+    signed_margins(**{**arguments, missing: None})
