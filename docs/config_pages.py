@@ -35,7 +35,12 @@ Set a field on the command line by its dotted name:
 * A field marked *may change* may differ from the run that wrote the checkpoint
   which is continued.
 """
-MESSAGES = """# What the trainer says of bad configs
+MESSAGES = """---
+search:
+  exclude: true
+---
+
+# What the trainer says of bad configs
 
 Each row is the default config with these fields. A bad config stops the run
 before anything is compiled, and the workdir stays as it is.
@@ -62,8 +67,8 @@ def table(*rows: tuple[str, ...]) -> str:
   return ''.join(f'| {" | ".join(row)} |\n' for row in (head, rule, *body))
 
 
-def row(name: str) -> tuple[str, str, str]:
-  """What the reference says of a field."""
+def row(name: str) -> tuple[str, str, str, str]:
+  """What the reference says of a field; '#selection.rule' leads there."""
   field = FIELDS[name]
   parts = [field.meaning]
   parts += [f'*Needs* {need.words}.' for need in field.needs]
@@ -71,8 +76,9 @@ def row(name: str) -> tuple[str, str, str]:
     parts.append('*May change* where nothing trained depends on it.')
   elif field.resumable:
     parts.append('*May change*.')
-  parts.append(f'<br>`{field.check.allowed()}`')
-  return f'`{name}`', f'`{field.default!r}`', ' '.join(parts)
+  shown = f'<a id="{name}"></a>`{name}`'
+  allowed = f'`{field.check.allowed()}`'
+  return shown, f'`{field.default!r}`', allowed, ' '.join(parts)
 
 
 def reference() -> str:
@@ -80,7 +86,7 @@ def reference() -> str:
   text = REFERENCE
   for section, title in SECTIONS.items():
     rows = [row(x) for x in FIELDS if x.rpartition('.')[0] == section]
-    head = 'field', 'default', 'meaning, and what it may be'
+    head = 'field', 'default', 'allowed', 'meaning'
     text += f'\n## {title}\n\n{table(head, *rows)}'
   return text
 

@@ -1,6 +1,7 @@
 """The documentation: it builds, its links lead somewhere, its code runs."""
 
 import html.parser
+import json
 import os
 import pathlib
 import re
@@ -196,8 +197,10 @@ def test_every_link_resolves(site):
   for link in external:
     assert re.fullmatch(
       r'https://(arxiv\.org/abs/\d{4}\.\d{5}'
-      r'|github\.com/[\w-]+/[\w-]+/(issues|pull)/\d+'
+      r'|github\.com/[\w-]+/[\w-]+(/(issues|pull)/\d+)?'
       r'|github\.com/pypa/pip-audit'
+      r'|colab\.research\.google\.com/github/[\w-]+/[\w-]+/blob/main/'
+      r'colabs/\w+\.ipynb'
       r'|squidfunk\.github\.io/mkdocs-material/)',
       link,
     ), link
@@ -227,9 +230,20 @@ def test_the_whole_api_is_in_the_reference():
 
 def test_every_config_field_is_in_the_reference():
   text = (DOCS / 'api/config.md').read_text()
-  rows = re.findall(r'^\| `([\w.]+)` \| `(.+?)` \|', text, re.MULTILINE)
+  row = r'^\| <a id="([\w.]+)"></a>`\1` \| `(.+?)` \| `.+` \| \w'
+  rows = re.findall(row, text, re.MULTILINE)
   fields = config_lib.FIELDS.items()
   assert rows == [(name, repr(field.default)) for name, field in fields]
+
+
+def test_every_column_is_in_the_reference():
+  """Those of the golden runs; a class has its own."""
+  text = (DOCS / 'api/files.md').read_text()
+  runs = json.loads((ROOT / 'tests/golden.json').read_text()).values()
+  tables = [text for run in runs for text in run['columns'].values()]
+  for column in {*','.join(tables).split(',')}:
+    name = re.sub(r'class_\d+', 'class_0', column)
+    assert f'`{name}`' in text, name
 
 
 def test_rules_in_the_docs_are_the_rules():
