@@ -286,64 +286,117 @@ def batch_statistics(
   return traverse_util.unflatten_dict(solved)
 
 
+# add(name, activations) -> activations, with what is added to that layer.
+Add = Callable[[str, Array], Array]
+
+
 def at_layers(
-  model: nn.Module, variables: PyTree, inputs: PyTree, layers: tuple[str, ...]
+  model: nn.Module | Callable[[PyTree, PyTree, Add], Array],
+  variables: PyTree,
+  inputs: PyTree,
+  layers: tuple[str, ...],
 ) -> tuple[LogitsFunction, dict[str, Float32[Array, '...']]]:
-  """Makes a Flax model a function of what is added to its activations.
+  """Makes a network a function of what is added to its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first
   arguments: the gradient by a perturbation, at zero, is that by the
   activations.
 
+  A network of any library is a function that hands the activations of each
+  layer to `add`, with a name, and goes on with what it returns.
+
   Args:
-    model: `(inputs, train=) -> (logits, features)`, its last layer `head`.
+    model: a Flax module `(inputs, train=) -> (logits, features)`, its last
+      layer `head`; or a function `(variables, inputs, add) -> logits`, in
+      which `add(name, activations) -> activations`.
     variables: the model's; BatchNorm uses its running statistics, or what
       stands in their place: see `batch_statistics`.
     inputs: a batch, as the model reads it.
-    layers: names as `layer_shapes` returns them.
+    layers: names as `layer_shapes` returns them, or as `add` is told.
 
   Returns:
     `logits_fn(perturbations) -> (B, C)`, and zero perturbations, float32, by
     layer.
 
   Raises:
-    ValueError: there is no such layer; lists those there are. Or Flax cannot
-      see its call.
+    ValueError: there is no such layer; lists those there are. Or it is called
+      twice, or Flax cannot see its call.
+
+  Example:
+    >>> kernels = {'hidden': jnp.eye(2), 'head': jnp.diag(jnp.array([3., 4.]))}
+    >>> def network(kernels, inputs, add):
+    ...   inputs = add('input', inputs)
+    ...   hidden = add('hidden', jax.nn.relu(inputs @ kernels['hidden']))
+    ...   return hidden @ kernels['head']
+    >>> found = at_layers(network, kernels, jnp.ones((1, 2)), ('hidden',))
+    >>> layer_margins(*found)['hidden'].tolist()  # (4 - 3) / || (3, -4) ||
+    [0.20000000298023224]
   """
-  shapes = layer_shapes(model, variables, inputs)
+  if isinstance(model, nn.Module):
+    network, shapes = _linen(model), layer_shapes(model, variables, inputs)
+  else:
+    network, shapes = model, _named_shapes(model, variables, inputs)
   check_layers(layers, shapes)
   zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in layers}
 
   fired: collections.Counter = collections.Counter()
 
   def logits_fn(perturbations: dict[str, Array]) -> Array:
-    def shifted(x: Array, name: str) -> Array:
+    def add(name: str, x: Array) -> Array:
       if name not in perturbations:
         return x
       fired[name] += 1
       return (x.astype(jnp.float32) + perturbations[name]).astype(x.dtype)
 
-    def add(next_function, args, kwargs, context):
-      name = '/'.join(context.module.path)
-      if context.method_name != '__call__' or not name:
-        return next_function(*args, **kwargs)
-      if name == HEAD:
-        first, *args = (*args, *kwargs.values())
-        return shifted(next_function(shifted(first, FEATURES), *args), name)
-      return shifted(next_function(*args, **kwargs), name)
-
-    with nn.intercept_methods(add):
-      logits, _ = model.apply(variables, shifted(inputs, INPUT), train=False)
-    return logits
+    return network(variables, inputs, add)
 
   # Flax reuses the trace of a jitted block for its twins, and knows no head of
   # another name: a perturbation that is not added would give gradients of zero.
   jax.eval_shape(logits_fn, zeros)
   for name in layers:
     if fired[name] != 1:
-      raise ValueError(
-        f'layer {name!r} is called {fired[name]} times where Flax can see it, '
-        'and must be called once: it may be inside nn.jit or nn.scan, or the '
+      where = ' where Flax can see it' if isinstance(model, nn.Module) else ''
+      why = (
+        ': it may be inside nn.jit or nn.scan, or the '
         f"model's last layer is not called {HEAD!r}"
       )
+      raise ValueError(
+        f'layer {name!r} is called {fired[name]} times{where}, and must be '
+        f'called once{why if where else ""}'
+      )
   return logits_fn, zeros
+
+
+def _linen(model: nn.Module) -> Callable[[PyTree, PyTree, Add], Array]:
+  """Returns a Flax module as a function that hands its activations to `add`."""
+
+  def network(variables: PyTree, inputs: PyTree, add: Add) -> Array:
+    def intercept(next_function, args, kwargs, context):
+      name = '/'.join(context.module.path)
+      if context.method_name != '__call__' or not name:
+        return next_function(*args, **kwargs)
+      if name == HEAD:
+        first, *args = (*args, *kwargs.values())
+        return add(name, next_function(add(FEATURES, first), *args))
+      return add(name, next_function(*args, **kwargs))
+
+    with nn.intercept_methods(intercept):
+      return model.apply(variables, add(INPUT, inputs), train=False)[0]
+
+  return network
+
+
+def _named_shapes(
+  network: Callable[[PyTree, PyTree, Add], Array],
+  variables: PyTree,
+  inputs: PyTree,
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of what a function hands to `add`, by name."""
+  shapes = {}
+
+  def see(name: str, x: Array) -> Array:
+    shapes[name] = x.shape
+    return x
+
+  jax.eval_shape(lambda: network(variables, inputs, see))
+  return shapes

@@ -228,3 +228,41 @@ def test_a_model_without_batch_norm_has_no_statistics():
   model, variables, inputs = network('cnn')
   variables = {**variables, 'batch_stats': {}}
   assert linearized.batch_statistics(model, variables, inputs, {}) == {}
+
+
+def tiny(kernels, inputs, add):
+  """A network of no library: two layers, named."""
+  inputs = add('input', inputs)
+  hidden = add('hidden', jnp.tanh(inputs @ kernels[0]))
+  return add('logits', hidden @ kernels[1])
+
+
+def test_a_function_that_names_its_layers_is_a_network():
+  keys = jax.random.split(jax.random.key(0), 3)
+  kernels = [
+    jax.random.normal(key, shape)
+    for key, shape in zip(keys[:2], [(3, 5), (5, 4)], strict=True)
+  ]
+  inputs, labels = jax.random.normal(keys[2], (6, 3)), jnp.arange(6) % 4
+  found = linearized.at_layers(tiny, kernels, inputs, ('input', 'hidden'))
+  margins = linearized.layer_margins(*found, labels)
+  logits = tiny(kernels, inputs, lambda name, x: x)
+  np.testing.assert_allclose(
+    margins['hidden'], signed_margins(logits, kernels[1], labels), 1e-5
+  )
+  by_hand = linearized.layer_margins(
+    lambda x: tiny(kernels, x, lambda name, x: x), inputs, labels
+  )
+  np.testing.assert_allclose(margins['input'], by_hand, 1e-5)
+
+
+def test_a_layer_that_a_function_does_not_name_once_is_refused():
+  kernels, inputs = [jnp.ones((3, 3))] * 2, jnp.ones((2, 3))
+  with pytest.raises(ValueError, match=r"'conv'; .* \('input', 'hidden', "):
+    linearized.at_layers(tiny, kernels, inputs, ('conv',))
+
+  def twice(kernels, inputs, add):
+    return tiny(kernels, add('hidden', inputs), add)
+
+  with pytest.raises(ValueError, match="'hidden' is called 2 times, and must"):
+    linearized.at_layers(twice, kernels, inputs, ('hidden',))

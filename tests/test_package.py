@@ -42,15 +42,6 @@ def test_readme_is_short():
   assert sum('pip install -r' in command for command in commands) == 2
 
 
-def test_the_loop_of_the_docs_learns():
-  """As printed, without a warning."""
-  page = (ROOT / 'docs' / 'own_loop.md').read_text()
-  (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
-  space = {}
-  exec(compile(code, 'own_loop.md', 'exec'), space)
-  assert space['accuracy'] > 0.98
-
-
 def test_readme_names_files_that_exist():
   paths = re.findall(
     r'configs/\w+\.py|(?:docs|benchmarks)/[\w./]*\w|[A-Z]+\.md', README
