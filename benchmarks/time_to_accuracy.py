@@ -172,7 +172,7 @@ class Method:
   """What is compared: a family, for its colour, and a config but for the seed.
 
   Attributes:
-    family: one of `report.COLORS`.
+    family: one of the report's.
     config: with the first seed.
   """
 

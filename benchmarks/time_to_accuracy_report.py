@@ -14,14 +14,13 @@ from margin_jax.compare import report
 
 Row = Mapping[str, Any]
 
-# Families of methods, and their colours; the first is the line to beat.
+# Families of methods; the first is the line to beat.
 PLAIN, MEMORY, FRESH, LOSS = (
   'plain training, cut short',
   'sampled by remembered scores',
   'selected by fresh scores',
   'another loss',
 )
-COLORS = {PLAIN: '0.35', MEMORY: 'C0', FRESH: 'C3', LOSS: 'C2'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Outcome:
 
   Attributes:
     name: of the method.
-    family: one of `COLORS`.
+    family: one of the four above.
     steps: of a run.
     runs: of each seed its evaluations, that have 'step', 'flops', 'error' and
       'worst_class_error'.
@@ -231,47 +230,45 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
 
 def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
   """Error against seconds; plain training cut short is the line to beat."""
-  figure = figures.new(9, 6)
-  axes = figure.subplots()
-  for family, color in COLORS.items():
-    own = [x for x in timed if x.family == family]
-    if own:
+  with figures.drawing(path, 4.6) as figure:
+    axes = figure.subplots()
+    for one in timed:
+      color, marker, _ = figures.look(one.name)
+      errors = [100 * x for x in one.last('error')]
+      axes.vlines(
+        one.seconds, min(errors), max(errors), color=color, linewidth=1.2,
+        zorder=3,
+      )  # fmt: skip
       axes.plot(
-        [x.seconds for x in own], [100 * x.error for x in own], 'o',
-        color=color, markersize=7, label=family, zorder=3,
+        one.seconds, 100 * one.error, marker, color=color, markersize=7,
+        markeredgecolor='white', markeredgewidth=0.5, zorder=4,
       )  # fmt: skip
-      axes.errorbar(
-        [x.seconds for x in own], [100 * x.error for x in own],
-        yerr=[100 * x.variance**0.5 for x in own], color=color, linestyle='',
-        linewidth=1, alpha=0.5, zorder=1,
-      )  # fmt: skip
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_formatter('{x:g}')
-    axis.set_minor_formatter('{x:g}')
-  axes.tick_params(which='both', labelsize=9)
-  axes.margins(x=0.2, y=0.15)
-  ends, plain = axes.get_xlim(), line.outcomes
-  x = [*(one.seconds for one in plain), ends[1]]
-  y = [*(100 * one.error for one in plain), 100 * plain[-1].error]
-  axes.plot(x[:-1], y[:-1], color=COLORS[PLAIN], linewidth=2.5, zorder=2)
-  axes.plot(x[-2:], y[-2:], color=COLORS[PLAIN], linestyle=':', zorder=2)
-  axes.set_xlim(ends)
-  bottom = axes.get_ylim()[0]
-  axes.fill_between(x, bottom, y, color='C8', alpha=0.12, linewidth=0)
-  axes.set_ylim(bottom)
-  axes.set_xlabel('seconds of training')
-  axes.set_ylabel('test error, %')
-  axes.set_title(
-    'In the coloured area: less error than plain training in the same seconds'
-  )
-  axes.grid(alpha=0.25, which='both')
-  figure.legend(loc='outside lower center', ncols=len(COLORS))
-  figure.canvas.draw()  # the layout is known from here on
-  figure.set_layout_engine('none')
-  label(axes, timed, np.stack([x, y], axis=1))
-  figures.save(figure, path, 160)
+    for axis in ('x', 'y'):
+      getattr(axes, f'set_{axis}scale')('log')
+    axes.margins(x=0.2, y=0.15)
+    ends, bottom, top = axes.get_xlim(), *axes.get_ylim()
+    figures.log_ticks(axes.xaxis, *ends)
+    figures.log_ticks(axes.yaxis, bottom, top)
+    plain = line.outcomes
+    x = [*(one.seconds for one in plain), ends[1]]
+    y = [*(100 * one.error for one in plain), 100 * plain[-1].error]
+    axes.plot(x[:-1], y[:-1], color=figures.BLACK, linewidth=2, zorder=2)
+    axes.plot(x[-2:], y[-2:], color=figures.BLACK, linestyle=':', zorder=2)
+    axes.fill_between(
+      x, bottom, y, color=figures.BLACK, alpha=0.06, linewidth=0
+    )
+    axes.set_xlim(ends)
+    axes.set_ylim(bottom, top)
+    axes.set_xlabel('seconds of training')
+    axes.set_ylabel('test error at the end, %')
+    axes.set_title(
+      'shaded: less error than plain training (uniform) in the same seconds\n'
+      'marker: mean over the seeds; bar: from the lowest to the highest of up '
+      f'to {max(len(one.runs) for one in timed)}'
+    )
+    figure.canvas.draw()  # the layout is known from here on
+    figure.set_layout_engine('none')
+    label(axes, timed, np.stack([x, y], axis=1))
 
 
 def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
@@ -283,8 +280,8 @@ def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
     along = start + np.linspace(0, 1, 60)[:, None] * (end - start)
     taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
   for one in timed:
-    spread = one.variance**0.5
-    bar = [(one.seconds, 100 * (one.error + x)) for x in (-spread, spread)]
+    errors = one.last('error')
+    bar = [(one.seconds, 100 * x) for x in (min(errors), max(errors))]
     (x, y0), (_, y1) = to_pixels(bar)
     taken.append((x - 2, y0, x + 2, y1))
   left, bottom, right, top = axes.get_window_extent().extents
@@ -301,11 +298,10 @@ def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
   directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
   for index in np.argsort(centers[:, 1]):
     one, center = timed[index], centers[index]
-    color = COLORS[one.family]
+    color = figures.look(one.name)[0]
     text = axes.annotate(
       one.name, (one.seconds, 100 * one.error), (0, 0),
-      textcoords='offset points', fontsize=8.5, color=color, ha='center',
-      va='center',
+      textcoords='offset points', ha='center', va='center',
       arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6},
     )  # fmt: skip
     half = np.array(text.get_window_extent().size) / 2
@@ -317,5 +313,7 @@ def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
       place = next((i for i, box in enumerate(boxes) if free(box)), None)
       if place is not None:
         taken.append(boxes[place])
+        along = center + np.linspace(0.2, 0.8, 20)[:, None] * offsets[place]
+        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in along]
         text.set_position(to_points * offsets[place])
         break

@@ -157,6 +157,7 @@ def test_the_files_of_a_comparison(real):
   assert 'Seeds: 0, 1.' in text
   for name in ('error', 'mean_mms', 'cost'):
     assert f'![{name}]({name}.png)' in text
+    assert (workdir / f'{name}.pdf').read_bytes().startswith(b'%PDF')
     with Image.open(workdir / f'{name}.png') as image:
       assert image.width >= 800
       assert len(image.convert('L').getcolors()) > 10
@@ -241,7 +242,7 @@ def test_files_of_another_command_do_not_stay(tmp_path, pretended):
   sweep = ['batch_size=4,8']
   compare(tmp_path, 'uniform', config=config, sweep=sweep)
   assert not (tmp_path / 'compare.md').exists()
-  assert not [*tmp_path.glob('*.png')]
+  assert not [*tmp_path.glob('*.p??')]
   compare(tmp_path, 'uniform', config=config)
   assert not (tmp_path / 'sweep.md').exists()
 

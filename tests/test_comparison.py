@@ -279,11 +279,11 @@ def test_mean_and_deviation_are_those_of_a_sample():
 def test_an_average_is_over_the_steps_that_all_runs_have():
   first = [{'step': s, 'flops': 2.0 * s, 'error': 1 / s} for s in (1, 2, 4)]
   second = [{'step': s, 'flops': 4.0 * s, 'error': 3 / s} for s in (2, 3, 4)]
-  x, mean, deviation = plots.average([first, second], 'flops', 'error')
+  x, mean, low, high = plots.average([first, second], 'flops', 'error')
   np.testing.assert_allclose(x, [6, 12])
   np.testing.assert_allclose(mean, [1, 0.5])
-  np.testing.assert_allclose(deviation, [math.sqrt(0.5), math.sqrt(0.125)])
-  np.testing.assert_array_equal(plots.average([first], 'step', 'error')[2], 0)
+  np.testing.assert_allclose(low, [0.5, 0.25])
+  np.testing.assert_allclose(high, [1.5, 0.75])
 
 
 def rows(errors, **fields):
@@ -381,33 +381,70 @@ def test_runs_of_versions_that_did_not_know_the_worst_class(tmp_path):
   assert (second['error'], second['worst_class_error']) == (0.25, 0.5)
 
 
-def test_errors_of_batches_are_in_the_plot(tmp_path, monkeypatch):
-  def rows(*errors):
-    costs = {'flops': 1.0, 'seconds': 1.0}
-    return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
-
-  saved = []
-  monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
-  for last in (0.01, 0.0001):
-    test, train = {'mms': [rows(0.3, 0.05)]}, {'mms': [rows(0.6, last)]}
-    plots.error(tmp_path / 'error.png', test, train, 'mms')
-  limits = [figure.axes[0].get_ylim() for figure in saved]
-  assert limits[0] == pytest.approx((1 / 1.3, 60 * 1.3))
-  assert limits[1] == pytest.approx((5 / 1.3, 60 * 1.3))  # below a tenth of 5
+def curve(*errors):
+  """The rows of a seed whose errors are these, at steps 1, 2, ..."""
+  costs = {'flops': 1.0, 'seconds': 1.0}
+  steps = enumerate(errors, 1)
+  return [{'step': i, 'error': x, 'mean_mms': x, **costs} for i, x in steps]
 
 
-def test_the_end_of_the_baseline_is_a_dotted_line(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that were drawn, and not saved."""
+  found = []
+  monkeypatch.setattr(figures, 'save', lambda figure, *_: found.append(figure))
+  return found
+
+
+def test_axes_have_room_for_the_end_and_say_what_they_leave_out(
+  drawn, tmp_path
+):
+  """The first fifth of a run does not widen the axis."""
+  test = {'mms': [curve(0.9, *[0.2] * 9, 0.05), curve(0.9, *[0.2] * 9, 0.06)]}
+  train = {'mms': [curve(0.6, *[0.1] * 9, 0.0)]}
+  plots.error(tmp_path / 'error.png', test, train, 'mms')
+  whole, _, _, batches, ends = drawn[0].axes
+  assert whole.get_ylim() == pytest.approx((5 / 1.15, 20 * 1.15))
+  assert [x.get_text() for x in whole.texts] == ['at first up to 90%']
+  assert batches.get_ylim() == pytest.approx((10 / 1.15, 60 * 1.15))
+  assert [x.get_text() for x in batches.texts] == ['0% is at the lower edge']
+  (bottom,) = {min(line.get_ydata()) for line in batches.get_lines()}
+  assert bottom == batches.get_ylim()[0]
+  seeds, mean, _ = ends.get_lines()
+  assert [*seeds.get_xdata()] == pytest.approx([5, 6])
+  assert [*mean.get_xdata()] == pytest.approx([5.5])
+  # The figure has labels of 8 pt and is as wide as a page.
+  assert drawn[0].get_figwidth() == figures.PAGE
+  assert {x.get_size() for x in whole.get_xticklabels()} == {8}
+
+
+def test_bands_and_what_was_not_comparable_are_explained(drawn, tmp_path):
+  three = {'mms': [curve(0.2, 0.1)] * 3, 'loss': [curve(0.2, 0.1)] * 3}
+  plots.error(tmp_path / 'error.png', three, three, 'mms')
+  plots.mean_mms(tmp_path / 'mean_mms.png', {**three, 'x': [curve(1, 1)]})
+  titles = [x.legends[0].get_title().get_text() for x in drawn]
+  assert titles == [
+    'line: mean of 3 seeds; band: from the lowest to the highest',
+    'line: mean of 1 to 3 seeds; band: from the lowest to the highest',
+  ]
+  assert 'do not compare the margins' in drawn[1].axes[0].get_title('left')
+
+
+def test_no_line_hides_another_with_the_same_values(drawn, tmp_path):
+  same = {'uniform': [curve(0.3, 0.2)], 'random': [curve(0.3, 0.2)]}
+  plots.error(tmp_path / 'error.png', same, same, 'uniform')
+  below, above = drawn[0].axes[0].get_lines()[:2]
+  assert below.get_zorder() < above.get_zorder()
+  assert below.get_linewidth() > above.get_linewidth() + 0.5
+
+
+def test_the_end_of_the_baseline_is_a_dotted_line(drawn, tmp_path):
   """2020, Figure 3; the mean over its seeds, whatever their last steps."""
-
-  def rows(*errors):
-    costs = {'flops': 1.0, 'seconds': 1.0}
-    return [{'step': i, 'error': x, **costs} for i, x in enumerate(errors)]
-
-  saved = []
-  monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
-  curves = {'mms': [rows(0.5, 0.1)], 'plain': [rows(0.6, 0.2), rows(0.6, 0.3)]}
+  curves = {
+    'mms': [curve(0.5, 0.1)], 'plain': [curve(0.6, 0.2), curve(0.6, 0.3)]
+  }  # fmt: skip
   plots.error(tmp_path / 'error.png', curves, curves, 'plain')
-  for axes in saved[0].axes:
+  for axes in drawn[0].axes[:3]:
     lines = {line.get_label(): line for line in axes.get_lines()}
     dotted = lines['end of plain']
     assert dotted.get_linestyle() == ':'

@@ -114,6 +114,7 @@ def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
   }
   assert names == {
     *modules,
+    'margin_jax/paper.mplstyle',
     'margin_jax/py.typed',
     *(f'{info}/{x}' for x in ('METADATA', 'RECORD', 'WHEEL')),
     f'{info}/entry_points.txt',

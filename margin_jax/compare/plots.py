@@ -1,4 +1,9 @@
-"""The plots of a comparison: errors, mean MMS, accuracy against cost."""
+"""The plots of a comparison: errors, mean MMS, accuracy against cost.
+
+A line is the mean over the seeds, its band goes from the lowest seed to the
+highest: with few seeds a standard deviation would claim more, and reach
+below 0.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,9 +19,13 @@ Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[Sequence[Row]]]
 
 COSTS = {'step': 'steps', 'flops': 'FLOPs', 'seconds': 'seconds of training'}
-# Inches and dots per inch: at 800 pixels the letters are 11 pixels high.
-WIDTH, DPI = 9.0, 160
-COLORS = 10  # of matplotlib's cycle; more lines are dotted
+# The fraction of a run, its first, whose errors do not widen the axis.
+BEGINNING = 0.2
+MMS_NOTE = (
+  'Of the ten nearest examples of the batch that each method trains on. Rules '
+  'that select near examples lie\nlower by choice: the curves say what was '
+  'selected, and do not compare the margins of the networks.'
+)
 
 
 def error(
@@ -28,101 +37,175 @@ def error(
 ) -> None:
   """Plots errors against steps, FLOPs and seconds (ICLR, Figures 2, 4, 5).
 
-  Solid is the error of a split, the mean over the seeds with a band of one
-  standard deviation; dashed and thin the error on the batches that were trained
-  on, down to a tenth of the least test error. Dotted is where the baseline ends
-  (2020, Figure 3).
+  Above, the error of a split. Its axis has room for what comes after the first
+  fifth of every run, and says what lies above it. Dotted is where the baseline
+  ends (2020, Figure 3). Below, the error of the batches that were trained on,
+  and every seed's error of the split at the end.
 
   Args:
-    path: of the PNG file.
+    path: of the PNG file; a PDF file lies beside it.
     test: have 'step', 'flops', 'seconds' and 'error'.
     train: the same, of the same trials.
     baseline: the name of one of them.
     split: what the first are of: 'test', or 'validation' as in the figures of
       the 2020 paper.
   """
-  figure = figures.new(WIDTH, 4.2)
-  grid = figure.subplots(1, len(COSTS), sharey=True)
-  test_errors, train_errors = [], []
+  looks = figures.looks([*test])
   final = 100 * np.mean([rows[-1]['error'] for rows in test[baseline]])
-  for axes, (cost, label) in zip(grid, COSTS.items(), strict=True):
-    for index, (name, seeds) in enumerate(test.items()):
-      style = _style(index)
-      mean = _line(axes, seeds, (cost, 'error'), 100, style, name)
-      test_errors += [100 * rows[-1]['error'] for rows in seeds] + list(mean)
-      x, y, _ = average(train[name], cost, 'error')
-      dashed = style | {'linestyle': '--'}
-      axes.plot(x, 100 * y, linewidth=0.8, alpha=0.7, **dashed)
-      train_errors += list(100 * y)
-    color = _style([*test].index(baseline))['color']
-    axes.axhline(final, color=color, linestyle=':', label=f'end of {baseline}')
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    _cost_axis(axes.xaxis, cost)
-  least = min((x for x in test_errors if x > 0), default=0.1)
-  # Of a fitted training set one decade, so that the test errors have room.
-  least = min([x for x in train_errors if x > least / 10] + [least])
-  most = max([*test_errors, *train_errors], default=100) or 100
-  for axes in grid:
-    _percent_axis(axes, least, most)
-  grid[0].set_ylabel(f'error, % (— {split}, - - training batches)')
-  _legend(figure, grid[0])
-  figures.save(figure, path, DPI)
+  dotted = {
+    'color': looks[baseline]['color'], 'linestyle': ':', 'linewidth': 1.2,
+    'label': f'end of {baseline}',
+  }  # fmt: skip
+  below = 1.2 + 0.13 * max(len(test) - 5, 0)
+  with figures.drawing(path, 2.9 + below) as figure:
+    above, under = figure.subfigures(2, 1, height_ratios=(2.2, below))
+    limits = _limits([average(x, 'step', 'error') for x in test.values()])
+    grid = above.subplots(1, len(COSTS), sharey=True)
+    for axes, cost in zip(grid, COSTS, strict=True):
+      _error_lines(axes, test, looks, cost, limits)
+      axes.axhline(final, **dotted)
+    grid[0].set_ylabel(f'{split} error, %')
+
+    batches, ends = under.subplots(1, 2, width_ratios=(1, 1.6))
+    limits = _limits([average(x, 'step', 'error') for x in train.values()], 0)
+    thin = {
+      name: {**look, 'linewidth': 0.6 * look['linewidth'], 'marker': ''}
+      for name, look in looks.items()
+    }
+    _error_lines(batches, train, thin, 'step', limits, bands=False)
+    batches.set_ylabel('error of the\ntraining batches, %')
+    _ends(ends, test, looks)
+    ends.axvline(final, **dotted)
+    figures.legend(figure, grid[0], _note(test))
+
+
+def _limits(
+  curves: Sequence[tuple[np.ndarray, ...]], beginning: float = BEGINNING
+) -> tuple[float, float, float]:
+  """Returns where a logarithmic axis begins and ends, and the largest error.
+
+  In percent. Errors of 0 have no place on it, and those of the beginning of a
+  run may lie above it.
+  """
+  later = [
+    100 * np.stack([low, high])[:, x >= beginning * x[-1]]
+    for x, _, low, high in curves
+  ]
+  values = np.concatenate([x.ravel() for x in later])
+  positive = values[values > 0]
+  least = float(positive.min()) if positive.size else 0.1
+  most = max(float(values.max()), 1.5 * least)
+  largest = max(float(100 * high.max()) for _, _, _, high in curves)
+  return least / 1.15, min(1.15 * most, max(100, most)), largest
+
+
+def _error_lines(
+  axes: Any,
+  curves: Curves,
+  looks: Mapping[str, dict[str, Any]],
+  cost: str,
+  limits: tuple[float, float, float],
+  bands: bool = True,
+) -> None:
+  """Draws errors on a logarithmic axis, and says what does not fit on it."""
+  low, high, largest = limits
+  axes.set_yscale('log')
+  axes.set_ylim(low, high)
+  figures.log_ticks(axes.yaxis, low, high)
+  for index, (name, seeds) in enumerate(curves.items()):
+    x, *values = average(seeds, cost, 'error')
+    mean, lowest, highest = (np.maximum(100 * y, low) for y in values)
+    every = figures.stagger(index, len(curves), len(x))
+    axes.plot(x, mean, label=name, markevery=every, **looks[name])
+    if bands:
+      color = looks[name]['color']
+      axes.fill_between(
+        x, lowest, highest, color=color, alpha=0.15, linewidth=0
+      )
+  _cost_axis(axes, cost)
+  zero = any(row['error'] == 0 for x in curves.values() for r in x for row in r)
+  notes = [f'at first up to {largest:.3g}%'] if largest > high else []
+  notes += ['0% is at the lower edge'] if zero else []
+  axes.annotate(
+    '\n'.join(notes), (0.98, 0.98), xycoords='axes fraction', ha='right',
+    va='top',
+  )  # fmt: skip
+
+
+def _ends(
+  axes: Any, curves: Curves, looks: Mapping[str, dict[str, Any]]
+) -> None:
+  """Draws the last error of every seed, a row for each method."""
+  for row, (name, seeds) in enumerate(curves.items()):
+    errors = [100 * rows[-1]['error'] for rows in seeds]
+    color, marker = looks[name]['color'], looks[name]['marker']
+    axes.plot(
+      errors, [row] * len(errors), marker, color=color, markersize=5,
+      markerfacecolor='none', clip_on=False,
+    )  # fmt: skip
+    axes.plot(
+      np.mean(errors), row, '|', color=color, markersize=9, markeredgewidth=2,
+    )  # fmt: skip
+  axes.set_yticks(range(len(curves)), [*curves])
+  axes.set_ylim(len(curves) - 0.5, -0.5)
+  axes.grid(visible=False, axis='y')
+  axes.set_xlabel('error at the end, % (every seed; | their mean)')
 
 
 def mean_mms(path: pathlib.Path, train: Curves) -> None:
   """Plots the mean MMS of the ten nearest selected examples (ICLR, Figure 3).
 
   Args:
-    path: of the PNG file.
+    path: of the PNG file; a PDF file lies beside it.
     train: have 'step' and 'mean_mms'.
   """
-  figure = figures.new(WIDTH, 4.6)
-  axes = figure.subplots()
-  for index, (name, seeds) in enumerate(train.items()):
-    _line(axes, seeds, ('step', 'mean_mms'), 1, _style(index), name)
-  axes.set_xlabel('step')
-  axes.set_xlim(left=0)
-  axes.set_ylabel('mean MMS (distance in feature space)')
-  axes.grid(alpha=0.3)
-  _cost_axis(axes.xaxis, 'step')
-  _legend(figure, axes)
-  figures.save(figure, path, DPI)
+  looks = figures.looks([*train])
+  with figures.drawing(path, 3.6) as figure:
+    axes = figure.subplots()
+    for index, (name, seeds) in enumerate(train.items()):
+      x, mean, low, high = average(seeds, 'step', 'mean_mms')
+      every = figures.stagger(index, len(train), len(x))
+      axes.plot(x, mean, label=name, markevery=every, **looks[name])
+      color = looks[name]['color']
+      axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    _cost_axis(axes, 'step')
+    axes.set_ylabel('mean MMS (distance in feature space)')
+    axes.set_title(MMS_NOTE, loc='left')
+    figures.legend(figure, axes, _note(train))
 
 
 def cost(path: pathlib.Path, trials: Mapping[str, Sequence[Row]]) -> None:
   """Plots final test accuracy against cost, a marker for each trial.
 
   Args:
-    path: of the PNG file.
+    path: of the PNG file; a PDF file lies beside it.
     trials: the rows of runs.csv, a row for each seed, by the trial's name.
   """
-  figure = figures.new(WIDTH, 4.6)
+  looks = figures.looks([*trials])
   costs = [name for name in COSTS if name != 'step']
-  grid = figure.subplots(1, len(costs), sharey=True)
-  for axes, name in zip(grid, costs, strict=True):
-    for index, (label, rows) in enumerate(trials.items()):
-      x = np.array([row[name] for row in rows])
-      y = 100 - 100 * np.array([row['test_error'] for row in rows])
-      several = len(rows) > 1
-      axes.errorbar(
-        x.mean(), y.mean(), label=label, color=f'C{index % COLORS}',
-        xerr=x.std(ddof=1) if several else None,
-        yerr=y.std(ddof=1) if several else None,
-        marker='o' if index < COLORS else 's', linestyle='', capsize=3,
-      )  # fmt: skip
-    axes.set_xlabel(COSTS[name])
-    axes.set_xlim(left=0)
-    _cost_axis(axes.xaxis, name)
-    axes.grid(alpha=0.3)
-  grid[0].set_ylabel('test accuracy after the last step, %')
-  _legend(figure, grid[0])
-  figures.save(figure, path, DPI)
+  with figures.drawing(path, 3.2) as figure:
+    grid = figure.subplots(1, len(costs), sharey=True)
+    for axes, name in zip(grid, costs, strict=True):
+      for label, rows in trials.items():
+        x = np.array([row[name] for row in rows])
+        y = 100 - 100 * np.array([row['test_error'] for row in rows])
+        look = {**looks[label], 'linestyle': ''}
+        width = look.pop('linewidth')
+        axes.errorbar(
+          x.mean(), y.mean(), label=label, elinewidth=width, capsize=2 * width,
+          xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
+          yerr=[[y.mean() - y.min()], [y.max() - y.mean()]], **look,
+        )  # fmt: skip
+      _cost_axis(axes, name)
+    grid[0].set_ylabel('test accuracy after the last step, %')
+    seeds = [len(rows) for rows in trials.values()]
+    note = figures.seeds_note(seeds).replace('line', 'marker')
+    figures.legend(figure, grid[0], note.replace('band', 'bars'))
 
 
 def average(
   seeds: Sequence[Sequence[Row]], x: str, y: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Averages a curve over the seeds, at the steps that all of them have.
 
   Args:
@@ -131,69 +214,27 @@ def average(
     y: the column of the ordinate.
 
   Returns:
-    Means of x, means of y, standard deviations of y (0 for a single seed).
+    Means of x; means, minima and maxima of y.
   """
   tables = [{row['step']: row for row in rows} for rows in seeds]
   steps = sorted(set.intersection(*({*table} for table in tables)))
   xs = np.array([[table[step][x] for step in steps] for table in tables])
   ys = np.array([[table[step][y] for step in steps] for table in tables])
-  several = len(tables) > 1
-  deviation = ys.std(0, ddof=1) if several else np.zeros(len(steps))
-  return xs.mean(0), ys.mean(0), deviation
+  return xs.mean(0), ys.mean(0), ys.min(0), ys.max(0)
 
 
-def _line(
-  axes: Any,
-  seeds: Sequence[Sequence[Row]],
-  columns: tuple[str, str],
-  scale: float,
-  style: dict[str, Any],
-  label: str,
-) -> np.ndarray:
-  """Draws the mean with a band of one standard deviation; returns the mean."""
-  x, mean, deviation = average(seeds, *columns)
-  mean, deviation = scale * mean, scale * deviation
-  marker = '.' if len(x) < 20 else None
-  axes.plot(x, mean, label=label, marker=marker, linewidth=1.3, **style)
-  axes.fill_between(
-    x, mean - deviation, mean + deviation,
-    color=style['color'], alpha=0.2, linewidth=0,
-  )  # fmt: skip
-  return mean
+def _note(curves: Curves) -> str:
+  return figures.seeds_note([len(seeds) for seeds in curves.values()])
 
 
-def _style(index: int) -> dict[str, Any]:
-  return {
-    'color': f'C{index % COLORS}',
-    'linestyle': '-' if index < COLORS else ':',
-  }
-
-
-def _cost_axis(axis: Any, cost: str) -> None:
+def _cost_axis(axes: Any, cost: str) -> None:
   """Labels large counts as 20 k or 3 T; seconds as they are."""
-  from matplotlib.ticker import EngFormatter
+  from matplotlib.ticker import MaxNLocator
 
-  plain = cost == 'seconds'
-  axis.set_major_formatter('{x:,g}' if plain else EngFormatter())
-
-
-def _percent_axis(axes: Any, least: float, most: float) -> None:
-  """Makes the axis logarithmic, with plain numbers; 0 lies below it."""
-  axes.set_yscale('log', nonpositive='clip')
-  axes.set_ylim(least / 1.3, min(100, most * 1.3))
-  axes.yaxis.set_major_formatter('{x:g}')
-  # The labels of nine and ten would touch.
-  digits = '25' if most > 10 * least else '2345678'
-  axes.yaxis.set_minor_formatter(
-    lambda x, _: f'{x:g}' if f'{x:e}'[0] in digits else ''
-  )
-  axes.tick_params(axis='y', which='minor', labelsize=7)
-  axes.grid(alpha=0.3, which='both')
-
-
-def _legend(figure: Any, axes: Any) -> None:
-  """Puts one legend below all axes, in as many columns as fit."""
-  handles, labels = axes.get_legend_handles_labels()
-  longest = max(map(len, labels))
-  columns = max(1, min(len(labels), 100 // (longest + 6)))
-  figure.legend(handles, labels, loc='outside lower center', ncols=columns)
+  axes.set_xlabel(COSTS[cost])
+  axes.set_xlim(left=0)
+  axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)))
+  if cost == 'seconds':
+    axes.xaxis.set_major_formatter('{x:,g}')
+  else:
+    figures.count_axis(axes.xaxis)

@@ -115,7 +115,8 @@ def write(
   best = best_of_methods(trials) if validated else []
   table = '\n'.join(sweep_table(fields, trials, best))
   if not validated:
-    for name in (COMPARISON, *(f'{name}.png' for name in PLOTS)):
+    plots_of = [f'{x}.{y}' for x in PLOTS for y in ('png', 'pdf')]
+    for name in (COMPARISON, *plots_of):
       (folder / name).unlink(missing_ok=True)
     note = (
       'No method has a best grid point: there is no validation split '
@@ -153,6 +154,8 @@ def _write_comparison(
   names |= dict.fromkeys(x.model.name for x in configs)
   title = f'# {", ".join(names)}: methods compared'
   images = [f'![{name}]({name}.png)\n' for name in PLOTS]
+  links = ', '.join(f'[{name}]({name}.pdf)' for name in PLOTS)
+  images.append(f'The same as PDF: {links}.')
   _write_lines(
     folder / COMPARISON,
     [title, '', table, '', explanation, *footer, '', *images],
