@@ -9,7 +9,9 @@ import pytest
 
 from margin_jax import analyze, data, linearized, mms_scores, signed_margins
 from margin_jax import config as config_lib
+from margin_jax.analyze import plots, report
 from margin_jax.analyze.__main__ import main
+from margin_jax.data import entailment, tokenization, tokens
 from margin_jax.train import evaluation, loop, runs
 from tests import helpers
 
@@ -130,6 +132,46 @@ def test_signatures_and_the_plot_are_written(run):
   plot = (run[1] / 'margins.png').read_bytes()
   assert plot.startswith(b'\x89PNG')
   assert len(plot) > 20_000
+
+
+def test_the_most_negative_are_shown(run, monkeypatch, tmp_path):
+  for split in ('train', 'test'):
+    path = run[1] / f'most_negative_{split}.png'
+    assert path.read_bytes().startswith(b'\x89PNG')
+    assert path.with_suffix('.pdf').exists()
+  shown = []
+  monkeypatch.setattr(plots, 'most_negative', lambda *args: shown.append(args))
+  analyze.analyze(
+    str(run[0]), steps=[200], examples=50, out=str(tmp_path),
+    log=lambda line: None,
+  )  # fmt: skip
+  dataset = data.load('digits', validation_examples=180)
+  for (_, split, images, rows, names), name in zip(
+    shown, ('train', 'test'), strict=True
+  ):
+    assert split == name
+    assert [*names] == [str(i) for i in range(10)]
+    assert len(images) == len(rows) == 32
+    assert rows[0]['margin'] <= rows[1]['margin'] <= rows[31]['margin']
+    whole = dataset.splits[split]['inputs']
+    for image, row in zip(images, rows, strict=True):
+      np.testing.assert_array_equal(image, whole[row['index']])
+
+
+def test_sentences_are_a_table(tmp_path):
+  pairs = entailment.pairs()['test'][:2]
+  inputs = tokenization.encode([x[:2] for x in pairs], entailment.VOCAB, 40)
+  assert tokenization.decode(inputs, entailment.VOCAB) == [
+    tuple(x[:2]) for x in pairs
+  ]
+  vocab = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', 'un', '##known', 'a|b')
+  ids = np.array([[2, 4, 5, 6, 3]])
+  encoded = tokens.pack(ids, 0 * ids, 0 * ids + 1)
+  texts = tokenization.decode(encoded, vocab)
+  assert texts == [('unknown a|b',)]
+  row = {'margin': -1.5, 'label': 0, 'prediction': 1, 'index': 7}
+  table = report._sentence_table('test', texts, [row], ('yes', 'no'))
+  assert table[-1] == '| -1.5 | yes | no | 7 | unknown a\\|b |'
 
 
 def test_the_number_of_devices_does_not_matter(run, tmp_path):

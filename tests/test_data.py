@@ -16,7 +16,7 @@ from sklearn import datasets as sklearn_datasets
 from tensorflow_datasets.core.download import download_manager, util
 
 from margin_jax import data
-from margin_jax.data import augment, digits, normalization, prepare
+from margin_jax.data import augment, digits, normalization, prepare, tfds_images
 from tests import helpers
 from tests.datasets import image_of, write_dataset
 from tests.helpers import command_of
@@ -335,6 +335,19 @@ def test_prepare_explains_a_failed_download(monkeypatch, error):
   monkeypatch.setattr(prepare, 'prepare', fail)
   with pytest.raises(SystemExit, match=r'(?s)reason.*downloads/manual'):
     prepare.main(['cifar10'])
+
+
+def test_classes_have_the_names_that_tfds_gives_them(data_dir, tmp_path):
+  folder = str(data_dir / 'tfds')
+  names = tfds_images.class_names('cifar10', folder)
+  assert len(names) == 10
+  assert names[:3] == ('airplane', 'automobile', 'bird')
+  names = tfds_images.class_names('glue/rte', folder)
+  assert names == ('entailment', 'not_entailment')
+  assert tfds_images.class_names('mnist', folder) is None
+  assert tfds_images.class_names('cifar10', str(tmp_path)) is None
+  assert data.load('digits').class_names is None
+  assert data.load('entailment').class_names == names
 
 
 @pytest.mark.slow

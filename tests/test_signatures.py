@@ -7,7 +7,13 @@ import pytest
 from scipy import optimize
 from sklearn import linear_model, model_selection
 
-from margin_jax import fit_generalization_gap, mms_scores, query, signatures
+from margin_jax import (
+  figures,
+  fit_generalization_gap,
+  mms_scores,
+  query,
+  signatures,
+)
 from margin_jax.analyze import plots
 from tests import references
 
@@ -220,6 +226,50 @@ def test_any_distribution_can_be_drawn(values, tmp_path):
   ]
   plots.margins(tmp_path / 'x.png', rows, last)
   assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+
+
+def drawn_margins(monkeypatch, tmp_path, steps, train):
+  """The figure of one quantity, at so many checkpoints."""
+  found = []
+  monkeypatch.setattr(figures, 'save', lambda figure, *_: found.append(figure))
+  last = {'train': {'margin': np.array(train)}}
+  rows = [
+    {'step': step, 'split': 'train', 'quantity': 'margin'}
+    | signatures.summary(last['train']['margin'])
+    for step in steps
+  ]
+  plots.margins(tmp_path / 'x.png', rows, last)
+  return found[0]
+
+
+def test_every_example_is_in_the_histogram(monkeypatch, tmp_path):
+  """The few that are far out too: they are candidates for label errors."""
+  train = [*np.linspace(0, 1, 997), -50.0, -40.0, np.inf]
+  figure = drawn_margins(monkeypatch, tmp_path, [10, 20], train)
+  axes = figure.axes[1]
+  (outline,) = axes.patches
+  corners = outline.get_xy()
+  left, right = corners[:, 0].min(), corners[:, 0].max()
+  assert -1 < left < 0
+  assert right == 1
+  heights = corners[1:-1:2, 1]
+  assert heights.sum() == pytest.approx(100)
+  (note,) = axes.texts
+  assert note.get_text() == 'first bin: 2, down to -50\nlast bin: 1, up to inf'
+  near = drawn_margins(monkeypatch, tmp_path, [10], np.linspace(0, 1, 99))
+  assert near.axes[1].texts[0].get_text() == ''
+
+
+def test_one_checkpoint_is_drawn_at_its_step(monkeypatch, tmp_path):
+  train = np.linspace(-1, 1, 99)
+  figure = drawn_margins(monkeypatch, tmp_path, [700], train)
+  axes = figure.axes[0]
+  assert [*axes.get_xticks()] == [700]
+  assert len(axes.collections) == len(plots.BANDS)
+  for band in axes.collections:
+    (path,) = band.get_paths()
+    assert np.ptp(path.vertices[:, 0]) > 0  # which can be seen
+    assert np.ptp(path.vertices[:, 1]) > 0
 
 
 def test_query_refuses_what_cannot_be():

@@ -6,8 +6,10 @@ Writes to WORKDIR/analysis: distributions.csv (signed margins, MMS, and
 normalised margins at the layers, at every checkpoint), signatures.csv (of the
 normalised margins), margins.png, and for the last checkpoint train.csv and
 test.csv (of MNLI also test_mismatched.csv): every example, the most negative
-margin first. The first rows are candidates for label errors; the examples with
-the smallest MMS are those that an annotator should see next.
+margin first. The first 32 of each, candidates for label errors, are also a
+sheet of images, most_negative_train.png, or a table of sentences. The examples
+with the smallest MMS are those that an annotator should see next. Figures are
+written as PNG and as PDF.
 """
 
 import argparse

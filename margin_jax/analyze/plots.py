@@ -1,4 +1,7 @@
-"""The plot of an analysis: margins over the checkpoints, and at the last."""
+"""The figures of an analysis: margins over the checkpoints, and at the last.
+
+Of the last one also the examples with the most negative margins.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,9 +13,14 @@ from margin_jax import figures
 
 # Pairs of columns of distributions.csv, the widest band first.
 BANDS = (('q1', 'q99'), ('q5', 'q95'), ('q25', 'q75'))
-BINS = 80
-# The quantiles between which a histogram is drawn: tails would flatten it.
-HISTOGRAM_RANGE = (0.005, 0.995)
+BINS = 60
+# A histogram goes this many times the range of the middle 98% beyond it.
+REACH = 1.0
+NOTE = (
+  'left: median (line) and the bands that hold the middle 50, 90 and 98% of '
+  'the examples\nright: all examples, on a logarithmic scale'
+)
+SHEET_COLUMNS = 8
 
 
 def margins(
@@ -24,66 +32,157 @@ def margins(
 
   Every quantity has a row of axes: for each split the median and the bands that
   hold 50, 90 and 98% of its examples, by step; then the histograms of all
-  splits at the last checkpoint.
+  splits at the last checkpoint, of every example: those far out lie in the
+  outermost bins, and the axes say how many.
 
   Args:
-    path: of the PNG file.
+    path: of the PNG file; a PDF file lies beside it.
     distributions: the rows of distributions.csv.
     last: for each split, for each quantity, the values at the last checkpoint.
   """
   splits = list(last)
   quantities = list(last[splits[0]])
-  figure = figures.new(4 * (len(splits) + 1), 2.6 * len(quantities))
-  grid = figure.subplots(len(quantities), len(splits) + 1, squeeze=False)
-  for line, quantity in zip(grid, quantities, strict=True):
-    line[0].set_ylabel(quantity)
-    for index, split in enumerate(splits):
-      rows = [
-        row
-        for row in distributions
-        if row['split'] == split and row['quantity'] == quantity
-      ]
-      _bands(line[index], rows, f'C{index}')
-      line[index].set_xlabel('step')
-      line[index].set_title(split)
-    _histograms(line[-1], {split: last[split][quantity] for split in splits})
-    line[-1].set_xlabel(quantity)
-    line[-1].set_title('last checkpoint')
-  figures.save(figure, path, 100)
+  height = 1.35 * len(quantities) + 0.7
+  with figures.drawing(path, height) as figure:
+    grid = figure.subplots(len(quantities), len(splits) + 1, squeeze=False)
+    for line, quantity in zip(grid, quantities, strict=True):
+      line[0].set_ylabel(quantity.replace(' at ', '\nat '))
+      for axes, split in zip(line, splits, strict=False):
+        _bands(
+          axes,
+          [
+            row
+            for row in distributions
+            if row['split'] == split and row['quantity'] == quantity
+          ],
+          _look(split)['color'],
+        )
+        axes.sharey(line[0])
+        axes.tick_params(labelleft=axes is line[0])
+      _histograms(line[-1], {split: last[split][quantity] for split in splits})
+      line[-1].set_ylabel('% in a bin')
+    for axes, split in zip(grid[0], splits, strict=False):
+      axes.set_title(split)
+    grid[0][-1].set_title('last checkpoint')
+    for axes in grid[-1][:-1]:
+      axes.set_xlabel('step')
+    figures.legend(figure, grid[0][-1], NOTE)
+
+
+def _look(split: str) -> dict[str, Any]:
+  color, line = figures.SPLITS.get(split, (figures.BLACK, '-'))
+  return {'color': color, 'linestyle': line}
 
 
 def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], color: str) -> None:
   """Draws quantile bands and the median of a quantity by step."""
+  from matplotlib.ticker import MaxNLocator
+
   rows = [row for row in rows if np.isfinite(row['q50'])]
-  steps = [row['step'] for row in rows]
+  steps = np.array([row['step'] for row in rows])
+  x, first = steps, rows
+  if len(rows) == 1:  # a bar at the only step that there is
+    x, first = steps[0] + np.array([-0.3, 0.3]), 2 * rows
+    axes.set_xlim(steps[0] - 1, steps[0] + 1)
   for low, high in BANDS:
     axes.fill_between(
-      steps,
-      [row[low] for row in rows],
-      [row[high] for row in rows],
-      color=color,
-      alpha=0.2,
-      linewidth=0,
-    )
-  axes.plot(steps, [row['q50'] for row in rows], color=color, marker='.')
+      x, [row[low] for row in first], [row[high] for row in first],
+      color=color, alpha=0.25, linewidth=0,
+    )  # fmt: skip
+  axes.plot(x, [row['q50'] for row in first], color=color)
+  axes.plot(steps, [row['q50'] for row in rows], '.', color=color)
   axes.axhline(0, color='black', linewidth=0.5)
+  if len(rows) == 1:
+    axes.set_xticks(steps)
+  else:
+    locator = MaxNLocator(3, integer=True, steps=(1, 2, 2.5, 5, 10))
+    axes.xaxis.set_major_locator(locator)
+  figures.count_axis(axes.xaxis)
 
 
 def _histograms(axes: Any, splits: Mapping[str, np.ndarray]) -> None:
   """Draws the distribution of a quantity, a line for each split."""
-  finite = {split: x[np.isfinite(x)] for split, x in splits.items()}
-  pooled = np.concatenate([*finite.values()])
-  if not pooled.size:
+  there = {split: x[~np.isnan(x)] for split, x in splits.items()}
+  finite = np.concatenate([x[np.isfinite(x)] for x in there.values()])
+  axes.set_yscale('log')
+  axes.yaxis.set_major_formatter('{x:g}')
+  if not finite.size:
+    axes.annotate('none is finite', (0.5, 0.5), xycoords='axes fraction')
     return
-  low, high = np.quantile(pooled, HISTOGRAM_RANGE)
-  if low == high:
-    low, high = low - 0.5, high + 0.5
-  for index, (split, x) in enumerate(finite.items()):
-    inside = x[(x >= low) & (x <= high)]
-    if inside.size:  # a density of nothing is a division by zero
+  low, high = _range(finite)
+  for split, x in there.items():
+    if x.size:
+      # Those beyond the range, infinite ones too, lie in the outermost bins.
       axes.hist(
-        inside, bins=BINS, range=(low, high), density=True, histtype='step',
-        color=f'C{index}', label=split,
+        np.clip(x, low, high), bins=BINS, range=(low, high), histtype='step',
+        weights=np.full(x.size, 100 / x.size), label=split, **_look(split),
       )  # fmt: skip
   axes.axvline(0, color='black', linewidth=0.5)
-  axes.legend()
+  axes.annotate(
+    _outside(np.concatenate([*there.values()]), low, high), (0.5, 0.02),
+    xycoords='axes fraction', ha='center', va='bottom',
+    bbox={'color': 'white', 'alpha': 0.8, 'pad': 1},
+  )  # fmt: skip
+
+
+def _range(finite: np.ndarray) -> tuple[float, float]:
+  """Returns where a histogram begins and ends: at the ends, or near them."""
+  q1, q99 = np.quantile(finite, (0.01, 0.99))
+  reach = REACH * (q99 - q1)
+  low, high = max(finite.min(), q1 - reach), min(finite.max(), q99 + reach)
+  return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def _outside(x: np.ndarray, low: float, high: float) -> str:
+  """Returns how many examples lie in the outermost bins from beyond."""
+  below, above = x[x < low], x[x > high]
+  notes = []
+  if below.size:
+    notes.append(f'first bin: {below.size}, down to {below.min():.3g}')
+  if above.size:
+    notes.append(f'last bin: {above.size}, up to {above.max():.3g}')
+  return '\n'.join(notes)
+
+
+def most_negative(
+  path: pathlib.Path,
+  split: str,
+  images: np.ndarray,
+  rows: Sequence[Mapping[str, Any]],
+  names: Sequence[str],
+) -> None:
+  """Draws a sheet of images with their labels, predictions and margins.
+
+  Args:
+    path: of the PNG file; a PDF file lies beside it.
+    split: that they are of.
+    images: (N, H, W, 1 or 3) uint8.
+    rows: of the split's CSV file, as many.
+    names: of the classes.
+  """
+  lines = -(-len(images) // SHEET_COLUMNS)
+  with figures.drawing(path, 1.3 * lines + 0.45) as figure:
+    grid = figure.subplots(lines, SHEET_COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+      axes.set_axis_off()
+    for axes, image, row in zip(grid, images, rows, strict=False):
+      axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
+      label, prediction = row['label'], row['prediction']
+      axes.set_title(_short(names[label]), pad=2)
+      wrong = label != prediction
+      axes.text(
+        0.5, -0.04, f'{_short(names[prediction])}\n{row["margin"]:.3g}',
+        ha='center', va='top', transform=axes.transAxes,
+        color=figures.RED if wrong else 'black',
+        fontweight='bold' if wrong else 'normal',
+      )  # fmt: skip
+    figure.suptitle(
+      f'The {len(images)} most negative margins of the {split} split. Above: '
+      'the label. Below: the\nprediction (bold where it is another) and the '
+      'margin.'
+    )
+
+
+def _short(name: str) -> str:
+  """Returns a name that is no wider than an image."""
+  return name if len(name) <= 12 else f'{name[:11]}…'

@@ -1,7 +1,7 @@
-"""Measures the margins of a trained run; writes tables and a plot."""
+"""Measures the margins of a trained run; writes tables and figures."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,15 @@ import numpy as np
 from margin_jax import data, files, linearized, signatures
 from margin_jax.analyze import plots
 from margin_jax.config import require
-from margin_jax.train import evaluation, runs
+from margin_jax.data import entailment, tokenization
+from margin_jax.train import evaluation, runs, vocabulary
 from margin_jax.train import setup as setup_lib
 
 Row = dict[str, Any]
 # The layers of an analysis that names none, as far as the model has them.
 LAYERS = (linearized.INPUT, linearized.FEATURES)
+# How many examples are shown, of those with the most negative margins.
+SHOWN = 32
 
 
 def analyze(
@@ -27,7 +30,7 @@ def analyze(
   out: str | None = None,
   log: Callable[[str], None] = print,
 ) -> pathlib.Path:
-  """Measures the margins of a trained run; writes tables and a plot.
+  """Measures the margins of a trained run; writes tables and figures.
 
   Args:
     workdir: of the run.
@@ -63,7 +66,7 @@ def analyze(
       {name: shapes[name] for name in layer_names},
     )  # fmt: skip
     folder = runs.make_folder(out or run.workdir.folder / 'analysis')
-    report = Report(run.dataset, layer_names)
+    report = Report(run.dataset, layer_names, _words(run))
     for step in sorted({*(steps or run.checkpoints.steps())}):
       state = run.restore(step)
       variables = run.devices.replicate(
@@ -80,23 +83,40 @@ def analyze(
   return folder
 
 
+def _words(run: runs.TrainedRun) -> tuple[str, ...]:
+  """Returns the tokens of a dataset of sentences, by id."""
+  if run.dataset.vocabulary is None:
+    return ()
+  path = vocabulary.find(run.config, run.workdir)
+  return entailment.VOCAB if path is None else tokenization.read_vocab(path)
+
+
 class Report:
   """Tables of the margins at every checkpoint."""
 
-  def __init__(self, dataset: data.Dataset, layers: tuple[str, ...]):
+  def __init__(
+    self,
+    dataset: data.Dataset,
+    layers: tuple[str, ...],
+    words: tuple[str, ...] = (),
+  ):
     """Starts with empty tables.
 
     Args:
       dataset: knows the original row of every example.
       layers: where margins are linearised and normalised.
+      words: the tokens of sentences, by id.
     """
+    self._words = words
     self._dataset = dataset
     self._layers = layers
     self._distributions: list[Row] = []
     self._signatures: list[Row] = []
-    # For each split, at the last checkpoint: values by quantity; examples.
+    # For each split, at the last checkpoint: values by quantity; examples; and
+    # where in the split the first of these are.
     self._last: dict[str, dict[str, np.ndarray]] = {}
     self._ranked: dict[str, list[Row]] = {}
+    self._first: dict[str, np.ndarray] = {}
 
   def add(self, step: int, split: str, measured: dict[str, Any]) -> float:
     """Adds what `evaluation.Measurer` returns for a split at a checkpoint.
@@ -122,10 +142,12 @@ class Report:
     self._last[split] = quantities
     rows = self._dataset.rows[split][measured['row']]
     self._ranked[split] = _rank(measured, rows, self._layers)
+    first = signatures.ranking(measured['margin'])[:SHOWN]
+    self._first[split] = measured['row'][first]
     return accuracy
 
   def write(self, folder: pathlib.Path) -> None:
-    """Writes the tables and the plot."""
+    """Writes the tables and the figures."""
     tables = {
       'distributions': self._distributions,
       'signatures': self._signatures,
@@ -134,6 +156,42 @@ class Report:
     for name, rows in tables.items():
       files.write_csv(folder / f'{name}.csv', list(rows[0]), rows)
     plots.margins(folder / 'margins.png', self._distributions, self._last)
+    for split in self._first:
+      self._write_most_negative(folder / f'most_negative_{split}', split)
+
+  def _write_most_negative(self, path: pathlib.Path, split: str) -> None:
+    """Writes a sheet of images, or a table of sentences; of others nothing."""
+    dataset = self._dataset
+    rows = self._ranked[split][:SHOWN]
+    inputs = dataset.inputs(split, self._first[split])
+    names = dataset.class_names or [*map(str, range(dataset.num_classes))]
+    if self._words:
+      texts = tokenization.decode(inputs, self._words)
+      lines = _sentence_table(split, texts, rows, names)
+      with files.whole(path.with_suffix('.md')) as aside:
+        aside.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    elif inputs.dtype == np.uint8 and inputs.shape[-1] in (1, 3):
+      plots.most_negative(path.with_suffix('.png'), split, inputs, rows, names)
+
+
+def _sentence_table(
+  split: str,
+  texts: Sequence[tuple[str, ...]],
+  rows: Sequence[Row],
+  names: Sequence[str],
+) -> list[str]:
+  """Returns the lines of a table of sentences, in Markdown."""
+  lines = [
+    f'# The {len(rows)} most negative margins of the {split} split',
+    '',
+    '| margin | label | prediction | index | sentences |',
+    '| --- | --- | --- | --- | --- |',
+  ]
+  for text, row in zip(texts, rows, strict=True):
+    cells = [f'{row["margin"]:.4g}', names[row['label']]]
+    cells += [names[row['prediction']], f'{row["index"]}', ' // '.join(text)]
+    lines.append('| ' + ' | '.join(x.replace('|', '\\|') for x in cells) + ' |')
+  return lines
 
 
 def _quantities(

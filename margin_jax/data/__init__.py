@@ -140,6 +140,7 @@ def load(
       tuple(augmentations), crop_padding, cutout_size, fill
     )
 
+  class_names = _class_names(name, data_dir)
   if name in STREAMED:
     records, num_classes = imagenet.load(name, data_dir)
     rows = training_rows(len(records['train']))
@@ -162,6 +163,7 @@ def load(
       augment=augmentation(prepare, 3),
       prepare=prepare,
       skip=undecodable == 'skip',
+      class_names=class_names,
     )
 
   whole, num_classes, vocabulary_size = _arrays(
@@ -191,6 +193,7 @@ def load(
       },
       vocabulary=vocabulary_size,
       f1=name in glue.F1_NAMES,
+      class_names=class_names,
     )
   prepare = _prepare(train['inputs'], normalization)
   return InMemory(
@@ -200,7 +203,16 @@ def load(
     rows=rows,
     augment=augmentation(prepare, train['inputs'].shape[-1]),
     prepare=prepare,
+    class_names=class_names,
   )
+
+
+def _class_names(name: str, data_dir: str | None) -> tuple[str, ...] | None:
+  if name in entailment.NAMES:
+    return entailment.CLASSES
+  if name in (*REGISTERED, *GENERATED):
+    return None
+  return tfds_images.class_names(name, data_dir)
 
 
 def _prepare(inputs: np.ndarray, normalization: str) -> Callable:

@@ -168,6 +168,7 @@ class Dataset(Protocol):
     f1: whether F1 of class 1 is reported beside accuracy.
     most_steps_per_call: how many steps one call may run on the same data.
     weighted: whether the training examples have weights of their own.
+    class_names: C of them; None where the classes have none.
   """
 
   name: str
@@ -181,6 +182,15 @@ class Dataset(Protocol):
   f1: bool
   most_steps_per_call: int
   weighted: bool
+  class_names: tuple[str, ...] | None
+
+  def inputs(self, split: str, rows: np.ndarray) -> np.ndarray:
+    """Returns inputs as stored, not augmented.
+
+    Args:
+      split: that they are of.
+      rows: (n,) which of its examples.
+    """
 
   def state(self, sampler_weights: bool = False) -> PyTree:
     """Returns the sampler state before the first step.

@@ -25,6 +25,7 @@ from margin_jax.data.dataset import Split
 NAMES = ('entailment',)
 # As GLUE's RTE counts them.
 ENTAILMENT, NOT_ENTAILMENT = 0, 1
+CLASSES = ('entailment', 'not_entailment')
 EXAMPLES = {'train': 8000, 'test': 1000}
 # Tokens of the longest pair.
 LONGEST = 40

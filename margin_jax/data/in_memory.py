@@ -146,6 +146,7 @@ class InMemory:
       split, in the order in which it is loaded, these are.
     augment: (key, image) -> image, for one training example.
     prepare: batch of inputs as stored -> what the model reads.
+    class_names: C of them; None where they have none.
   """
 
   name: str
@@ -154,6 +155,7 @@ class InMemory:
   rows: dict[str, np.ndarray]
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
+  class_names: tuple[str, ...] | None = None
 
   vocabulary = None
   f1 = False
@@ -178,6 +180,10 @@ class InMemory:
   def weighted(self) -> bool:
     """Whether examples have weights of their own."""
     return 'weights' in self.splits['train']
+
+  def inputs(self, split: str, rows: np.ndarray) -> np.ndarray:
+    """See `Dataset.inputs`."""
+    return self.splits[split]['inputs'][rows]
 
   def state(self, sampler_weights: bool = False) -> PyTree:
     """See `Dataset.state`."""

@@ -341,6 +341,7 @@ class Streaming:
     skip: whether an image that cannot be decoded is left out: in training the
       next one takes its place, and evaluation does not count it. Else it ends
       the run.
+    class_names: C of them; None where they have none.
   """
 
   name: str
@@ -353,6 +354,7 @@ class Streaming:
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
   skip: bool = False
+  class_names: tuple[str, ...] | None = None
 
   input_dtype = np.dtype(np.uint8)
   vocabulary = None
@@ -369,6 +371,10 @@ class Streaming:
   def counts(self) -> dict[str, int]:
     """The number of examples of each split."""
     return {name: len(rows) for name, rows in self.rows.items()}
+
+  def inputs(self, split: str, rows: np.ndarray) -> np.ndarray:
+    """See `Dataset.inputs`; these are the central crops of evaluation."""
+    return self.reader(split).read(rows, [None] * len(rows), False)['inputs']
 
   def state(self, sampler_weights: bool = False) -> PyTree:
     """See `Dataset.state`."""

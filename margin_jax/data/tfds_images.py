@@ -19,6 +19,25 @@ NAMES = tuple(CLASSES)
 SPLITS = ('train', 'test')
 
 
+def class_names(name: str, data_dir: str | None) -> tuple[str, ...] | None:
+  """Returns what TFDS calls the classes of a prepared dataset, if it does.
+
+  Args:
+    name: of any dataset of TFDS, `glue/rte` too.
+    data_dir: as `load` takes it.
+  """
+  found = sorted(_folder(name, data_dir).glob('*/label.labels.txt'))
+  if not found:
+    return None
+  return tuple(found[-1].read_text(encoding='utf-8').splitlines())
+
+
+def _folder(name: str, data_dir: str | None) -> pathlib.Path:
+  """Returns the folder of the versions of a dataset."""
+  default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')  # TFDS's
+  return pathlib.Path(os.path.expanduser(data_dir or default), name)
+
+
 def open_builder(name: str, data_dir: str | None):
   """Returns the builder of a prepared dataset, and what prepares it."""
   # Imported here: it takes a second, and the default dataset needs none of it.
@@ -113,8 +132,7 @@ def _stored(name: str, data_dir: str | None) -> tuple[Split, Split, int] | None:
   Which takes longer than reading the cache. Of a folder that is not just as
   expected nothing is said here: TFDS opens it, and explains.
   """
-  default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')  # TFDS's
-  folder = pathlib.Path(os.path.expanduser(data_dir or default), name)
+  folder = _folder(name, data_dir)
   try:
     (version,) = (path.parent for path in folder.glob('*/dataset_info.json'))
     info = json.loads((version / 'dataset_info.json').read_text())

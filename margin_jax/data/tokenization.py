@@ -161,3 +161,24 @@ def _tokenizer(vocab: Sequence[str], max_length: int):
     length=max_length, pad_id=ids['[PAD]'], pad_token='[PAD]'
   )
   return tokenizer
+
+
+def decode(encoded: np.ndarray, vocab: Sequence[str]) -> list[tuple[str, ...]]:
+  """Returns the sentences of each row, as far as its tokens tell them.
+
+  Args:
+    encoded: (N, L, 2), as `encode` returns them.
+    vocab: that they were encoded with.
+  """
+  special = ('[CLS]', '[SEP]')
+  texts = []
+  for row in encoded:
+    sentences = [row[row[:, 1] == i, 0] for i in (1, 2)]
+    words = [[vocab[i] for i in ids] for ids in sentences if ids.size]
+    texts.append(
+      tuple(
+        ' '.join(x for x in each if x not in special).replace(' ##', '')
+        for each in words
+      )
+    )
+  return texts
