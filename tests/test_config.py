@@ -332,3 +332,13 @@ def test_every_field_is_read_outside_of_config():
     and not any(f'.{chain}'.endswith(f'.config.{name}') for chain in read)
   ]
   assert not unread
+
+
+def test_a_crop_holds_some_of_the_image():
+  config = config_lib.default()
+  config.data.augmentations = ('crop',)
+  config.data.crop_padding = 7
+  schema.validate_data(config, 640, (8, 9, 1))
+  config.data.crop_padding = 8
+  with pytest.raises(ConfigError, match=r'crop_padding=8 .* below 8, the side'):
+    schema.validate_data(config, 640, (8, 9, 1))

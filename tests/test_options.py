@@ -342,5 +342,7 @@ def test_a_rule_of_ones_own(tmp_path):
   def bad_rule(scored):
     return scored.logits
 
-  with pytest.raises(ValueError, match=r'scores of shape \(32,\), got'):
+  with pytest.raises(
+    ValueError, match=r'array of shape \(32,\), got \(32, 10\)'
+  ):
     helpers.Setup(rule=bad_rule).program  # noqa: B018

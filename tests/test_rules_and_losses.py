@@ -233,15 +233,15 @@ def test_a_loss_may_be_called_as_a_column_is(tmp_path):
 def test_a_loss_of_another_shape_is_refused():
   margin_jax.register_loss('wide', lambda outputs: outputs.logits)
   fields = {'loss.names': ('wide',), 'loss.weights': (1.0,)}
-  with pytest.raises(
-    ValueError, match=r"'loss_wide' must return shape \(\) or"
-  ):
+  with pytest.raises(ValueError, match=r"'wide' must return .* \(\) or \(8,\)"):
     plain(**fields).program  # noqa: B018
 
 
 def test_a_risk_is_of_every_example():
   margin_jax.register_loss('mean', lambda outputs: jnp.mean(outputs.logits))
-  with pytest.raises(ValueError, match=r'loss\.risk must have shape \(8,\)'):
+  with pytest.raises(
+    ValueError, match=r"loss\.risk='mean' .* shape \(8,\), got"
+  ):
     plain(**{'loss.risk': 'mean'}).program  # noqa: B018
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from margin_jax.models.weights import Published
 
@@ -90,6 +91,9 @@ def unmet_requirement(
   if not is_pair or any(getattr(x, 'ndim', None) != 2 for x in outputs):
     return 'returns a pair: logits (B, C) and features (B, D)'
   logits, features = outputs
+  for name, array in (('logits', logits), ('features', features)):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      return f'returns floating {name}, not {array.dtype}'
   if logits.shape[1] != num_classes:
     return f'returns {num_classes} logits, not {logits.shape[1]}'
   expected = features.shape[1], num_classes

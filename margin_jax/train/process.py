@@ -14,7 +14,7 @@ import jax
 
 from margin_jax import config as config_lib
 from margin_jax import data
-from margin_jax.train import checkpoints, guard
+from margin_jax.train import checkpoints, guard, user_code
 from margin_jax.train import devices as devices_lib
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -122,6 +122,9 @@ def one_line_errors() -> Iterator[None]:
   """Ends the process with one line where the user can mend what went wrong."""
   try:
     yield
+  except user_code.UserCodeError as error:
+    print(error.frames, end='', file=sys.stderr, flush=True)
+    _stop(str(error))
   except (
     config_lib.ConfigError,
     data.DatasetError,

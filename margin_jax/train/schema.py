@@ -353,6 +353,10 @@ def _check_sides(
 ) -> None:
   """Checks that images are as large as everything needs them to be."""
   least = min(image_shape[:2])
+  if 'crop' in config.data.augmentations:
+    padding = config.data.crop_padding
+    allowed = f'below {least}, the side of the images: some crops were empty'
+    require(padding < least, 'data.crop_padding', padding, allowed)
   if 'cutout' in config.data.augmentations:
     size = config.data.cutout_size
     allowed = f'at most {least}, the side of the images'

@@ -26,7 +26,7 @@ from margin_jax import (
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import attacks, optimizers, schema, vocabulary
+from margin_jax.train import attacks, optimizers, schema, user_code, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -137,7 +137,7 @@ def make_spec(
   )
   alpha = _alpha(config, dataset.counts['train'])
   has_large_margin = bool(config.large_margin.weight)
-  return StepSpec(
+  spec = StepSpec(
     model=model,
     optimizer=optimizers.make(
       config.optimizer.name,
@@ -168,6 +168,8 @@ def make_spec(
     batch_norm_examples=config.model.batch_norm_examples,
     on_nonfinite=config.on_nonfinite,
   )
+  _try_registered(config, spec, rule, device_count)
+  return spec
 
 
 def _synchronized(config: ml_collections.ConfigDict) -> bool:
@@ -192,12 +194,13 @@ def _models(
       **options,
     )
     if name in models.REGISTERED:
-      unmet = models.unmet_requirement(
-        models.REGISTERED[name],
-        module,
-        input_shapes(dataset),
-        dataset.num_classes,
-      )
+      with user_code.named(f'{field}={name!r}'):
+        unmet = models.unmet_requirement(
+          models.REGISTERED[name],
+          module,
+          input_shapes(dataset),
+          dataset.num_classes,
+        )
       require(not unmet, field, name, f'a model that {unmet}')
     return module
 
@@ -212,6 +215,112 @@ def _models(
   if config.selection.proxy is None:
     return model, None
   return model, build('selection.proxy', config.selection.proxy)
+
+
+def _try_registered(
+  config: ml_collections.ConfigDict,
+  spec: StepSpec,
+  rule: selection.RuleFunction | None,
+  device_count: int,
+) -> None:
+  """Calls rules and losses of the user's own once, without numbers.
+
+  Raises:
+    UserCodeError: one raised.
+    ConfigError: what one returns has a wrong shape or type.
+  """
+  scoring = spec.memory or spec.selection
+  name = config.selection.rule
+  if scoring and (rule is not None or name in selection.REGISTERED):
+    what = 'train(rule=...)' if rule is not None else f'selection.rule={name!r}'
+    scorer, size = spec.model, config.batch_size
+    if spec.memory is None:
+      scorer, size = spec.selection.scorer, config.pool_size
+    whole = scoring.rule.whole_pool and config.selection.scope != 'device'
+    rows = size if whole else size // device_count
+    found = _outline(
+      spec, scorer, rows, what, lambda seen: scoring.rule.score(_scored(seen))
+    )
+    _check_returned(what, found, ((rows,),))
+  rows = config.batch_size // device_count
+  if config.loss.risk in losses.REGISTERED:
+    what = f'loss.risk={config.loss.risk!r}'
+    found = _outline(spec, spec.model, rows, what, spec.risk)
+    _check_returned(what, found, ((rows,),))
+  for term in spec.terms:
+    name = term.metric.removeprefix('loss_')
+    if name in config.loss.names and name in losses.REGISTERED:
+      what = f'the loss {name!r}'
+      found = _outline(spec, spec.model, rows, what, term.loss)
+      _check_returned(what, found, ((), (rows,)))
+
+
+def _outline(
+  spec: StepSpec,
+  model: nn.Module,
+  rows: int,
+  what: str,
+  function: Callable[[losses.Outputs], Any],
+) -> Any:
+  """Returns shapes and types of what a function makes of so many examples."""
+  variables, one = shapes(model, spec.dataset)
+
+  def of_device(variables: Any, inputs: Any, seed: Array) -> Any:
+    logits, features = model.apply(variables, inputs, train=False)
+    labels = jnp.zeros(rows, jnp.int32) + seed  # of the device, not constants
+    outputs = losses.Outputs(
+      logits=logits.astype(jnp.float32),
+      features=features,
+      kernel=step_lib.head_kernel(variables['params']),
+      labels=labels,
+      index=labels,
+      weights=labels.astype(jnp.float32) if spec.weighted else None,
+      linearize=functools.partial(
+        linearized.at_layers, model, variables, inputs
+      ),
+      axis_name=spec.axis_name,
+    )
+    with user_code.named(what):
+      return function(outputs)
+
+  inputs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[1:]), x.dtype), one
+  )
+  seeds = jax.ShapeDtypeStruct((1,), jnp.int32)
+  found = jax.eval_shape(
+    jax.vmap(of_device, (None, 0, 0), axis_name=spec.axis_name),
+    variables, inputs, seeds,
+  )  # fmt: skip
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), found
+  )
+
+
+def _scored(outputs: losses.Outputs) -> selection.Scored:
+  """Returns what a rule reads of the same."""
+  keys = jax.vmap(jax.random.key)(outputs.index)
+  seen = outputs._asdict()
+  names = 'logits', 'features', 'kernel', 'labels', 'index'
+  return selection.Scored(**{name: seen[name] for name in names}, keys=keys)
+
+
+def _check_returned(
+  what: str, found: Any, allowed: tuple[tuple[int, ...], ...]
+) -> None:
+  """Raises a ConfigError unless `found` is a floating array of such a shape."""
+  if not isinstance(found, jax.ShapeDtypeStruct):
+    got = jax.tree.map(lambda x: x.shape, found)
+    raise ConfigError(f'{what} must return one array, got {got}')
+  if found.shape not in allowed:
+    raise ConfigError(
+      f'{what} must return an array of shape {" or ".join(map(str, allowed))}, '
+      f'got {found.shape}'
+    )
+  if not jnp.issubdtype(found.dtype, jnp.floating):
+    raise ConfigError(
+      f'{what} must return floating numbers, got {found.dtype}: '
+      '.astype(jnp.float32) makes them so, where that says what you mean'
+    )
 
 
 def _alpha(

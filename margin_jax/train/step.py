@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import linearized, losses, margins, selection
+from margin_jax import linearized, losses, selection
 from margin_jax.train import batch_norm, dropout, guard
 from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
@@ -335,25 +335,16 @@ def rule_scores(
     scored: what it reads.
     whole: whether it may read the examples of all devices, if it wants to.
   """
-  rows = scored.labels.shape[0]
-  read, expected = scored, rows
-  whole = whole and rule.whole_pool
+  read, whole = scored, whole and rule.whole_pool
   if whole:
     # All but the kernel, which every device has.
     shared = scored._replace(kernel=None)
     read = jax.lax.all_gather(shared, spec.axis_name, tiled=True)
     read = read._replace(kernel=scored.kernel)
-    expected = read.labels.shape[0]
-  scores = jnp.asarray(rule.score(read))
-  if scores.shape != (expected,):
-    raise ValueError(
-      f'selection.rule must return scores of shape ({expected},), got '
-      f'{scores.shape}'
-    )
-  # A registered rule may return integers, or bfloat16.
-  scores = scores.astype(jnp.float32)
+  # A registered rule may return bfloat16.
+  scores = jnp.asarray(rule.score(read)).astype(jnp.float32)
   if whole:
-    scores = own_shard(spec, scores, rows)
+    scores = own_shard(spec, scores, scored.labels.shape[0])
   bad = ~jnp.all(jnp.isfinite(scored.logits), axis=1)
   return jnp.where(bad, jnp.nan, scores)
 
@@ -474,7 +465,6 @@ def gradient_of(
   def loss_function(params: PyTree):
     outputs, batch_stats = training_forward(spec, params, state, batch, key)
     risks = spec.risk(outputs)
-    margins.check_shape('loss.risk', risks, batch['label'].shape, 'an example')
     total = mean_risk(spec, weigh(risks, outputs.weights), keep)
     if spec.risk_weight is not None:
       total = spec.risk_weight * total
@@ -551,11 +541,6 @@ def training_forward(
 def mean_loss(term: LossTerm, outputs: losses.Outputs) -> Array:
   """Returns a loss of the batch, or the weighted mean of the examples'."""
   value = jnp.asarray(term.loss(outputs))
-  if value.shape not in ((), outputs.labels.shape):
-    raise ValueError(
-      f'the loss {term.metric!r} must return shape () or '
-      f'{outputs.labels.shape}, got {value.shape}'
-    )
   return jnp.mean(weigh(value, outputs.weights)) if value.ndim else value
 
 

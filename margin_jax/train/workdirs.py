@@ -76,9 +76,19 @@ def opened(workdir: str | os.PathLike) -> Iterator[Workdir]:
     workdir: a folder, which need not exist; "~" is expanded.
 
   Raises:
-    ConfigError: it is a URL of a kind that is not known.
+    ConfigError: it is empty, of no user, or a URL of a kind that is not known.
   """
   name = os.fspath(workdir)
+  if not name:
+    raise config_lib.ConfigError(
+      "workdir='' is not allowed: it names no folder"
+    )
+  if os.path.expanduser(name).startswith('~'):
+    user = name.split('/')[0]
+    raise config_lib.ConfigError(
+      f'workdir={name!r} is not allowed: there is no user {user[1:]!r}; '
+      f'./{name} is a folder of that name'
+    )
   if _SCHEME.match(name):
     raise config_lib.ConfigError(
       f'workdir={name!r} is not allowed: it must be a folder of this machine'

@@ -51,9 +51,17 @@ def test_a_workdir_that_is_in_use_is_a_config_error(tmp_path):
 
 @pytest.mark.parametrize(
   'name',
-  ['ftp://host/run', 'gs:/bucket/run', 'file:///tmp/run', 'gs://', 's3:///run'],
+  [
+    'ftp://host/run',
+    'gs:/bucket/run',
+    'file:///tmp/run',
+    'gs://',
+    's3:///run',
+    '',
+    '~nosuchuser/run',
+  ],
 )
-def test_a_url_that_is_no_workdir_is_one_line(tmp_path, monkeypatch, name):
+def test_what_names_no_folder_is_one_line(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
   calls = [
     lambda: loop.train(helpers.small_config(), name),
