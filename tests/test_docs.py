@@ -30,7 +30,9 @@ MODULES = {
   'margin-compare': 'margin_jax.compare',
 }
 # What other programs than ours are for.
-OTHERS = ('pip', 'python', '.', 'tensorboard')
+OTHERS = (
+  'pip', 'python', '.', 'tensorboard', 'uv', 'cyclonedx-py', 'pip-audit',
+)  # fmt: skip
 
 
 def blocks(path):

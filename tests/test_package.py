@@ -1,6 +1,7 @@
 """What a newcomer meets: the README, the public names, the version check."""
 
 import importlib
+import os
 import pathlib
 import re
 import shutil
@@ -90,19 +91,35 @@ def metadata():
   return tomllib.loads((ROOT / 'pyproject.toml').read_text())
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
-  """Built without a network, of a copy: no build folder is left here."""
-  copy = tmp_path / 'dataset'
+def build(copy, folder):
+  """The path of a wheel, built of a copy of this repository."""
   ignored = shutil.ignore_patterns('__pycache__', '.*', 'tests')
   shutil.copytree(ROOT, copy, ignore=ignored)
+  for file in copy.glob('**/*'):
+    os.utime(file, (0, hash(str(copy)) % 10**9))  # as of another checkout
   subprocess.run(
-    [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', tmp_path],
+    [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', folder],
     cwd=copy,
     check=True,
     capture_output=True,
   )
-  (path,) = tmp_path.glob('*.whl')
+  (path,) = folder.glob('*.whl')
+  return path
+
+
+@pytest.mark.slow
+def test_two_builds_of_the_wheel_are_the_same_bytes(tmp_path):
+  paths = [
+    build(tmp_path / f'source{i}', tmp_path / f'wheel{i}') for i in range(2)
+  ]
+  one, other = (path.read_bytes() for path in paths)
+  assert one == other
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_scripts(tmp_path):
+  """Built without a network, of a copy: no build folder is left here."""
+  path = build(tmp_path / 'source', tmp_path)
   assert path.name.startswith(f'margin_jax-{margin_jax.__version__}-py3')
   with zipfile.ZipFile(path) as wheel:
     names = {*wheel.namelist()}
