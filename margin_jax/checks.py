@@ -1,9 +1,11 @@
 """What one value may be: a test of it, and the words for a message."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def number(
     return (
       is_number
       and all(test(value) for test in given.values())
-      and math.isfinite(value)
+      and abs(value) <= sys.float_info.max  # not NaN; isfinite wants a float
     )
 
   allowed = f'a finite number, {" and ".join(given)}'
@@ -142,3 +144,50 @@ def several(each: Check, *, order: str = '', least: int = 0) -> Check:
   return Check(
     holds, lambda: f'a tuple of {words}, each {each.allowed()}', tuple
   )
+
+
+def mapping(**values: Check) -> Check:
+  """Allows a dict that has such values, and maybe others.
+
+  Args:
+    **values: a check of each key's value, which is None where it is missing.
+  """
+
+  def holds(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+      check.holds(value.get(name)) for name, check in values.items()
+    )
+
+  def allowed() -> str:
+    parts = [f'{name!r}, {check.allowed()}' for name, check in values.items()]
+    return ' with '.join(['an object', *(['; '.join(parts)] if parts else [])])
+
+  return Check(holds, allowed, dict)
+
+
+def numbers(names: tuple[str, ...]) -> Check:
+  """Allows a dict of numbers that are not negative, by some of the names."""
+  each = number(least=0)
+
+  def holds(values: Any) -> bool:
+    return (
+      isinstance(values, dict)
+      and {*values} <= {*names}
+      and all(map(each.holds, values.values()))
+    )
+
+  return Check(holds, lambda: f'numbers by the names {names}', dict)
+
+
+def arrays() -> Check:
+  """Allows a dict of lists of numbers, or of lists of equally many numbers."""
+
+  def holds(values: Any) -> bool:
+    try:
+      return isinstance(values, dict) and all(
+        np.asarray(x, np.float64).ndim > 0 for x in values.values()
+      )
+    except (TypeError, ValueError, OverflowError):
+      return False
+
+  return Check(holds, lambda: 'lists of numbers', dict)

@@ -68,8 +68,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--out', required=True, help='the folder to write to')
   parser.add_argument('--step', type=int, help='default: the last checkpoint')
   parser.add_argument('--data_dir', help='default: where the run found it')
+  parser.add_argument(
+    '--config', help='the config file, if it registers a model or a dataset'
+  )
   args = parser.parse_args(argv)
   with process.one_line_errors():
+    if args.config is not None:
+      runs.register_from(args.config.partition(':')[0])
     folder = export(
       args.workdir, args.out, step=args.step, data_dir=args.data_dir
     )

@@ -230,7 +230,7 @@ def test_shards_are_read_together(folder):
   with pytest.raises(PretrainedError, match=r'no file .*model-1\.safetensors'):
     bert_weights.read(folder, shapes())
   path.write_text('{}')
-  with pytest.raises(PretrainedError, match='has no weight_map'):
+  with pytest.raises(PretrainedError, match="'weight_map' is None"):
     bert_weights.read(folder, shapes())
   path.unlink()
   with pytest.raises(PretrainedError, match='has no weights: needed are'):
@@ -253,6 +253,11 @@ def test_shards_are_read_together(folder):
       'must be a positive integer, got None',
     ),
     ({'vocab_size': 0}, 'vocab_size must be a positive integer, got 0'),
+    (
+      {'num_hidden_layers': 10**9, 'hidden_size': 10**30},
+      'num_hidden_layers must be at most 1,024, got 1000000000; hidden_size '
+      'must be at most 65,536, got 1' + 30 * '0',
+    ),
     ({'layer_norm_eps': 'x'}, "layer_norm_eps must be in [0, 1), got 'x'"),
     (
       {'num_attention_heads': 3},
@@ -299,8 +304,9 @@ def test_epsilon_is_compared(folder):
 def test_broken_folders(folder):
   config = folder / 'config.json'
   for text, words in (
-    ('{', 'cannot be read: '),
-    ('[]', 'is no JSON object'),
+    (100_000 * '[', 'nested too deep'),
+    ('{', r'cannot be read \('),
+    ('[]', 'holds no object'),
     (None, 'there is no file'),
   ):
     config.unlink()
@@ -312,6 +318,12 @@ def test_broken_folders(folder):
   (folder / 'model.safetensors').write_bytes(b'no tensors here')
   with pytest.raises(PretrainedError, match='cannot be read: '):
     bert_weights.read(folder, shapes())
+
+
+def test_files_have_the_rights_of_any_new_file(folder):
+  (folder / 'new').touch()
+  names = ('new', 'config.json', 'model.safetensors', 'vocab.txt')
+  assert len({(folder / name).stat().st_mode for name in names}) == 1
 
 
 def test_paths(folder, monkeypatch):

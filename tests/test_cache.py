@@ -68,11 +68,13 @@ def test_the_second_start_decodes_nothing(tmp_path, decoded, user_folder):
   assert decoded == ['train', 'test']
   version = folder.name
   names = {
-    f'margin_jax-cifar10-{version}-train-8-v{cache.FORMAT}.npz',
-    f'margin_jax-cifar10-{version}-test-3-v{cache.FORMAT}.npz',
+    f'margin_jax-cifar10-{version}-train-8-v{cache.FORMAT}',
+    f'margin_jax-cifar10-{version}-test-3-v{cache.FORMAT}',
   }
-  assert {*os.listdir(folder)} == before | names  # no temporary file is left
-  assert not user_folder.exists()
+  # The dataset's folder may be somebody else's.
+  assert {*os.listdir(folder)} == before
+  assert {path.name.rpartition('-')[0] for path in stored(user_folder)} == names
+  assert len(os.listdir(user_folder)) == 2  # no temporary file is left
   assert_right(load(tmp_path))
   assert decoded == ['train', 'test']
   assert data.load('cifar10', data_dir=str(tmp_path)).num_classes == 10
@@ -96,10 +98,10 @@ def flip_a_pixel(content):
     flip_a_pixel,
   ],
 )
-def test_a_broken_file_is_replaced(tmp_path, decoded, spoil):
-  folder = make(tmp_path)
+def test_a_broken_file_is_replaced(tmp_path, decoded, user_folder, spoil):
+  make(tmp_path)
   load(tmp_path)
-  train = stored(folder)[1]
+  train = stored(user_folder)[1]
   whole = train.read_bytes()
   train.write_bytes(spoil(whole))
   assert_right(load(tmp_path))
@@ -133,30 +135,38 @@ def test_a_file_of_another_format_is_not_read(tmp_path, split):
   assert cache.read(tmp_path / 'x', 'source', 3) is None
 
 
-def test_a_folder_that_nobody_may_write_to_stays_as_it_is(
+def test_what_earlier_versions_put_beside_the_dataset_is_read(
   tmp_path, decoded, user_folder
 ):
   folder = make(tmp_path)
-  folder.chmod(0o555)  # the tests may run as root, whom this does not stop
-  try:
-    for _ in range(2):
-      assert_right(load(tmp_path))
-  finally:
-    folder.chmod(0o755)
+  load(tmp_path)
+  for path in stored(user_folder):
+    path.rename(folder / f'{path.stem.rpartition("-")[0]}.npz')
+  assert_right(load(tmp_path))
   assert decoded == ['train', 'test']
-  assert not stored(folder)
-  assert len(stored(user_folder)) == 2
+  assert not stored(user_folder)
+
+
+def test_leftovers_of_killed_processes_are_removed(
+  tmp_path, decoded, user_folder
+):
+  make(tmp_path)
+  user_folder.mkdir(parents=True)
+  old = user_folder / '.margin_jax-cifar10.npz.4000000.0123abcd'
+  other = user_folder / '.notes.npz.4000000.0123abcd'
+  for path in (old, other):
+    path.touch()
+    os.utime(path, (1, 1))
+  load(tmp_path)
+  assert not old.exists()
+  assert other.exists()
 
 
 def test_a_file_where_the_users_folder_should_be(tmp_path, decoded):
-  folder = make(tmp_path)
+  make(tmp_path)
   (tmp_path / 'home').write_text('')
-  folder.chmod(0o555)
-  try:
-    for _ in range(2):
-      assert_right(load(tmp_path))
-  finally:
-    folder.chmod(0o755)
+  for _ in range(2):
+    assert_right(load(tmp_path))
   assert decoded == 2 * ['train', 'test']
 
 
@@ -234,7 +244,7 @@ def test_copies_of_a_dataset_do_not_take_each_others_place(
   tmp_path, decoded, user_folder
 ):
   for name in ('one', 'two'):
-    make(tmp_path / name).chmod(0o555)
+    make(tmp_path / name)
     load(tmp_path / name)
   (tmp_path / 'link').symlink_to(tmp_path / 'one')
   before = len(decoded)

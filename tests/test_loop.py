@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from margin_jax import config as config_lib
+from margin_jax import files
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
 from tests import helpers
@@ -27,6 +28,7 @@ def finished(tmp_path_factory):
 def test_run_writes_what_it_promises(finished):
   workdir, result, lines = finished
   written = json.loads((workdir / 'result.json').read_text())
+  assert written.pop('sha256')
   assert written == json.loads(json.dumps(result))
   assert result['test']['count'] == 360
   assert result['validation']['count'] == 180
@@ -281,7 +283,7 @@ def test_a_run_stopped_before_its_result_writes_it(tmp_path):
   assert (tmp_path / 'result.json').exists()
   for text in ('', '{}', '{"steps": 5}'):
     (tmp_path / 'result.json').write_text(text)
-    with pytest.raises(config_lib.ConfigError, match='cannot be read'):
+    with pytest.raises(files.FileError, match='cannot be read'):
       train(tmp_path, steps=5)
 
 

@@ -359,6 +359,14 @@ GOOD = {'train': (X, Y), 'test': (X, Y)}
     ({'train': (X, Y - 1)}, r'got -1 to 1 with C = 2'),
     ({'num_classes': 1}, r'C at least 2, got 0 to 1 with C = 1'),
     ({'train': (X, 0 * Y), 'test': (X, 0 * Y)}, 'with C = 1'),
+    ({'train': (X, Y.astype(np.int64) + 2**40)}, 'may be 1,048,576 classes'),
+    ({'num_classes': 10**10}, '1,048,576 classes, got 10000000000$'),
+    ({'num_classes': '3'}, "num_classes must be an integer, got '3'"),
+    ({'num_classes': True}, 'num_classes must be an integer, got True'),
+    (
+      dict.fromkeys(('train', 'test'), (np.zeros((20, 0, 8, 3), np.uint8), Y)),
+      r'got shape \(20, 0, 8, 3\), and none is empty',
+    ),
   ],
 )
 def test_bad_arrays_are_refused(arguments, message):

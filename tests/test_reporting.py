@@ -128,7 +128,7 @@ def test_speed_and_share_of_waiting_are_of_the_steps_since_the_last_row(
     str(tmp_path),
     steps=100,
     after=20,
-    counters={**counters, 'seconds': 10.0, 'data_wait': 4.0},
+    last_row=(20, {**counters, 'seconds': 10.0, 'data_wait': 4.0}),
     best=None,
     log=lambda line: None,
     hook=lambda prefix, step, row: rows.append(row),
@@ -145,7 +145,7 @@ def test_speed_and_share_of_waiting_are_of_the_steps_since_the_last_row(
 def test_a_row_that_was_cut_is_left_out(tmp_path, cut):
   path = tmp_path / 'train.csv'
   path.write_text(f'step,loss,accuracy\n5,1.5,0.5\n{cut}')
-  reporting._Table(path, after=10)
+  reporting._Table(path, after=10).begin()
   assert [row['step'] for row in read_csv(path)] == ['5']
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import pathlib
 import shutil
@@ -12,8 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from margin_jax import checks, data, files
 from margin_jax import config as config_lib
-from margin_jax import data, files
 from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.config import ConfigError
 from margin_jax.train import guard, loop, schema
@@ -27,6 +26,11 @@ from margin_jax.train.workdirs import Workdir
 BUDGETS = ('steps', 'flops', 'seconds')
 # Enough for a mean that a slow step does not move much.
 PILOT_STEPS = 100
+# What costs.json holds of each measurement.
+COST = checks.mapping(
+  cost=checks.number(above=0),
+  config=checks.mapping(steps=checks.integer(1)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +194,7 @@ class Costs:
     self._interrupts = interrupts
     self._log = log
     self._warm = False
-    self._measured: dict[str, Any] = {}
-    if self._path.exists():
-      self._measured = _read_costs(self._path)
+    self._measured = _read_costs(self._path)
 
   def __call__(self, trial: Trial, periods: Periods) -> float:
     """Returns the FLOPs or seconds of the trial's own schedule."""
@@ -226,18 +228,18 @@ class Costs:
 
 
 def _read_costs(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what costs.json holds."""
-  try:
-    costs = json.loads(path.read_text(encoding='utf-8'))
-    if all({'cost', 'config'} == {*cost} for cost in costs.values()):
-      return costs
-    problem = 'margin_jax has not written it'
-  except (ValueError, TypeError, AttributeError) as error:
-    problem = str(error)
-  raise ConfigError(
-    f'{path} cannot be read ({problem}): remove it, and use another workdir if '
-    'the numbers of steps change'
+  """Returns what costs.json holds; {} where there is none.
+
+  Raises:
+    FileError: it cannot be read.
+  """
+  remedy = (
+    'move it away, and use another workdir if the numbers of steps change'
   )
+  try:
+    return files.read_json(path, COST, remedy)
+  except FileNotFoundError:
+    return {}
 
 
 def _cost_the_same(saved: dict[str, Any], config: dict[str, Any]) -> bool:

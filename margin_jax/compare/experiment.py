@@ -87,7 +87,7 @@ def compare(
   with (
     Interrupts() as interrupts,
     workdirs.opened(workdir) as place,
-    runs_lib.lock_workdir(place),
+    runs_lib.lock_workdir(place, names=report.FILES, folders=report.FOLDERS),
   ):
     costs = budgets.Costs(place, budget, interrupts, log)
     trials = budgets.allocate(trials, budget, baseline, costs, log)

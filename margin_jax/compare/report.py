@@ -4,7 +4,6 @@ Top to bottom: the files; what runs wrote, read again; statistics over the seeds
 of a trial; tables in Markdown.
 """
 
-import csv
 import dataclasses
 import itertools
 import pathlib
@@ -18,13 +17,18 @@ from margin_jax import files
 from margin_jax.compare import plots
 from margin_jax.compare.methods import Trial
 from margin_jax.compare.runs import Result, Run
-from margin_jax.config import ConfigError
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
 COMPARISON, SWEEP = 'compare.md', 'sweep.md'
 PLOTS = ('error', 'mean_mms', 'cost')
+# What a comparison writes to its workdir.
+FILES = (
+  COMPARISON, SWEEP, 'runs.csv', 'compare.csv', 'costs.json',
+  *(f'{name}.{kind}' for name in PLOTS for kind in ('png', 'pdf')),
+)  # fmt: skip
+FOLDERS = ('runs', 'pilots')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
   'runs were finite. Worst class: in each run the class with the largest test '
@@ -236,20 +240,15 @@ def read_curves(folder: pathlib.Path, split: str = 'test') -> Curves:
     split: whose evaluations are read.
 
   Raises:
-    ConfigError: they are not as the run has left them.
+    FileError: they are not as the run has left them.
   """
   costs = ('flops', 'seconds')
-  try:
-    curves = Curves(
-      test=_read_rows(folder / 'eval.csv', costs, split),
-      train=_read_rows(folder / 'train.csv', (*costs, 'mean_mms')),
-    )
-  except (OSError, KeyError, TypeError, ValueError) as error:
-    raise ConfigError(
-      f'{folder}: its tables cannot be read: {error}'
-    ) from error
+  curves = Curves(
+    test=_read_rows(folder / 'eval.csv', costs, split),
+    train=_read_rows(folder / 'train.csv', (*costs, 'mean_mms')),
+  )
   if not curves.test or not curves.train:
-    raise ConfigError(f'{folder}: its tables have lost their rows')
+    raise files.FileError(f'{folder}: its tables have lost their rows')
   return curves
 
 
@@ -258,18 +257,24 @@ def _read_rows(
 ) -> list[Row]:
   """Reads rows by step; of a step that was done twice, the last."""
   by_step = {}
-  with path.open(newline='', encoding='utf-8') as file:
-    for row in csv.DictReader(file):
-      if not split or row['split'] == split:
-        step = int(row['step'])
-        by_step[step] = {
-          'step': step,
-          **{name: float(row[name]) for name in columns},
-          'error': 1 - float(row['accuracy']),
-        }
-        worst = row.get('worst_class_accuracy')
-        if worst:  # none where a run of an older version evaluated
-          by_step[step]['worst_class_error'] = 1 - float(worst)
+  remedy = f'move {path.parent} away, and its run is trained again'
+  try:
+    _, rows = files.read_table(
+      path, (*columns, 'accuracy'), remedy, ('split',) if split else ()
+    )
+  except FileNotFoundError:
+    rows = []
+  for row in rows:
+    if not split or row['split'] == split:
+      step = int(row['step'])
+      by_step[step] = {
+        'step': step,
+        **{name: float(row[name]) for name in columns},
+        'error': 1 - float(row['accuracy']),
+      }
+      worst = row.get('worst_class_accuracy')
+      if worst:  # none where a run of an older version evaluated
+        by_step[step]['worst_class_error'] = 1 - float(worst)
   return [by_step[step] for step in sorted(by_step)]
 
 

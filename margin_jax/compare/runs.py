@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_collections
 
+from margin_jax import files
 from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.train import loop, schema
 from margin_jax.train import runs as runs_lib
@@ -139,6 +140,7 @@ def train(
 def _train(run: Run) -> Result:
   """Trains, or continues; the progress lines go to train.log."""
   run.folder.mkdir(parents=True, exist_ok=True)
+  files.check_outputs(run.folder, ('train.log',), ())
   with (run.folder / 'train.log').open('a', encoding='utf-8') as file:
 
     def log(line: str) -> None:

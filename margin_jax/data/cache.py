@@ -72,17 +72,16 @@ def read(
   return split
 
 
-def _takes_files(folder: pathlib.Path) -> bool:
-  """Returns whether anybody may write there; if not, root keeps out too."""
-  with contextlib.suppress(OSError):
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
-  return False
+def _is_ours(name: str) -> bool:
+  return name.startswith('margin_jax-') and name.endswith('.npz')
 
 
 def write(path: pathlib.Path, source: str, split: Split) -> bool:
   """Writes a file whole or not at all, and says which."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Other hosts may have the folder, too.
+    files_lib.remove_leftovers(path.parent, _is_ours, seconds=86_400)
     with files_lib.whole(path) as aside, open(aside, 'xb') as file:
       np.savez(file, source=np.array(source), **split)
   except OSError as error:  # not writable, or full
@@ -100,8 +99,8 @@ def cached(
 ) -> Split:
   """Reads a split from the cache, or decodes it and puts it there.
 
-  The cache lies beside the dataset, or where that is not writable, in
-  `files.cache_dir()`.
+  The cache lies in `files.cache_dir()`: the dataset's folder may be somebody
+  else's. What earlier versions put there is read.
 
   Args:
     name: what the split is called: dataset, version, split, and whatever else
@@ -122,10 +121,7 @@ def cached(
   except OSError:
     return decode()  # whose error says more
   split = decode()
-  paths = _paths(name, files, examples)
-  if not _takes_files(paths[0].parent):
-    paths = paths[1:]
-  any(write(path, source, split) for path in paths)
+  write(_paths(name, files, examples)[0], source, split)
   return split
 
 
@@ -148,12 +144,12 @@ def stored(
 def _paths(
   name: str, files: Sequence[os.PathLike | str], examples: int
 ) -> list[pathlib.Path]:
-  """Returns where to look: beside the split's files, in the user's cache."""
+  """Returns where to look: in the user's cache, beside the split's files."""
   file_name = f'margin_jax-{name}-{examples}-v{FORMAT}'
   beside = pathlib.Path(os.fspath(files[0])).resolve().parent
   # Copies of a dataset must not take each other's place.
   copy = hashlib.sha256(os.fsencode(beside)).hexdigest()[:8]
   return [
-    beside / f'{file_name}.npz',
     files_lib.cache_dir() / 'data' / f'{file_name}-{copy}.npz',
+    beside / f'{file_name}.npz',
   ]

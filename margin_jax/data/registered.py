@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 
 from margin_jax.data.dataset import Split
+from margin_jax.files import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Registered:
     return digest.hexdigest()[:16]
 
 
+# A last layer of 512 features has 2 GB then.
+MOST_CLASSES = 2**20
+
 REGISTERED: dict[str, Registered] = {}
 
 
@@ -52,10 +56,10 @@ def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
   # A copy: arrays that change later must not keep the digest of now.
   inputs = np.array(inputs)
   if inputs.dtype == np.uint8:
-    if inputs.ndim != 4:
+    if inputs.ndim != 4 or not all(inputs.shape[1:]):
       raise ValueError(
         f'{what}: uint8 inputs are images of shape (N, H, W, channels), got '
-        f'shape {inputs.shape}; others must be floating'
+        f'shape {inputs.shape}, and none is empty; others must be floating'
       )
     return inputs
   if not np.issubdtype(inputs.dtype, np.floating):
@@ -152,6 +156,16 @@ def from_arrays(
   smallest = int(min(x['label'].min() for x in splits.values()))
   largest = int(max(x['label'].max() for x in splits.values()))
   classes = largest + 1 if num_classes is None else num_classes
+  if not isinstance(classes, int | np.integer) or isinstance(classes, bool):
+    raise ValueError(
+      f'dataset {name!r}: num_classes must be an integer, got {classes!r}'
+    )
+  if classes > MOST_CLASSES:
+    raise ValueError(
+      f'dataset {name!r}: there may be {MOST_CLASSES:,} classes, got '
+      f'{shown(classes)}'
+      + (', one more than the largest label' if num_classes is None else '')
+    )
   if classes < 2 or largest >= classes or smallest < 0:
     raise ValueError(
       f'dataset {name!r}: labels must be in [0, C) with C at least 2, got '
@@ -159,4 +173,4 @@ def from_arrays(
     )
   for split in splits.values():
     split['label'] = split['label'].astype(np.int32)
-  return Registered(splits['train'], splits['test'], classes)
+  return Registered(splits['train'], splits['test'], int(classes))

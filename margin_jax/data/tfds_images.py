@@ -1,7 +1,6 @@
 """Image classification datasets of TFDS, read without TensorFlow."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shlex
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
+from margin_jax import files
 from margin_jax.data import cache
 from margin_jax.data.dataset import DatasetError, Split
 
@@ -135,7 +135,7 @@ def _stored(name: str, data_dir: str | None) -> tuple[Split, Split, int] | None:
   folder = _folder(name, data_dir)
   try:
     (version,) = (path.parent for path in folder.glob('*/dataset_info.json'))
-    info = json.loads((version / 'dataset_info.json').read_text())
+    info = files.read_json(version / 'dataset_info.json', {}, '')
     lengths = {x['name']: x['shardLengths'] for x in info['splits']}
     splits = [
       cache.stored(

@@ -2,13 +2,13 @@
 
 import collections
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from margin_jax import files
 from margin_jax.data import tokens
 from margin_jax.data.dataset import DatasetError
 
@@ -25,6 +25,8 @@ WORDS = {
 NEEDED = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 # [CLS] a [SEP] b [SEP].
 SHORTEST = 5
+# Bytes of a vocab.txt; those of BERT have 200 KB to 1 MB.
+LARGEST = 2**26
 # So many at once: what `tokenizers` makes of a sentence is large.
 _CHUNK = 4096
 
@@ -37,14 +39,18 @@ def read_vocab(path: os.PathLike | str) -> tuple[str, ...]:
       has a token twice.
   """
   path = os.path.expanduser(path)
+  remedy = 'it is the vocab.txt that is published with every BERT'
   try:
-    with open(path, encoding='utf-8') as file:
-      vocab = tuple(file.read().rstrip('\n').split('\n'))
-  except (OSError, UnicodeDecodeError) as error:
+    text = files.read(pathlib.Path(path), LARGEST, remedy).decode('utf-8')
+  except (FileNotFoundError, UnicodeDecodeError) as error:
     raise DatasetError(
-      f'vocabulary {str(path)!r} cannot be read ({error}); it is the vocab.txt '
-      f'that is published with every BERT'
+      f'vocabulary {str(path)!r} cannot be read ({error}); {remedy}'
     ) from error
+  except files.FileError as error:
+    raise DatasetError(f'vocabulary: {error}') from error
+  # As files opened as text: every line end is one.
+  lines = text.replace('\r\n', '\n').replace('\r', '\n').rstrip('\n')
+  vocab = tuple(lines.split('\n'))
   _check(vocab, f'vocabulary {str(path)!r}')
   return vocab
 
@@ -56,18 +62,19 @@ def check_words(folder: pathlib.Path) -> None:
     DatasetError: it does, or cannot be read; there may be none.
   """
   path = folder / CONFIG
-  if not path.exists():
-    return
+  remedy = 'take the one that is published beside the vocab.txt, or none'
   try:
-    found = dict(json.loads(path.read_text(encoding='utf-8')))
-  except (OSError, ValueError, TypeError) as error:
-    raise DatasetError(f'{str(path)!r} cannot be read: {error}') from error
+    found = files.read_json(path, {}, remedy)
+  except FileNotFoundError:
+    return
+  except files.FileError as error:
+    raise DatasetError(str(error)) from error
   for key, ours in WORDS.items():
     # For accents, null is "as for the case".
     if found.get(key) not in (ours, None):
       raise DatasetError(
-        f'{str(path)!r} has {key}={found[key]!r}: such words are not read '
-        f'here, only those of an uncased BERT ({ours!r})'
+        f'{str(path)!r} has {key}={files.shown(found[key])}: such words '
+        f'are not read here, only those of an uncased BERT ({ours!r})'
       )
 
 

@@ -7,7 +7,6 @@ or a name on the Hugging Face hub, such as 'google-bert/bert-base-uncased',
 which is downloaded once.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -20,7 +19,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from margin_jax import files
+from margin_jax import checks, files
 from margin_jax.data import tokenization
 from margin_jax.models import bert, weights
 from margin_jax.models.weights import Path, PretrainedError, State
@@ -42,6 +41,16 @@ _SIZES = {
   'hidden': 'intermediate_size',
   'max_length': 'max_position_embeddings',
   'segments': 'type_vocab_size',
+}
+# The largest that is believed of each: of no BERT that fits into a computer.
+_LARGEST = {
+  'vocab_size': 2**24,
+  'layers': 2**10,
+  'width': 2**16,
+  'heads': 2**10,
+  'hidden': 2**18,
+  'max_length': 2**20,
+  'segments': 2**10,
 }
 # What else `config.json` says, with what its absence means.
 _NUMBERS = {
@@ -122,16 +131,13 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
   return _hub_files(name)
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def _json(path: pathlib.Path, **values: checks.Check) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text(encoding='utf-8'))
+    return files.read_json(path, values, f'needed are {NEEDED}')
   except FileNotFoundError:
     raise PretrainedError(f'there is no file {str(path)!r}') from None
-  except (OSError, ValueError) as error:
-    raise PretrainedError(f'{str(path)!r} cannot be read: {error}') from error
-  if not isinstance(content, dict):
-    raise PretrainedError(f'{str(path)!r} is no JSON object')
-  return content
+  except files.FileError as error:
+    raise PretrainedError(str(error)) from error
 
 
 def _is_number(x: Any, kind: type | tuple[type, ...]) -> bool:
@@ -156,20 +162,25 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
   path = resolve(folder) / CONFIG
   content = _json(path)
   wrong = [
-    f'{key} must be {value!r}, got {content[key]!r}'
+    f'{key} must be {value!r}, got {files.shown(content[key])}'
     for key, value in _KIND.items()
     if content.get(key, value) != value
   ]
   sizes = {ours: content.get(theirs) for ours, theirs in _SIZES.items()}
-  wrong += [
-    f'{_SIZES[ours]} must be a positive integer, got {x!r}'
-    for ours, x in sizes.items()
-    if not (_is_number(x, int) and x > 0)
-  ]
+  for ours, x in sizes.items():
+    problem = ''
+    if not (_is_number(x, int) and x > 0):
+      problem = 'a positive integer'
+    elif x > _LARGEST[ours]:
+      problem = f'at most {_LARGEST[ours]:,}'
+    if problem:
+      wrong.append(f'{_SIZES[ours]} must be {problem}, got {files.shown(x)}')
   for ours, (theirs, usual) in _NUMBERS.items():
     sizes[ours] = content.get(theirs, usual)
     if not (_is_number(sizes[ours], (int, float)) and 0 <= sizes[ours] < 1):
-      wrong.append(f'{theirs} must be in [0, 1), got {sizes[ours]!r}')
+      wrong.append(
+        f'{theirs} must be in [0, 1), got {files.shown(sizes[ours])}'
+      )
   if not wrong and sizes['width'] % sizes['heads']:
     wrong.append('hidden_size must be a multiple of num_attention_heads')
   if wrong:
@@ -194,9 +205,7 @@ def _state(folder: pathlib.Path) -> State:
     )
   paths = [path]
   if path.name == INDEX:
-    shards = _json(path).get('weight_map')
-    if not isinstance(shards, dict):
-      raise PretrainedError(f'{str(path)!r} has no weight_map')
+    shards = _json(path, weight_map=checks.mapping())['weight_map']
     # Of a path the last component only: nothing outside the folder is read.
     names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
     paths = [folder / name for name in names]
@@ -320,7 +329,10 @@ def write(
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   with files.whole(folder / WEIGHTS) as path:
+    path.touch()  # with the rights of any new file; safetensors' own has less
+    rights = path.stat().st_mode
     safetensors.numpy.save_file(state, path, metadata={'format': 'pt'})
+    path.chmod(rights)
   if vocab_path is not None:
     with files.whole(folder / VOCABULARY) as path:
       shutil.copyfile(vocab_path, path)

@@ -6,6 +6,7 @@ digest of both: what is read is what was saved, or it is not read at all.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -19,7 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from margin_jax import checks, files
 from margin_jax.train import devices as devices_lib
+from margin_jax.train.compiled import Counters
 from margin_jax.train.workdirs import Workdir
 
 PyTree = Any
@@ -27,6 +30,29 @@ PyTree = Any
 FOLDER = 'checkpoints'
 QUARANTINE = 'corrupt_checkpoints'
 _ACCURACY, _DIGESTS = 'accuracy', 'sha256'
+_FRACTION = checks.number(least=0, most=1)
+_COUNTERS = checks.numbers(
+  tuple(field.name for field in dataclasses.fields(Counters))
+)
+# What is read of a checkpoint's info. Older versions lacked some of it.
+INFO = {
+  'step': checks.integer(0),
+  'config': checks.mapping(),
+  'counters': _COUNTERS,
+  'devices': checks.optional(checks.integer(1)),
+  'best': checks.optional(
+    checks.mapping(step=checks.integer(1), validation=_FRACTION)
+  ),
+  'pending': checks.optional(
+    checks.mapping(
+      step=checks.integer(0), counters=_COUNTERS, metrics=checks.arrays()
+    )
+  ),
+  _ACCURACY: checks.optional(_FRACTION),
+  _DIGESTS: checks.optional(
+    checks.mapping(state=checks.string(), info=checks.string())
+  ),
+}
 # What is said of a file that may be all right.
 _PASSING = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 
@@ -90,6 +116,23 @@ class _Best:
     return [step == best for step in steps]
 
 
+class _Unknown:
+  """Keeps what is none of the run's checkpoints, as far as one can see.
+
+  A folder named by a number may be somebody else's, or of use to a user whose
+  checkpoints are corrupt.
+  """
+
+  def __init__(self, steps: set[int]):
+    self._steps = steps
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    del context
+    return [info.step in self._steps for info in checkpoints]
+
+
 class Checkpoints:
   """A few functions around an Orbax `CheckpointManager`."""
 
@@ -110,7 +153,10 @@ class Checkpoints:
     """
     policies = ocp.checkpoint_managers
     self._accuracies: dict[int, float] = {}
-    keep = [policies.LatestN(2), _Best(self._accuracies)]
+    self._unknown: set[int] = set()
+    keep = [
+      policies.LatestN(2), _Best(self._accuracies), _Unknown(self._unknown)
+    ]  # fmt: skip
     if keep_every is not None:
       keep.append(policies.EveryNSteps(keep_every))
     self._workdir = workdir
@@ -123,8 +169,10 @@ class Checkpoints:
       ),
     )
     for step in self.steps():
-      with contextlib.suppress(CorruptError):
+      try:
         self._note(step, self.info(step).get(_ACCURACY))
+      except CorruptError:
+        self._unknown.add(step)
 
   def _note(self, step: int, accuracy: float | None) -> None:
     if accuracy is not None:
@@ -201,16 +249,16 @@ class Checkpoints:
     if step is None:
       return None
     info = self._read_info(step)
-    digest = info.pop(_DIGESTS, {}).get('info')
-    if not {'config', 'counters', 'step'} <= {*info} or info['step'] != step:
-      raise self._corrupt(step, 'it is not the one that margin_jax saved there')
+    digest = (info.pop(_DIGESTS, None) or {}).get('info')
+    if info['step'] != step:
+      raise self._corrupt(step, f'it is one of step {info["step"]}')
     if digest not in (None, _digest_info(info)):
       raise self._corrupt(step, 'its info is not what was saved')
     return info
 
   def digests(self, step: int) -> dict[str, str]:
     """Returns the digests of a step's state and info; {} in older versions."""
-    return self._read_info(step).get(_DIGESTS, {})
+    return self._read_info(step).get(_DIGESTS) or {}
 
   def _read_info(self, step: int) -> dict[str, Any]:
     # Asked for what a folder does not have, Orbax takes all for another kind.
@@ -218,7 +266,9 @@ class Checkpoints:
       raise self._corrupt(step, 'it has no info, as those of margin_jax have')
     args = ocp.args.Composite(info=ocp.args.JsonRestore())
     with self._read(step):
-      return dict(self._manager.restore(step, args=args).info)
+      info = self._manager.restore(step, args=args).info
+      files.check_object(info, INFO)
+    return info
 
   @contextlib.contextmanager
   def _read(self, step: int) -> Iterator[None]:
@@ -243,6 +293,7 @@ class Checkpoints:
     )
     target = next(x for x in map(folder.joinpath, names) if not x.exists())
     shutil.move(self._folder / str(step), target)
+    self._unknown.discard(step)
     return target
 
   def reload(self) -> None:

@@ -24,11 +24,11 @@ from margin_jax.train import (
   vocabulary,
   workdirs,
 )
+from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import setup as setup_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.checkpoints import Checkpoints, CorruptError
 from margin_jax.train.compiled import Counters, Program
-from margin_jax.train.metrics import summarize
 from margin_jax.train.process import Interrupted, Interrupts
 from margin_jax.train.reporting import (
   ATTACKED,
@@ -58,6 +58,8 @@ class Run:
     start: the step at which this process began.
     counters: what the run has cost so far.
     best: the evaluations at the step of the best validation accuracy, or None.
+    pending: the last row of train.csv, its 'step' and 'counters', and the
+      'metrics' of the steps since, if the run was stopped between two rows.
     loader, program, evaluator: that feed, run and evaluate the steps.
   """
 
@@ -72,6 +74,7 @@ class Run:
   start: int
   counters: Counters
   best: dict[str, Any] | None
+  pending: dict[str, Any] | None
   loader: data.Loader
   program: Program
   evaluator: evaluation.Evaluator
@@ -80,6 +83,13 @@ class Run:
   def splits(self) -> tuple[str, ...]:
     """The splits to evaluate."""
     return tuple(name for name in self.dataset.counts if name != 'train')
+
+  @property
+  def last_row(self) -> tuple[int, dict[str, Any]]:
+    """The step of the last row of train.csv, and what was spent up to it."""
+    if self.pending:
+      return self.pending['step'], self.pending['counters']
+    return self.start, dataclasses.asdict(self.counters)
 
 
 def train(
@@ -127,6 +137,7 @@ def train(
       became NaN or infinite, or a score NaN, and `config.on_nonfinite` is
       'stop'. Checkpoints saved before are kept, and what the step read is in
       nonfinite_step_N.npz.
+    FileError: a table of the workdir, or its result, is not what was written.
     CorruptError: there are checkpoints, and none can be read.
     SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
@@ -186,6 +197,7 @@ def train(
       start=start,
       counters=Counters(**info['counters']),
       best=info['best'],
+      pending=info.get('pending'),
       loader=loader,
       program=program,
       evaluator=_evaluator(config, devices, dataset, spec),
@@ -330,7 +342,7 @@ def _reporter(
     str(run.workdir.folder),
     steps=run.config.steps,
     after=run.start,
-    counters=dataclasses.asdict(run.counters),
+    last_row=run.last_row,
     best=run.best,
     log=log,
     hook=hook,
@@ -347,6 +359,9 @@ def _run_steps(
   """
   config, call = run.config, run.program.steps_per_call
   windows: list[PyTree] = []
+  last_row = run.last_row
+  if run.pending:
+    windows = [metrics_lib.from_json(run.pending['metrics'])]
   watch = guard.Watch(
     run.spec.checked(),
     run.state.params,
@@ -355,23 +370,38 @@ def _run_steps(
   )
   # Seconds are of training: evaluations move the start.
   total, started = run.counters, _clock(run)
-  reported = run.start
+  counted = run.start
 
-  def report(step: int) -> None:
-    nonlocal reported, windows, total
-    watch.finish(step)
-    metrics, rates = summarize(windows)
-    total = total.plus(run.program.cost(reported, step))
-    total.skipped += int(metrics.pop('skipped', 0))
+  def count(step: int) -> None:
+    nonlocal counted, total
+    total = total.plus(run.program.cost(counted, step))
     elapsed = Counters(
       seconds=_clock(run) - started,
       data_wait=run.loader.seconds_waited,
       undecodable=run.devices.sum(run.loader.undecodable),
     )
     run.counters = total.plus(elapsed)
-    counters = dataclasses.asdict(run.counters)
-    reporter.train(step, counters, metrics | run.devices.memory(), rates)
-    reported, windows = step, []
+    counted = step
+
+  def report(step: int) -> None:
+    nonlocal last_row, windows
+    watch.finish(step)
+    metrics, rates = metrics_lib.summarize(windows)
+    total.skipped += int(metrics.pop('skipped', 0))
+    count(step)
+    last_row = (step, dataclasses.asdict(run.counters))
+    reporter.train(*last_row, metrics | run.devices.memory(), rates)
+    windows, run.pending = [], None
+
+  def suspend(step: int) -> None:
+    """Keeps for the next row what the steps since the last one have told."""
+    watch.finish(step)
+    count(step)
+    run.pending = {
+      'step': last_row[0],
+      'counters': last_row[1],
+      'metrics': metrics_lib.to_json(windows),
+    }
 
   evaluations = {}
   try:
@@ -384,15 +414,18 @@ def _run_steps(
       last = step == config.steps
       evaluate = last or step % config.eval_every == 0
       stop = not last and _asked_to_stop(run, interrupts, step)
-      save = last or stop or step % config.checkpoint_every == 0
-      if evaluate or save:
-        report(step)
+      save = last or step % config.checkpoint_every == 0
+      if evaluate or save or stop:
+        if evaluate or save:
+          report(step)
+        else:
+          suspend(step)
         paused = _clock(run)
         accuracy = None
         if evaluate:
           evaluations, accuracy, improved = _evaluate(run, reporter, step)
           save = save or improved
-        if save:
+        if save or stop:
           _save(run, step, accuracy)
         started += _clock(run) - paused
       if stop:
@@ -466,6 +499,7 @@ def _save(run: Run, step: int, accuracy: float | None) -> None:
     'devices': run.devices.total,
     'counters': dataclasses.asdict(run.counters),
     'best': run.best,
+    'pending': run.pending,
   }
   run.checkpoints.save(run.state, info, accuracy)
 
@@ -548,5 +582,7 @@ def _headline(result: dict[str, Any]) -> str:
 def _write_result(run: Run, result: dict[str, Any]) -> None:
   if run.config.selection.log_counts:
     counts = np.asarray(run.state.counts)
-    np.save(run.workdir.folder / 'selection_counts.npy', counts)
-  files.write_json(run.workdir.folder / 'result.json', result)
+    path = run.workdir.folder / 'selection_counts.npy'
+    with files.whole(path) as aside, aside.open('xb') as file:
+      np.save(file, counts)
+  runs.write_result(run.workdir.folder, result)

@@ -148,6 +148,29 @@ def of_update(
   return metrics
 
 
+def to_json(calls: list[PyTree]) -> dict[str, list]:
+  """Returns the steps of several calls, as `summarize` takes them, as lists.
+
+  Counts of classes are summed over the steps, as it will do, since there may be
+  many classes.
+  """
+  calls = jax.device_get(calls)
+  steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
+  for name in (POOL_CLASSES, BATCH_CLASSES):
+    if name in steps:
+      steps[name] = steps[name].sum(axis=0, keepdims=True, dtype=np.float64)
+  return {name: array.tolist() for name, array in steps.items()}
+
+
+def from_json(steps: dict[str, list]) -> PyTree:
+  """Returns what `to_json` has made lists of, as the metrics of one call."""
+  exact = {POOL_CLASSES: np.float64, BATCH_CLASSES: np.float64}
+  return {
+    name: np.asarray(values, exact.get(name, np.float32))
+    for name, values in steps.items()
+  }
+
+
 def summarize(
   calls: list[PyTree],
 ) -> tuple[dict[str, float], np.ndarray | None]:

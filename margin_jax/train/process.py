@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any, NoReturn, Self
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Self, TextIO
 
 import jax
 
 from margin_jax import config as config_lib
-from margin_jax import data
+from margin_jax import data, files
 from margin_jax.train import checkpoints, guard, user_code
 from margin_jax.train import devices as devices_lib
 
@@ -113,13 +113,84 @@ class Interrupts:
     os.close(self._pipe[0])
 
 
+class _Output:
+  """A standard stream that says no more once nobody takes what it says.
+
+  A pipe without a reader, a full disk or a closed terminal is no reason to end
+  hours of work.
+  """
+
+  def __init__(self, stream: TextIO):
+    """Writes to a stream."""
+    self._stream = stream
+
+  def __getattr__(self, name: str) -> Any:
+    """Returns what else the stream has."""
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """Writes, or does not."""
+    self._attempt(lambda: self._stream.write(text))
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes, or does not."""
+    self._attempt(self._stream.flush)
+
+  def _attempt(self, function: Callable[[], Any]) -> None:
+    try:
+      function()
+    except BlockingIOError:  # nobody reads now
+      pass
+    except OSError:
+      # What is still in buffers is lost at exit, without complaints.
+      with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+  """Goes on in silence where standard output, or error, goes away."""
+  for number in range(3):  # else the next file that is opened would be it
+    try:
+      os.fstat(number)
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_RDWR)
+      if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+  before = sys.stdout, sys.stderr
+  after = [stream and _Output(stream) for stream in before]
+  sys.stdout, sys.stderr = after
+  try:
+    yield
+  finally:
+    for stream in filter(None, after):
+      stream.flush()
+    sys.stdout, sys.stderr = before
+
+
 # What a disk says that is full, or broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# What is said of a path at which something else lies, or that is protected.
+IN_THE_WAY = (
+  errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP,
+  errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Ends the process with one line where the user can mend what went wrong."""
+  """Ends the process with one line where the user can mend what went wrong.
+
+  Output that goes away does not end it: see `lasting_output`.
+  """
+  with lasting_output(), _explained():
+    yield
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
   try:
     yield
   except user_code.UserCodeError as error:
@@ -127,6 +198,7 @@ def one_line_errors() -> Iterator[None]:
     _stop(str(error))
   except (
     config_lib.ConfigError,
+    files.FileError,
     data.DatasetError,
     guard.NonFiniteError,
     checkpoints.CorruptError,
@@ -144,6 +216,8 @@ def one_line_errors() -> Iterator[None]:
       'and they go on from the last checkpoint'
     )
   except OSError as error:
+    if error.errno in IN_THE_WAY and error.filename is not None:
+      _stop(f'{error}; what was saved before is as it was')
     if error.errno not in FULL:
       raise
     # TensorBoard's writer would try once more at exit, and complain at length.

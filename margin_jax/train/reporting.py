@@ -22,43 +22,58 @@ ATTACKED = 'test under '
 class _Table:
   """A CSV file that grows by rows; a resumed run drops rows it will redo."""
 
-  def __init__(self, path: pathlib.Path, after: int, redone: str = ''):
-    """Keeps rows up to `after`; at it none whose split begins with `redone`."""
-    self._path = path
-    self._fields: list[str] = []
-    if not path.exists():
-      return
-    rows = self._read()
-    if self._fields:
-      rows = [row for row in rows if _whole(row) and int(row['step']) <= after]
-      if redone:
-        rows = [
-          row
-          for row in rows
-          if int(row['step']) < after or not row['split'].startswith(redone)
-        ]
-      files.write_csv(path, self._fields, rows)
+  def __init__(
+    self,
+    path: pathlib.Path,
+    after: int,
+    texts: tuple[str, ...] = (),
+    redone: str = '',
+  ):
+    """Reads what is there; `begin` drops what will be redone.
 
-  def _read(self) -> list[dict[str, str]]:
-    with self._path.open(newline='') as file:
-      reader = csv.DictReader(file)
-      rows = list(reader)
-      self._fields = list(reader.fieldnames or ())
-    return rows
+    Args:
+      path: of the file.
+      after: the step that the run continues from; later rows are dropped.
+      texts: the columns that hold no numbers.
+      redone: at `after` no rows are kept whose split begins so.
+
+    Raises:
+      FileError: the file is no such table.
+    """
+    self._path = path
+    self._texts = texts
+    self._fields, rows = self._read()
+    self._kept = [
+      row
+      for row in rows
+      if int(row['step']) < after
+      or (
+        int(row['step']) == after
+        and not (redone and row['split'].startswith(redone))
+      )
+    ]
+
+  def begin(self) -> None:
+    """Rewrites the file with the rows that are kept."""
+    if self._fields:
+      files.write_csv(self._path, self._fields, self._kept)
+    self._kept = []
+
+  def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+    remedy = 'move it away, and the run goes on with a new one'
+    try:
+      return files.read_table(self._path, (), remedy, self._texts)
+    except FileNotFoundError:
+      return [], []
 
   def add(self, row: dict[str, Any]) -> None:
     new = [name for name in row if name not in self._fields]
     if new:  # the first row, or a run continued by a later version
-      rows = self._read() if self._fields else []
+      rows = self._read()[1] if self._fields else []
       self._fields += new
       files.write_csv(self._path, self._fields, rows)
     with self._path.open('a', newline='') as file:
       csv.DictWriter(file, self._fields).writerow(row)
-
-
-def _whole(row: dict[str, str | None]) -> bool:
-  """Returns whether a row was not cut by what stopped the run."""
-  return None not in row.values() and row['step'].isdigit()
 
 
 def _duration(seconds: float) -> str:
@@ -78,7 +93,7 @@ class Reporter:
     *,
     steps: int,
     after: int,
-    counters: Row,
+    last_row: tuple[int, Row],
     best: dict[str, Any] | None,
     log: Callable[[str], None],
     hook: Hook | None = None,
@@ -90,7 +105,8 @@ class Reporter:
       workdir: the run's folder; it exists.
       steps: how many the whole run has.
       after: the step the run continues from; later rows are dropped.
-      counters: what the run has cost up to there.
+      last_row: the step of the last row of train.csv, and what the run had
+        cost up to it.
       best: its best evaluation up to there.
       log: takes the progress lines.
       hook: takes every row, after the files have it.
@@ -102,12 +118,14 @@ class Reporter:
     self._train = _Table(folder / 'train.csv', after)
     # At the end of a run all attacks are made again.
     redone = ATTACKED if after == steps else ''
-    self._eval = _Table(folder / 'eval.csv', after, redone)
+    self._eval = _Table(folder / 'eval.csv', after, ('split',), redone)
     self._classes = _Table(folder / 'classes.csv', after)
+    for table in (self._train, self._eval, self._classes):
+      table.begin()
     self._board = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'), purge_step=after + 1
     )
-    self._last = (after, counters)
+    self._last = last_row
     self._view = view
     hooks = (self._scalars, view, hook)
     self._hooks: list[Hook] = [hook for hook in hooks if hook is not None]

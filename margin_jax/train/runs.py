@@ -3,47 +3,92 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
+import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 
+from margin_jax import checks, data, files, losses, models, selection
 from margin_jax import config as config_lib
-from margin_jax import data, losses, models, selection
+from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
 from margin_jax.train import setup as setup_lib
-from margin_jax.train.checkpoints import FOLDER, Checkpoints
+from margin_jax.train.checkpoints import FOLDER, QUARANTINE, Checkpoints
+from margin_jax.train.compiled import Counters
 from margin_jax.train.devices import Devices
 from margin_jax.train.spec import StepSpec
 from margin_jax.train.workdirs import Workdir
 
 PyTree = Any
 
+_DIGEST = 'sha256'
+_COST = checks.number(least=0)
+_EVALUATION = checks.mapping(accuracy=checks.number(least=0, most=1))
+# What is read of a result.json.
+RESULT = {
+  'config': checks.mapping(),
+  'steps': checks.integer(1),
+  'test': _EVALUATION,
+  'validation': checks.optional(_EVALUATION),
+  'test_mismatched': checks.optional(_EVALUATION),
+  'device': checks.string(),
+  'devices': checks.integer(1),
+  'versions': checks.mapping(),
+  **dict.fromkeys(
+    (field.name for field in dataclasses.fields(Counters)), _COST
+  ),
+}
+
+
+# What a run writes to its workdir, beside `_EXAMPLES`.
+FILES = (
+  'result.json', 'train.csv', 'eval.csv', 'classes.csv',
+  'selection_counts.npy', bert_weights.VOCABULARY,
+)  # fmt: skip
+FOLDERS = (FOLDER, QUARANTINE, 'tensorboard')
+_EXAMPLES = re.compile(r'nonfinite_step_\d+\.npz')
+
 
 @contextlib.contextmanager
 def lock_workdir(
-  workdir: Workdir, devices: Devices | None = None
+  workdir: Workdir,
+  devices: Devices | None = None,
+  *,
+  names: Sequence[str] = FILES,
+  folders: Sequence[str] = FOLDERS,
 ) -> Iterator[None]:
   """Creates a workdir and keeps other programs out of it.
+
+  What processes that were killed left half written is removed.
 
   Args:
     workdir: the folder.
     devices: of a run that several processes may share: the main process locks,
       and all of them fail where one does.
+    names: of the files that will be written to it.
+    folders: of the folders.
 
   Raises:
-    ConfigError: the folder cannot be created, or another program uses it.
+    ConfigError: the folder cannot be created, another program uses it, or
+      something else lies in the place of what will be written.
   """
   with contextlib.ExitStack() as stack:
     problem = None
     try:
       if devices is None or devices.is_main_process:
         stack.enter_context(workdir.locked())
-    except OSError as error:
+        files.check_outputs(workdir.folder, names, folders)
+        files.remove_leftovers(
+          workdir.folder,
+          lambda name: name in names or _EXAMPLES.fullmatch(name),
+        )
+    except (OSError, files.FileError) as error:
       problem = error
     failed = problem is not None
     if devices is not None:
@@ -92,13 +137,22 @@ def trained(
     saved: what `to_save` returns for the run's config.
 
   Raises:
-    ConfigError: the workdir holds the result of another config, or one that
-      cannot be read.
+    ConfigError: the workdir holds the result of another config.
+    FileError: its result cannot be read.
   """
   path = pathlib.Path(workdir, 'result.json')
-  if not path.exists():
+  try:
+    result = files.read_json(
+      path, RESULT, 'move it away, and the run is finished again'
+    )
+  except FileNotFoundError:
     return None
-  result = _read_result(path)
+  digest = result.pop(_DIGEST, None)
+  if digest not in (None, _digest(result)):  # older versions had none
+    raise files.FileError(
+      f'{path} is not what was written: move it away, and the run is finished '
+      'again'
+    )
   changed = config_lib.differences(result['config'], saved)
   if not changed and result['steps'] > saved['steps']:
     changed = [f'steps: {result["steps"]} -> {saved["steps"]}']
@@ -110,6 +164,17 @@ def trained(
   if result['steps'] != saved['steps'] or not _has_last(path.parent, result):
     return None
   return result
+
+
+def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+  """Writes result.json, with a digest of what it holds."""
+  content = {**result, _DIGEST: _digest(result)}
+  files.write_json(workdir / 'result.json', content)
+
+
+def _digest(result: dict[str, Any]) -> str:
+  """Digests a result; also as JSON gives it back."""
+  return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def _has_last(workdir: pathlib.Path, result: dict[str, Any]) -> bool:
@@ -142,20 +207,6 @@ def complete(
   if result is None or not attacked(result, saved):
     return None
   return result
-
-
-def _read_result(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    result = json.loads(path.read_text(encoding='utf-8'))
-    if {'config', 'steps', 'test'} <= {*result}:
-      return result
-    problem = 'it is no result of margin_jax'
-  except (ValueError, TypeError) as error:
-    problem = str(error)
-  raise config_lib.ConfigError(
-    f'{path} cannot be read ({problem}): remove it, and the run is finished '
-    'again'
-  )
 
 
 @dataclasses.dataclass(frozen=True)
