@@ -24,6 +24,12 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator.')
 _PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator.')
+_JOIN_SECONDS = flags.DEFINE_integer(
+  'join_seconds',
+  devices_lib.JOIN_SECONDS,
+  'With --coordinator: how long all processes may take to find each other.',
+  lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +37,12 @@ def main(argv: list[str]) -> None:
   flags_lib.begin(argv)
   if _COORDINATOR.value is not None:
     try:
-      devices_lib.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+      devices_lib.join(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        _JOIN_SECONDS.value,
+      )
     except (ValueError, RuntimeError) as error:
       sys.exit(f'error: {error}')
   elif (_PROCESSES.value, _PROCESS.value) != (None, None):

@@ -7,10 +7,14 @@ mapped argument: `_map` adds one that nobody reads. What tells the devices apart
 is `lax.axis_index`.
 """
 
+import contextlib
 import dataclasses
+import os
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,8 +33,10 @@ PyTree = Any
 # deadlock with a hundred calls waiting; a few keep any device busy.
 MAX_CALLS_AHEAD = 8
 
-# How long a process may be silent until the others give it up.
+# How long a process may be silent until the others give it up, and how long all
+# may take to find each other.
 HEARTBEAT_SECONDS = 30
+JOIN_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +48,70 @@ class Shard:
 
 
 def join(
-  coordinator: str, processes: int | None = None, process: int | None = None
+  coordinator: str,
+  processes: int | None = None,
+  process: int | None = None,
+  seconds: int = JOIN_SECONDS,
 ) -> None:
   """Makes this process one of several that train together.
+
+  Where they do not all find each other in time, it ends the process with one
+  line: JAX would abort it with a stack of C++.
 
   Args:
     coordinator: HOST:PORT of process 0, or 'auto' where JAX finds out by
       itself: TPU pods, Slurm and the like.
     processes: how many there are.
     process: which one this is, from 0.
+    seconds: how long to wait for the others.
 
   Raises:
     ValueError: an argument is missing or malformed.
   """
+  options = {
+    'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
+    'initialization_timeout': seconds + 60,  # ours comes first
+  }
   if coordinator == 'auto':
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    with _in_time(seconds, 'the processes did not all find each other'):
+      jax.distributed.initialize(**options)
     return
-  if not coordinator.rpartition(':')[2].isdigit() or ':' not in coordinator:
+  host, _, port = coordinator.rpartition(':')
+  is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+  if not host or not is_port:
     raise ValueError(
-      f'coordinator must be HOST:PORT or auto, got {coordinator!r}'
+      'coordinator must be HOST:PORT, with a port from 1 to 65535, or auto; '
+      f'got {coordinator!r}'
     )
   if processes is None or process is None or not 0 <= process < processes:
     raise ValueError(
       f'process_id must be in [0, num_processes), got {process} and {processes}'
     )
-  jax.distributed.initialize(
-    coordinator,
-    processes,
-    process,
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-  )
+  problem = f'{processes} processes did not all find {coordinator}'
+  with _in_time(seconds, problem):
+    jax.distributed.initialize(coordinator, processes, process, **options)
+
+
+@contextlib.contextmanager
+def _in_time(seconds: int, problem: str) -> Iterator[None]:
+  """Ends the process with one line unless the block is done in time."""
+
+  def end() -> None:
+    print(
+      f'error: {problem} within {seconds} s: is process 0 running, and can '
+      'the others reach it?',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)  # the main thread waits in C++
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def several_processes() -> bool:

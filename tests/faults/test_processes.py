@@ -5,6 +5,7 @@ import signal
 import numpy as np
 import pytest
 
+from margin_jax.train import devices
 from tests.faults import runs
 from tests.helpers import free_port, read_csv
 
@@ -97,3 +98,38 @@ def test_two_processes_then_one_then_two(tmp_path):
     for x in (whole, parts)
   ]
   np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_a_process_that_hangs_ends_the_other(tmp_path):
+  """It answers no heartbeat any more."""
+  first, second = start_both(tmp_path, '--config.steps=100000')
+  try:
+    runs.wait_for(first, 'step 20/')
+    second.send_signal(signal.SIGSTOP)
+    first.communicate(timeout=2 * devices.HEARTBEAT_SECONDS)
+    assert first.returncode not in (0, None)
+  finally:
+    first.kill()
+    second.kill()
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_processes_that_do_not_find_each_other_end_with_a_line(
+  tmp_path, process
+):
+  alone = runs.start(
+    tmp_path / 'run', f'--coordinator=127.0.0.1:{free_port()}',
+    '--num_processes=2', f'--process_id={process}', '--join_seconds=3',
+  )  # fmt: skip
+  *_, last = runs.finish(alone, 1).strip().splitlines()
+  assert 'error: 2 processes did not all find 127.0.0.1:' in last
+  assert 'within 3 s' in last
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'address', ['host', 'host:0', 'host:65536', ':1234', 'host:²', 'host:-1']
+)
+def test_an_address_is_a_host_and_a_port(address):
+  with pytest.raises(ValueError, match='must be HOST:PORT, with a port from 1'):
+    devices.join(address, 2, 1)
