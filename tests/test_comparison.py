@@ -382,6 +382,45 @@ def test_runs_of_versions_that_did_not_know_the_worst_class(tmp_path):
   assert (second['error'], second['worst_class_error']) == (0.25, 0.5)
 
 
+def test_mean_mms_of_the_scoring_forward_is_where_pools_were_scored(tmp_path):
+  costs = 'step,flops,seconds,accuracy'
+  (tmp_path / 'eval.csv').write_text(f'{costs},split\n2,1,1,1,test\n')
+  table = f'{costs},mean_mms,mean_mms_scoring\n1,1,1,1,2,3\n2,1,1,1,2,nan\n'
+  (tmp_path / 'train.csv').write_text(table)
+  first, second = report.read_curves(tmp_path).train
+  assert (first['mean_mms'], first['mean_mms_scoring']) == (2, 3)
+  assert 'mean_mms_scoring' not in second
+
+
+def test_the_plot_of_mean_mms_says_by_which_forward(tmp_path, monkeypatch):
+  def rows(**columns):
+    return [{'step': i, **columns} for i in (1, 2)]
+
+  saved = []
+  monkeypatch.setattr(figures, 'save', lambda figure, *_: saved.append(figure))
+  train = {
+    'plain': [rows(mean_mms=1.0)],
+    'mms': [[*rows(mean_mms=2.0, mean_mms_scoring=3.0), {'step': 3}]],
+  }
+  train['mms'][0][2]['mean_mms'] = 2.0  # nothing was scored since step 2
+  plots.mean_mms(tmp_path / 'mean_mms.png', train)
+  training, scoring = saved[0].axes
+  assert 'training forward' in training.get_title()
+  assert 'scoring forward' in scoring.get_title()
+  lines = {
+    (axes, line.get_label()): [*line.get_ydata()]
+    for axes in (training, scoring)
+    for line in axes.get_lines()
+  }
+  assert lines == {
+    (training, 'plain'): [1, 1], (training, 'mms'): [2, 2, 2],
+    (scoring, 'mms'): [3, 3],
+  }  # fmt: skip
+  # Nothing scores: one panel.
+  plots.mean_mms(tmp_path / 'mean_mms.png', {'plain': train['plain']})
+  assert len(saved[1].axes) == 1
+
+
 def curve(*errors):
   """The rows of a seed whose errors are these, at steps 1, 2, ..."""
   costs = {'flops': 1.0, 'seconds': 1.0}
@@ -428,7 +467,7 @@ def test_bands_and_what_was_not_comparable_are_explained(drawn, tmp_path):
     'line: mean of 3 seeds; band: from the lowest to the highest',
     'line: mean of 1 to 3 seeds; band: from the lowest to the highest',
   ]
-  assert 'do not compare the margins' in drawn[1].axes[0].get_title('left')
+  assert 'do not compare the margins' in drawn[1].get_suptitle()
 
 
 def test_no_line_hides_another_with_the_same_values(drawn, tmp_path):

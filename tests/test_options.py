@@ -9,7 +9,9 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax import models, selection
 from margin_jax.train import loop, runs
-from tests import helpers
+from margin_jax.train import metrics as metrics_lib
+from tests import helpers, references
+from tests.helpers import slow
 
 RULES = [rule for rule in selection.RULES if rule != 'random']
 
@@ -278,9 +280,40 @@ def test_metrics_tell_what_selection_did():
   assert np.all(metrics['batch_classes'] <= metrics['pool_classes'])
 
 
+@pytest.mark.parametrize('devices', [1, *slow(4)])
+def test_mean_mms_of_the_scoring_forward(devices):
+  """The ten smallest of the batch, by the forward that selected it."""
+  this = helpers.Setup(
+    dataset=helpers.noise(), devices=devices, batch_size=16,
+    **{'data.validation_examples': 0, 'model.name': 'resnet8'},
+    **{'selection.rule': 'loss'},
+  )  # fmt: skip
+  _, metrics = this.run(1)
+  pool = helpers.first_pool(this)
+  first = this.first
+  logits, _ = this.spec.model.apply(
+    {'params': first.params, 'batch_stats': first.batch_stats},
+    this.dataset.prepare(pool['inputs']),
+    train=False,
+  )
+  log_p = jax.nn.log_softmax(logits)
+  hardest = np.argsort(log_p[np.arange(32), pool['label']])[:16]
+  mms = references.mms_scores(logits, first.params['head']['kernel'])
+  expected = np.sort(mms[hardest])[:10].mean()
+  np.testing.assert_allclose(metrics['mean_mms_scoring'], expected, rtol=1e-4)
+  # In training mode BatchNorm has other statistics.
+  assert abs(metrics['mean_mms'][0] / expected - 1) > 0.1
+
+
 @pytest.mark.slow
 def test_class_rates_count_all_that_a_pool_feeds():
-  _, metrics = run(4, **{'selection.rule': 'mms', 'selection.reuse': 2})
+  state, metrics = run(4, **{'selection.rule': 'mms', 'selection.reuse': 2})
+  # The CNN has no training mode: both forwards see the same margins.
+  mms, scoring = metrics['mean_mms'], metrics['mean_mms_scoring']
+  np.testing.assert_allclose(scoring, mms * [1, 0, 1, 0], rtol=1e-5)
+  row, _ = metrics_lib.summarize([metrics])
+  assert row['mean_mms_scoring'] == pytest.approx(mms[[0, 2]].mean())
+  assert 'mms' not in state.buffer
   pools, batches = metrics['pool_classes'], metrics['batch_classes']
   assert pools.sum(axis=1).tolist() == [32, 0, 32, 0]
   assert batches.sum(axis=1).tolist() == [16, 0, 16, 0]

@@ -26,6 +26,8 @@ MMS_NOTE = (
   'that select near examples lie\nlower by choice: the curves say what was '
   'selected, and do not compare the margins of the networks.'
 )
+# Which forward mean MMS is by, by column.
+FORWARDS = {'mean_mms': 'training', 'mean_mms_scoring': 'scoring'}
 
 
 def error(
@@ -153,25 +155,42 @@ def _ends(
 
 
 def mean_mms(path: pathlib.Path, train: Curves) -> None:
-  """Plots the mean MMS of the ten nearest selected examples (ICLR, Figure 3).
+  """Plots mean MMS, of the ten nearest examples of the batch (ICLR, Figure 3).
+
+  By the training forward, which every method has; and beside it, where methods
+  score pools, by the scoring forward, as the authors' code traces it.
 
   Args:
     path: of the PNG file; a PDF file lies beside it.
-    train: have 'step' and 'mean_mms'.
+    train: have 'step' and 'mean_mms', and 'mean_mms_scoring' where pools were
+      scored.
   """
   looks = figures.looks([*train])
+  panels = {column: _with_column(train, column) for column in FORWARDS}
+  panels = {column: curves for column, curves in panels.items() if curves}
   with figures.drawing(path, 3.6) as figure:
-    axes = figure.subplots()
-    for index, (name, seeds) in enumerate(train.items()):
-      x, mean, low, high = average(seeds, 'step', 'mean_mms')
-      every = figures.stagger(index, len(train), len(x))
-      axes.plot(x, mean, label=name, markevery=every, **looks[name])
-      color = looks[name]['color']
-      axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    _cost_axis(axes, 'step')
-    axes.set_ylabel('mean MMS (distance in feature space)')
-    axes.set_title(MMS_NOTE, loc='left')
-    figures.legend(figure, axes, _note(train))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (column, curves) in zip(grid, panels.items(), strict=True):
+      for index, (name, seeds) in enumerate(curves.items()):
+        x, mean, low, high = average(seeds, 'step', column)
+        every = figures.stagger(index, len(curves), len(x))
+        axes.plot(x, mean, label=name, markevery=every, **looks[name])
+        color = looks[name]['color']
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+      _cost_axis(axes, 'step')
+      axes.set_title(f'by the {FORWARDS[column]} forward')
+    grid[0].set_ylabel('mean MMS (distance in feature space)')
+    figure.suptitle(MMS_NOTE, x=0, horizontalalignment='left')
+    figures.legend(figure, grid[0], _note(train))
+
+
+def _with_column(curves: Curves, column: str) -> Curves:
+  """Returns the rows that have a column, of the trials that all have some."""
+  found = {
+    name: [[row for row in rows if column in row] for rows in seeds]
+    for name, seeds in curves.items()
+  }
+  return {name: seeds for name, seeds in found.items() if all(seeds)}
 
 
 def cost(path: pathlib.Path, trials: Mapping[str, Sequence[Row]]) -> None:

@@ -6,6 +6,7 @@ of a trial; tables in Markdown.
 
 import dataclasses
 import itertools
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +57,8 @@ class Curves:
       and 'worst_class_error' (not in runs of older versions) at every
       evaluation.
     train: the same and 'mean_mms' at every row of train.csv, where the error
-      is of the batches that were trained on since the row before.
+      is of the batches that were trained on since the row before; and
+      'mean_mms_scoring' where pools were scored since then.
   """
 
   test: list[Row]
@@ -272,9 +274,13 @@ def _read_rows(
         **{name: float(row[name]) for name in columns},
         'error': 1 - float(row['accuracy']),
       }
+      # Neither was in the tables of older versions.
       worst = row.get('worst_class_accuracy')
-      if worst:  # none where a run of an older version evaluated
+      if worst:
         by_step[step]['worst_class_error'] = 1 - float(worst)
+      scoring = float(row.get('mean_mms_scoring') or 'nan')
+      if not math.isnan(scoring):
+        by_step[step]['mean_mms_scoring'] = scoring
   return [by_step[step] for step in sorted(by_step)]
 
 

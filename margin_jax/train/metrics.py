@@ -6,8 +6,8 @@ Of every step, float32 unless stated:
 * `penalty`: MMR; `large_margin`; and `loss_NAME` for each of `loss.names`. None
   is part of `loss`;
 * `accuracy` of the batch, and `trimmed_loss` with trimming;
-* `mean_mms`: the ten smallest MMS of the batch, from the training-mode forward,
-  so that every rule and plain training have the same quantity;
+* `mean_mms`: the mean of the ten smallest MMS of the batch, from the training
+  forward, so that every rule and plain training have the same quantity;
 * `gradient_norm`, `update_norm` (of the change of the parameters),
   `learning_rate`, `alpha`;
 * `statistics_norm` of BatchNorm's running statistics, where there are any;
@@ -20,6 +20,8 @@ With a selection, 0 where the step scores nothing:
 
 * `scored`: 1 where it does;
 * `pool_error`, `batch_error`: fractions that the scoring forward misclassifies;
+* `mean_mms_scoring`: `mean_mms` from the scoring forward, in its mode (of a
+  proxy, in its feature space): what the authors' code traces;
 * `nan_scores`, and the quantiles `score_min` to `score_max` of the others;
 * `pool_classes`, `batch_classes`, (C,): examples of each class in the pool, and
   in the reuse * b selected from it.
@@ -51,7 +53,7 @@ QUANTILES = {
   'score_max': 1.0,
 }
 # Zero in the steps that score nothing, so averaged over the others.
-SCORED_ONLY = ('pool_error', 'batch_error', *QUANTILES)
+SCORED_ONLY = ('pool_error', 'batch_error', 'mean_mms_scoring', *QUANTILES)
 # Zero in the steps that do not train the proxy.
 PROXY_ONLY = ('proxy_loss', 'proxy_gradient_norm')
 # Summed over the steps.
@@ -66,7 +68,7 @@ def no_scores(spec: StepSpec) -> Metrics:
   """Returns the metrics of selection of a step that scores nothing."""
   if spec.selection is None:
     return {}
-  names = ('scored', 'pool_error', 'batch_error', 'nan_scores', *QUANTILES)
+  names = ('scored', 'nan_scores', *SCORED_ONLY)
   classes = jnp.zeros(spec.dataset.num_classes, jnp.float32)
   return {
     **{name: jnp.float32(0) for name in names},
@@ -98,6 +100,22 @@ def of_selection(
   }
 
 
+def of_selected_batch(spec: StepSpec, wrong: Array, mms: Array) -> Metrics:
+  """Returns what the scoring forward says of the batch, over all devices."""
+  error = jnp.mean(wrong, dtype=jnp.float32)
+  return {
+    'batch_error': jax.lax.pmean(error, spec.axis_name),
+    'mean_mms_scoring': _mean_mms(spec, mms),
+  }
+
+
+def _mean_mms(spec: StepSpec, mms: Array) -> Array:
+  """Returns the mean of the ten smallest of all devices."""
+  mms = jax.lax.all_gather(mms, spec.axis_name, tiled=True)
+  count = min(MEAN_MMS_EXAMPLES, mms.shape[0])
+  return jnp.mean(mms[selection.select_lowest(mms, count)])
+
+
 def _class_counts(spec: StepSpec, labels: Array) -> Array:
   """Counts the examples of each class on all devices, (C,) float32."""
   counts = jnp.bincount(labels, length=spec.dataset.num_classes)
@@ -118,13 +136,10 @@ def of_batch(
   """
   correct = jnp.argmax(logits, axis=1) == labels
   means = {**means, 'accuracy': jnp.mean(correct, dtype=jnp.float32)}
-  scores = margins.mms_scores(logits, kernel)
-  scores = jax.lax.all_gather(scores, spec.axis_name, tiled=True)
-  count = min(MEAN_MMS_EXAMPLES, scores.shape[0])
-  lowest = selection.select_lowest(scores, count)
+  mms = margins.mms_scores(logits, kernel)
   return {
     **jax.lax.pmean(means, spec.axis_name),
-    'mean_mms': jnp.mean(scores[lowest]),
+    'mean_mms': _mean_mms(spec, mms),
   }
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from margin_jax import linearized, losses, selection
+from margin_jax import linearized, losses, margins, selection
 from margin_jax.train import batch_norm, dropout, guard
 from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
@@ -173,16 +173,17 @@ def selected_batch(
   scores = rule_scores(spec, spec.selection.rule, scored, whole)
   ranked = transform(spec, scores, scored, rule_key, sampler.epoch)
   wrong = jnp.argmax(scored.logits, axis=1) != pool['label']
-  selected = select(spec, ranked, {**pool, 'wrong': wrong})
+  mms = margins.mms_scores(scored.logits, scored.kernel)
+  selected = select(spec, ranked, {**pool, 'wrong': wrong, 'mms': mms})
   metrics = metrics_lib.of_selection(spec, pool, scores, wrong, selected)
   buffer, batch = {}, {**selected}
   if spec.selection.reuse > 1:
     buffer = jax.lax.all_gather(selected, spec.axis_name, tiled=True)
     batch = from_buffer(spec, buffer, jnp.int32(0))
+    del buffer['mms']
     buffer = spec.dataset.fit(buffer, state.buffer)
-  metrics['batch_error'] = jax.lax.pmean(
-    jnp.mean(batch.pop('wrong'), dtype=jnp.float32), spec.axis_name
-  )
+  wrong, mms = batch.pop('wrong'), batch.pop('mms')
+  metrics |= metrics_lib.of_selected_batch(spec, wrong, mms)
   return Sampled(batch, sampler, buffer, batch_stats, metrics)
 
 
