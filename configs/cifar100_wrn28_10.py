@@ -18,7 +18,8 @@ Table 1):
     mms       early_drop  82.2% after 80K steps
 
 SGD with momentum 0.9 and without Nesterov's, as in the authors' code; the
-network is Zagoruyko & Komodakis's (activation first), which the papers cite.
+network is Zagoruyko & Komodakis's (activation first), which the papers cite;
+the command in the authors' repository trains a ResNet of that depth and width.
 
 Ours: not run at full length yet.
 

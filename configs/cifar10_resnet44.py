@@ -1,6 +1,6 @@
 """ResNet-44 on CIFAR-10: the rows of both papers.
 
-    python -m margin_jax.train --config=configs/cifar10_resnet44.py:mms \
+    python -m margin_jax.train --config=configs/cifar10_resnet44.py:mms \\
         --workdir=/tmp/cifar10_mms
 
 Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
