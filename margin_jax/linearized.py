@@ -132,6 +132,12 @@ def layer_margins(
   References:
     Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
     (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
+
+  Example:
+    >>> logits_fn = lambda x: x @ jnp.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> inputs, labels = jnp.array([[2.0, 0.25]]), jnp.array([0])
+    >>> layer_margins(logits_fn, inputs, labels).tolist()  # (6 - 1) / 5
+    [1.0]
   """
   check_norm(norm)
   valid = None

@@ -39,6 +39,13 @@ def register_rule(
   Raises:
     TypeError: `rule` is no function of one argument.
     ValueError: the name is taken.
+
+  Example:
+    >>> def least_confident(scored):
+    ...   return jax.nn.softmax(scored.logits).max(axis=1)
+    >>> register_rule('least_confident', least_confident)
+    >>> config = config_lib.default()
+    >>> config.selection.rule = 'least_confident'
   """
   if name in (*selection.RULES, 'uniform'):
     raise ValueError(f'rule {name!r} is there already; take another name')
@@ -74,6 +81,11 @@ def register_loss(name: str, loss: losses.Loss) -> None:
   Raises:
     TypeError: `loss` is no function of one argument.
     ValueError: the name is taken.
+
+  Example:
+    >>> register_loss('largest', lambda outputs: outputs.logits.max(axis=1))
+    >>> config = config_lib.default()
+    >>> config.loss.names, config.loss.weights = ('largest',), (1e-3,)
   """
   if name in losses.LOSSES:
     raise ValueError(f'loss {name!r} is there already; take another name')
@@ -123,6 +135,17 @@ def register_model(
   Raises:
     TypeError: `module` is no such class.
     ValueError: the name is taken.
+
+  Example:
+    >>> class Linear(nn.Module):
+    ...   num_classes: int
+    ...   @nn.compact
+    ...   def __call__(self, inputs, *, train):
+    ...     features = inputs.reshape(inputs.shape[0], -1)
+    ...     return nn.Dense(self.num_classes, name='head')(features), features
+    >>> register_model('linear', Linear)
+    >>> config = config_lib.default()
+    >>> config.model.name = 'linear'
   """
   if name not in models.REGISTERED and models.find(name):
     raise ValueError(f'model {name!r} is there already; take another name')
@@ -170,6 +193,12 @@ def register_dataset(
 
   Raises:
     ValueError: the name is taken, or the arrays are not as described.
+
+  Example:
+    >>> corners = np.eye(4), np.arange(4) % 2
+    >>> register_dataset('corners', train=corners, test=corners)
+    >>> config = config_lib.default()
+    >>> config.data.name = 'corners'
   """
   if name in data.NAMES:
     raise ValueError(f'dataset {name!r} is there already; take another name')

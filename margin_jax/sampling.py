@@ -132,7 +132,12 @@ def prune(
 
 
 def above_mean(scores: Scores) -> Bool[Array, ' N']:
-  """Returns which scores are above the mean of those that are finite."""
+  """Returns which scores are above the mean of those that are finite.
+
+  Example:
+    >>> above_mean(jnp.array([1.0, 2.0, 6.0, -jnp.inf])).tolist()
+    [False, False, True, False]
+  """
   known = jnp.isfinite(scores)
   mean = jnp.sum(jnp.where(known, scores, 0)) / jnp.maximum(jnp.sum(known), 1)
   return scores > mean
@@ -144,6 +149,11 @@ def largest(
   """Returns which examples are the `share` of largest scores.
 
   Ties go by `key`; -inf and NaN are never among them.
+
+  Example:
+    >>> scores = jnp.array([0.1, 3.0, 0.2, 4.0])
+    >>> largest(scores, 0.5, jax.random.key(0)).tolist()
+    [False, True, False, True]
   """
   n = scores.shape[0]
   many = jnp.floor(jnp.float32(share) * n * (1 + 1e-6)).astype(jnp.int32)
@@ -156,6 +166,10 @@ def ranks(scores: Scores, key: Key[Array, '']) -> Int32[Array, ' N']:
 
   Not by index: where many scores are equal, as they are before the first epoch,
   the examples' order would decide which are trained on.
+
+  Example:
+    >>> ranks(jnp.array([0.3, jnp.nan, 0.1]), jax.random.key(0)).tolist()
+    [1, 2, 0]
   """
   n = scores.shape[0]
   order = jnp.lexsort((jax.random.bits(key, (n,)), scores))
@@ -254,6 +268,10 @@ def inclusion_probabilities(
   Args:
     p: (N,) probabilities of a single sample; their sum is 1.
     k: how many are sampled, at most N; static.
+
+  Example:
+    >>> inclusion_probabilities(jnp.full(4, 0.25), 2).round(3).tolist()
+    [0.5, 0.5, 0.5, 0.5]
   """
 
   def newton(_: int, t: Array) -> Array:

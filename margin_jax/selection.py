@@ -207,6 +207,11 @@ def take_lowest(
     TypeError: `scores` is not floating, or `k` no integer.
     ValueError: k is out of range or not divisible by the number of devices,
       or the arrays of `examples` do not have n rows.
+
+  Example:
+    >>> pool = {'label': jnp.array([7, 8, 9])}
+    >>> take_lowest(jnp.array([0.3, 0.1, 0.2]), pool, 2)['label'].tolist()
+    [8, 9]
   """
   scores = margins.to_array('scores', scores)
   margins.check_floating('scores', scores, 1)

@@ -140,6 +140,12 @@ def fit_generalization_gap(
 
   References:
     Jiang et al. 2019, section 3.4, Eq. 7.
+
+  Example:
+    >>> signatures = np.exp(np.arange(6.0))[:, None]  # of six networks
+    >>> fit = fit_generalization_gap(signatures, 0.3 - 0.02 * np.arange(6))
+    >>> round(float(fit.coefficients[0]), 3), round(fit.r2, 3)
+    (-0.02, 1.0)
   """
   from sklearn import linear_model, metrics, model_selection
 
