@@ -4,6 +4,7 @@ import collections
 import contextlib
 import csv
 import io
+import json
 import math
 import struct
 import sys
@@ -12,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import loop, progress, reporting
+from margin_jax.train import loop, metrics, progress, reporting
 from tests import helpers
 
 
@@ -84,7 +86,104 @@ def test_tensorboard_has_the_same_names_and_numbers(run):
     for name, value in row.items():
       if not math.isnan(value):
         expected[f'{prefix}/{name}'][step] = np.float32(value)
-  assert scalars(folder / 'tensorboard') == expected
+  found = scalars(folder / 'tensorboard')
+  assert {tag: found[tag] for tag in expected} == expected
+
+
+def values(folder):
+  """Every value in TensorBoard's files, with its step."""
+  for path in folder.iterdir():
+    content = path.read_bytes()
+    while content:
+      (size,) = struct.unpack('<Q', content[:8])
+      event = Event.FromString(content[12 : 12 + size])
+      content = content[16 + size :]
+      for value in event.summary.value:
+        yield event.step, value
+
+
+def test_tensorboard_has_histograms_of_every_score_and_margin(run):
+  folder, _, _, _ = run
+  histograms = collections.defaultdict(dict)
+  for step, value in values(folder / 'tensorboard'):
+    if value.HasField('histo'):
+      histograms[value.tag][step] = value.histo
+  assert {*histograms} == {
+    'train/scores', 'validation/margin', 'validation/mms', 'test/margin',
+    'test/mms',
+  }  # fmt: skip
+  assert [*histograms['train/scores']] == [10, 15, 20]  # selection.start is 5
+  assert {x.num for x in histograms['train/scores'].values()} == {32}
+  scored = {int(x['step']): x for x in read_csv(folder / 'train.csv')}
+  for step, histogram in histograms['train/scores'].items():
+    low, high = (float(scored[step][f'score_{x}']) for x in ('min', 'max'))
+    assert histogram.min <= high
+    assert histogram.max >= low
+  evaluated = [x for x in read_csv(folder / 'eval.csv') if x['split'] == 'test']
+  for row in evaluated:
+    margin = histograms['test/margin'][int(row['step'])]
+    assert margin.num == 360
+    mms = histograms['test/mms'][int(row['step'])]
+    assert mms.min >= 0
+    assert mms.max == max(abs(margin.min), margin.max) or mms.max <= margin.max
+
+
+@pytest.mark.parametrize('scored', [(0, 1, 0), (0, 0, 0)])
+def test_the_last_scores_for_tensorboard_survive_an_interruption(scored):
+  """What is kept of the steps since the last row says the same as they do."""
+
+  def call(scored, start):
+    count = len(scored)
+    rows = np.arange(start, start + 4 * count, dtype=np.float32)
+    return {
+      'nonfinite': np.zeros(count, np.int32),
+      'bad_gradient': np.zeros(count, np.int32),
+      'scored': np.float32(scored),
+      'loss': np.float32(scored) + start,
+      'scores': rows.reshape(count, 4),
+      'pool_classes': np.ones((count, 3), np.float32),
+      'batch_classes': np.ones((count, 3), np.float32),
+    }
+
+  before, after = [call(scored, 0), call([0], 100)], call([0, 0], 200)
+  kept = json.loads(json.dumps(metrics.to_json(before)))
+  whole = metrics.summarize([*before, after])
+  again = metrics.summarize([metrics.from_json(kept), after])
+  np.testing.assert_equal(again, whole)
+  if any(scored):
+    np.testing.assert_array_equal(whole[2], [4, 5, 6, 7])
+  else:
+    assert whole[2] is None
+
+
+def test_tensorboard_has_classes_and_hyperparameters(run):
+  folder, _, _, _ = run
+  accuracy = collections.defaultdict(dict)
+  worst, plugins = {}, {}
+  for step, value in values(folder / 'tensorboard'):
+    if value.tag.startswith('test_class_accuracy/class_'):
+      accuracy[step][value.tag] = value.simple_value
+    if value.tag.startswith('test/worst_class/'):
+      worst[step] = value.tensor.string_val[0].decode()
+    if value.metadata.plugin_data.plugin_name == 'hparams':
+      data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+      plugins[value.tag.removeprefix('_hparams_/')] = data
+  rows = [x for x in read_csv(folder / 'eval.csv') if x['split'] == 'test']
+  assert len(rows) == 2
+  for row in rows:
+    step = int(row['step'])
+    assert len(accuracy[step]) == 10
+    least = min(accuracy[step], key=accuracy[step].get)
+    lowest = float(row['worst_class_accuracy'])
+    assert accuracy[step][least] == pytest.approx(lowest)
+    assert worst[step].endswith(f'{lowest:.2%}')
+  fields = plugins['session_start_info'].session_start_info.hparams
+  assert fields['selection.rule'].string_value == 'mms'
+  assert fields['batch_size'].number_value == 8
+  tags = {x.name.tag for x in plugins['experiment'].experiment.metric_infos}
+  assert 'test/accuracy' in tags
+  assert tags <= {*scalars(folder / 'tensorboard')}
+  assert 'session_end_info' in plugins
 
 
 def test_the_view_uses_the_same_names_and_takes_the_place_of_lines(run):

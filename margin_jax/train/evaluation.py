@@ -51,10 +51,12 @@ def eval_step(
     epsilon: () float32, how far the attack may go; images are in [0, 1].
 
   Returns:
-    'loss' (summed cross-entropy), 'correct' and 'count', over all devices;
-    over all chunks every example counts exactly once. The latter two also by
-    class, (C,): 'class_correct' and 'class_count'. With F1, of class 1, also
-    'true_positives', 'false_positives' and 'false_negatives'.
+    Of all devices. 'sums': 'loss' (summed cross-entropy), 'correct' and
+    'count'; over all chunks every example counts exactly once. The latter two
+    also by class, (C,): 'class_correct' and 'class_count'. With F1, of class 1,
+    also 'true_positives', 'false_positives' and 'false_negatives'. And
+    'examples', arrays of a row an example, padding included: 'real', 'margin'
+    and 'mms'.
   """
   inputs, label, real = read(data, chunk)
 
@@ -85,7 +87,16 @@ def eval_step(
     sums['true_positives'] = jnp.sum(real & predicted & positive)
     sums['false_positives'] = jnp.sum(real & predicted & ~positive)
     sums['false_negatives'] = jnp.sum(real & ~predicted & positive)
-  return jax.lax.psum(sums, spec.axis_name)
+  kernel = variables['params']['head']['kernel'].astype(jnp.float32)
+  examples = {
+    'real': real,
+    'margin': margins.signed_margins(logits, kernel, label),
+    'mms': margins.mms_scores(logits, kernel),
+  }
+  return {
+    'sums': jax.lax.psum(sums, spec.axis_name),
+    'examples': jax.lax.all_gather(examples, spec.axis_name, tiled=True),
+  }
 
 
 def measure_step(
@@ -243,6 +254,16 @@ class Evaluator:
       state: the `TrainState` of the model.
       epsilon: how far the attack to evaluate under may go; None is no attack.
     """
+    return self.in_detail(name, state, epsilon)[0]
+
+  def in_detail(
+    self, name: str, state: PyTree, epsilon: float | None = None
+  ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the same and arrays, for histograms.
+
+    The arrays are 'class_accuracy', (C,), NaN for a class without examples, and
+    'margin' (signed) and 'mms', (N,).
+    """
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     attack = None if epsilon is None else self._attack
     epsilon = np.float32(epsilon or 0)
@@ -254,23 +275,33 @@ class Evaluator:
       self._programs[attack] = _Programs(
         self._splits, make_step, self._spec.axis_name, variables, epsilon
       )
-    sums = self._programs[attack].run(name, variables, epsilon)
+    chunks = self._programs[attack].run(name, variables, epsilon)
     total = {
-      key: sum(np.float64(x[key]) for _, x in sums) for key in sums[0][1]
+      key: sum(np.float64(x['sums'][key]) for _, x in chunks)
+      for key in chunks[0][1]['sums']
     }
     there = total['class_count'] > 0
-    by_class = total['class_correct'][there] / total['class_count'][there]
+    by_class = np.divide(
+      total['class_correct'], total['class_count'], where=there,
+      out=np.full(there.shape, np.nan),
+    )  # fmt: skip
     result = {
       'loss': float(total['loss'] / total['count']),
       'accuracy': float(total['correct'] / total['count']),
-      'worst_class_accuracy': float(by_class.min()),
+      'worst_class_accuracy': float(np.nanmin(by_class)),
       'count': int(total['count']),
     }
     if self._spec.dataset.f1:
       twice = 2 * total['true_positives']
       errors = total['false_positives'] + total['false_negatives']
       result['f1'] = float(twice / max(twice + errors, 1))
-    return result
+    examples = {
+      key: np.concatenate([x['examples'][key][: len(w)] for w, x in chunks])
+      for key in chunks[0][1]['examples']
+    }
+    real = examples.pop('real')  # but for images that could not be decoded
+    details = {key: values[real] for key, values in examples.items()}
+    return result, {'class_accuracy': by_class, **details}
 
 
 class Measurer:

@@ -344,6 +344,9 @@ def _reporter(
     after=run.start,
     last_row=run.last_row,
     best=run.best,
+    config=run.saved_config,
+    splits=run.splits,
+    class_names=run.dataset.class_names,
     log=log,
     hook=hook,
     view=view,
@@ -386,11 +389,12 @@ def _run_steps(
   def report(step: int) -> None:
     nonlocal last_row, windows
     watch.finish(step)
-    metrics, rates = metrics_lib.summarize(windows)
+    metrics, rates, scores = metrics_lib.summarize(windows)
     total.skipped += int(metrics.pop('skipped', 0))
     count(step)
     last_row = (step, dataclasses.asdict(run.counters))
-    reporter.train(*last_row, metrics | run.devices.memory(), rates)
+    metrics |= run.devices.memory()
+    reporter.train(*last_row, metrics, rates, scores)
     windows, run.pending = [], None
 
   def suspend(step: int) -> None:
@@ -407,7 +411,7 @@ def _run_steps(
   try:
     for step in range(run.start + call, config.steps + 1, call):
       run.state, metrics = run.program(step - call, run.state)
-      if windows and row_ends(step - call, config.log_every, config.log_rows):
+      if windows and (step - call) % config.log_every == 0:
         report(step - call)
       windows.append(metrics)
       watch.add(step - call, metrics)
@@ -440,18 +444,6 @@ def _run_steps(
   return evaluations
 
 
-def row_ends(step: int, log_every: int, log_rows: int | None) -> bool:
-  """Returns whether a row of train.csv ends with a step.
-
-  Rows are log_every * 2^k steps apart; k is the least for which the steps so
-  far would be at most `log_rows` such rows.
-  """
-  interval = log_every
-  while log_rows is not None and step > log_rows * interval:
-    interval *= 2
-  return step % interval == 0
-
-
 def _clock(run: Run) -> float:
   """Returns seconds, but for those that a first call spent on compiling."""
   return time.perf_counter() - run.program.compile_seconds
@@ -472,8 +464,11 @@ def _evaluate(
   counters = dataclasses.asdict(run.counters)
   results = {}
   for split in run.splits:
-    results[split] = run.evaluator(split, run.state)
-    reporter.evaluation(step, split, counters, results[split])
+    results[split], details = run.evaluator.in_detail(split, run.state)
+    reporter.evaluation(step, split, counters, results[split], details)
+  if run.spec.memory is not None:
+    remembered = jax.device_get(run.state.memory.examples.scores)
+    reporter.histogram('train/remembered_scores', remembered, step)
   results |= _mean_of_tests(results)
   if 'validation' not in results:
     return results, None, False

@@ -23,6 +23,7 @@ With a selection, 0 where the step scores nothing:
 * `mean_mms_scoring`: `mean_mms` from the scoring forward, in its mode (of a
   proxy, in its feature space): what the authors' code traces;
 * `nan_scores`, and the quantiles `score_min` to `score_max` of the others;
+* `scores`, (B,): of the pool, the lowest first;
 * `pool_classes`, `batch_classes`, (C,): examples of each class in the pool, and
   in the reuse * b selected from it.
 
@@ -60,6 +61,8 @@ PROXY_ONLY = ('proxy_loss', 'proxy_gradient_norm')
 SUMMED = ('nan_scores', 'scored', 'skipped')
 # By class: reported as the fraction of each class's pool examples selected.
 POOL_CLASSES, BATCH_CLASSES = 'pool_classes', 'batch_classes'
+# Of the whole pool, for histograms.
+SCORES = 'scores'
 # Mean MMS is over the ten smallest (ICLR 4.1, Figure 3).
 MEAN_MMS_EXAMPLES = 10
 
@@ -72,6 +75,7 @@ def no_scores(spec: StepSpec) -> Metrics:
   classes = jnp.zeros(spec.dataset.num_classes, jnp.float32)
   return {
     **{name: jnp.float32(0) for name in names},
+    SCORES: jnp.zeros(spec.selection.pool_size, jnp.float32),
     POOL_CLASSES: classes,
     BATCH_CLASSES: classes,
   }
@@ -94,6 +98,7 @@ def of_selection(
     'scored': jnp.float32(1),
     'pool_error': jax.lax.pmean(error, spec.axis_name),
     'nan_scores': nan_scores.astype(jnp.float32),
+    SCORES: gathered[order],
     POOL_CLASSES: _class_counts(spec, pool['label']),
     BATCH_CLASSES: _class_counts(spec, selected['label']),
     **dict(zip(QUANTILES, quantiles, strict=True)),
@@ -167,28 +172,39 @@ def to_json(calls: list[PyTree]) -> dict[str, list]:
   """Returns the steps of several calls, as `summarize` takes them, as lists.
 
   Counts of classes are summed over the steps, as it will do, since there may be
-  many classes.
+  many classes; of the scores those of the last pool are kept, as there.
   """
   calls = jax.device_get(calls)
   steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
   for name in (POOL_CLASSES, BATCH_CLASSES):
     if name in steps:
       steps[name] = steps[name].sum(axis=0, keepdims=True, dtype=np.float64)
+  if SCORES in steps:
+    steps[SCORES] = _last_pool(steps[SCORES], steps['scored'])[None]
   return {name: array.tolist() for name, array in steps.items()}
 
 
 def from_json(steps: dict[str, list]) -> PyTree:
   """Returns what `to_json` has made lists of, as the metrics of one call."""
   exact = {POOL_CLASSES: np.float64, BATCH_CLASSES: np.float64}
-  return {
+  call = {
     name: np.asarray(values, exact.get(name, np.float32))
     for name, values in steps.items()
   }
+  if SCORES in call:  # a row for each step again
+    call[SCORES] = np.repeat(call[SCORES], len(call['scored']), axis=0)
+  return call
+
+
+def _last_pool(scores: np.ndarray, scored: np.ndarray) -> np.ndarray:
+  """Returns the scores of the last pool of (steps, B), zeros without one."""
+  steps = np.flatnonzero(scored)
+  return scores[steps[-1] if steps.size else -1]
 
 
 def summarize(
   calls: list[PyTree],
-) -> tuple[dict[str, float], np.ndarray | None]:
+) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
   """Summarizes the steps of several calls in one row.
 
   Args:
@@ -198,7 +214,8 @@ def summarize(
     Means over the steps, without those that were skipped; of pool metrics over
     the scored steps, NaN if there are none; sums of `SUMMED`. And, with a
     selection, (C,) rates: which fraction of each class's examples in the pools
-    was selected, NaN for a class that was in none.
+    was selected, NaN for a class that was in none. And (B,), the scores of the
+    last pool, None where no step scored one.
   """
   calls = jax.device_get(calls)
   steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
@@ -206,6 +223,7 @@ def summarize(
   del steps['bad_gradient']
   pooled = steps.pop(POOL_CLASSES, None)
   selected = steps.pop(BATCH_CLASSES, None)
+  scores = steps.pop(SCORES, None)
   scored = steps.get('scored', np.zeros(1)) > 0
   trained = steps.pop('proxy_trained', np.zeros(1)) > 0
   row = {}
@@ -217,8 +235,11 @@ def summarize(
     values = values[counted & trained if name in PROXY_ONLY else counted]
     row[name] = float(values.mean(dtype=np.float64)) if values.size else np.nan
   if pooled is None:
-    return row, None
+    return row, None, None
   in_pool = pooled.sum(axis=0, dtype=np.float64)
   in_batch = selected.sum(axis=0, dtype=np.float64)
   rates = np.full(in_pool.shape, np.nan)
-  return row, np.divide(in_batch, in_pool, out=rates, where=in_pool > 0)
+  rates = np.divide(in_batch, in_pool, out=rates, where=in_pool > 0)
+  if scores is None or not scored.any():
+    return row, rates, None
+  return row, rates, _last_pool(scores, scored)

@@ -4,10 +4,12 @@ import csv
 import math
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorboardX
+import tensorboardX.summary
 
 from margin_jax import files
 from margin_jax.train import progress
@@ -17,6 +19,8 @@ from margin_jax.train.progress import Row
 Hook = Callable[[str, int, Row], None]
 # What an evaluation of the test split under an attack begins with.
 ATTACKED = 'test under '
+# TensorBoard has a chart of each class's accuracy, unless there are more.
+MOST_CHARTS = 20
 
 
 class _Table:
@@ -96,6 +100,9 @@ class Reporter:
     last_row: tuple[int, Row],
     best: dict[str, Any] | None,
     log: Callable[[str], None],
+    config: dict[str, Any] | None = None,
+    splits: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
     hook: Hook | None = None,
     view: progress.View | None = None,
   ):
@@ -109,6 +116,9 @@ class Reporter:
         cost up to it.
       best: its best evaluation up to there.
       log: takes the progress lines.
+      config: the fields by name, for TensorBoard's table of hyperparameters.
+      splits: that are evaluated.
+      class_names: of the classes; None are their indices.
       hook: takes every row, after the files have it.
       view: shows every row of training, in place of a line.
     """
@@ -125,6 +135,8 @@ class Reporter:
     self._board = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'), purge_step=after + 1
     )
+    self._class_names = class_names
+    self._begin_session(config or {}, splits)
     self._last = last_row
     self._view = view
     hooks = (self._scalars, view, hook)
@@ -133,7 +145,12 @@ class Reporter:
       view.start(after, steps, best)
 
   def train(
-    self, step: int, counters: Row, metrics: Row, class_rates: Any = None
+    self,
+    step: int,
+    counters: Row,
+    metrics: Row,
+    class_rates: Any = None,
+    scores: Any = None,
   ) -> None:
     """Reports the means of the steps since the last call.
 
@@ -143,6 +160,7 @@ class Reporter:
       metrics: the means.
       class_rates: (C,) fraction of each class's pool examples that was
         selected, for classes.csv; None without a selection.
+      scores: (B,) of the last pool, for a histogram; None where there is none.
     """
     before, then = self._last
     self._last = (step, counters)
@@ -158,6 +176,9 @@ class Reporter:
     if class_rates is not None:
       rates = {f'class_{i}': rate for i, rate in enumerate(class_rates)}
       self._classes.add({'step': step, **rates})
+      self._by_class('selected_of_pool', class_rates, step)
+    if scores is not None:
+      self.histogram('train/scores', scores, step)
     if self._view is None:
       self._log(
         f'step {step:,}/{self._steps:,}  '
@@ -172,9 +193,22 @@ class Reporter:
     self._tell('train', step, row)
 
   def evaluation(
-    self, step: int, split: str, counters: Row, metrics: Row
+    self,
+    step: int,
+    split: str,
+    counters: Row,
+    metrics: Row,
+    details: dict[str, Any] | None = None,
   ) -> None:
-    """Reports one split's loss, accuracy and, where it has one, F1."""
+    """Reports one split's loss, accuracy and, where it has one, F1.
+
+    Args:
+      step: at which it was evaluated.
+      split: its name.
+      counters: what the run has cost up to it.
+      metrics: the numbers.
+      details: arrays for TensorBoard, see `Evaluator.in_detail`.
+    """
     row = {**counters, **metrics}
     self._eval.add({'step': step, 'split': split, **row})
     self._log(
@@ -184,6 +218,55 @@ class Reporter:
       + (f'  F1 {metrics["f1"]:.2%}' if 'f1' in metrics else '')
     )
     self._tell(split, step, row)
+    if details is not None:
+      for name in ('margin', 'mms'):
+        self.histogram(f'{split}/{name}', details[name], step)
+      self._by_class(f'{split}_class_accuracy', details['class_accuracy'], step)
+      worst = int(np.nanargmin(details['class_accuracy']))
+      text = f'{self._name(worst)}: {details["class_accuracy"][worst]:.2%}'
+      self._board.add_text(f'{split}/worst_class', text, step)
+    if step == self._steps and self._end_of_session is not None:
+      self._board.file_writer.add_summary(self._end_of_session)
+      self._end_of_session = None
+
+  def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+    """Adds the finite ones of some values to TensorBoard's histograms."""
+    finite = values[np.isfinite(values)]
+    if finite.size:
+      self._board.add_histogram(tag, finite, step)
+
+  def _begin_session(
+    self, config: dict[str, Any], splits: Sequence[str]
+  ) -> None:
+    """Tells TensorBoard the hyperparameters, and by what to compare runs."""
+    numbers = bool | int | float | str
+    fields = {
+      name: value if isinstance(value, numbers) else str(value)
+      for name, value in config.items()
+    }
+    metrics = [
+      f'{split}/{name}'
+      for split in splits
+      for name in ('accuracy', 'worst_class_accuracy', 'loss')
+    ]
+    *begin, self._end_of_session = tensorboardX.summary.hparams(
+      fields, dict.fromkeys(metrics, 0)
+    )
+    for summary in begin:
+      self._board.file_writer.add_summary(summary)
+
+  def _name(self, index: int) -> str:
+    return f'class_{index}' if self._class_names is None else (
+      self._class_names[index]
+    )  # fmt: skip
+
+  def _by_class(self, group: str, values: np.ndarray, step: int) -> None:
+    """Adds a chart for each class, where they are few."""
+    if len(values) > MOST_CHARTS:
+      return
+    for index, value in enumerate(values):
+      if not math.isnan(value):
+        self._board.add_scalar(f'{group}/{self._name(index)}', value, step)
 
   def _tell(self, prefix: str, step: int, row: Row) -> None:
     for hook in self._hooks:
@@ -213,6 +296,9 @@ class Silent(Reporter):
     """Does nothing."""
 
   def evaluation(self, *args: Any) -> None:
+    """Does nothing."""
+
+  def histogram(self, *args: Any) -> None:
     """Does nothing."""
 
   def close(self) -> None:
