@@ -5,12 +5,14 @@
 Starts from 50 labelled digits, trains, asks for the labels of 25 more, and so
 on to 300. What to ask for is decided by MMS, by entropy, or at random; each
 round trains a new network on what is labelled. Writes
-benchmarks/active_learning_on_digits.md.
+benchmarks/active_learning_on_digits.csv, a row for each rule and seed, and of
+all rows there .md, .png and .pdf; --report only those. A row that is there is
+not measured again.
 """
 
 import argparse
+import csv
 import pathlib
-import statistics
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ import numpy as np
 import optax
 
 import margin_jax
-from margin_jax import selection
+from margin_jax import figures, files, selection
+from margin_jax.compare import report
 from margin_jax.data import digits
 
 RULES = ('mms', 'entropy', 'random')
@@ -84,46 +87,125 @@ def grow(rule: str, seed: int) -> list[float]:
     params = train(train_key, images, labels, jnp.asarray(labelled, float))
     logits, _ = forward(params, jnp.asarray(test['inputs']))
     accuracy.append(float(np.mean(np.argmax(logits, 1) == test['label'])))
-    logits, _ = forward(params, images)
-    keys = jax.random.split(rule_key, len(labels))
-    scores = selection.RULES[rule](logits, params['head'], labels, keys)
+    logits, features = forward(params, images)
+    scored = selection.Scored(
+      logits=logits,
+      features=features,
+      kernel=params['head'],
+      labels=labels,
+      index=jnp.arange(len(labels)),
+      keys=jax.random.split(rule_key, len(labels)),
+    )
+    scores = selection.RULES[rule].score(scored)
     labelled[margin_jax.query(scores, STEP, labelled)] = True
   return accuracy
 
 
-def main() -> None:
-  """All rules, all seeds, one table."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--seeds', type=int, default=10)
-  args = parser.parse_args()
-  sizes = range(START, END + 1, STEP)
+SIZES = range(START, END + 1, STEP)
+BASE = pathlib.Path(__file__).with_suffix('')
+
+
+def read(path: pathlib.Path) -> dict[tuple[str, int], list[float]]:
+  """Test accuracy after each round, by rule and seed."""
+  if not path.exists():
+    return {}
+  with path.open(newline='') as file:
+    return {
+      (row['rule'], int(row['seed'])): [float(row[f'{n}']) for n in SIZES]
+      for row in csv.DictReader(file)
+    }
+
+
+def measure(path: pathlib.Path, seeds: int) -> None:
+  """Measures what is missing."""
+  found = read(path)
+  device = f'{jax.devices()[0].device_kind}, jax {jax.__version__}'
+  for seed in range(seeds):
+    for rule in RULES:
+      if (rule, seed) in found:
+        continue
+      found[rule, seed] = grow(rule, seed)
+      print(rule, seed, found[rule, seed][-1], device, flush=True)
+      files.write_csv(
+        path,
+        ['rule', 'seed', *map(str, SIZES)],
+        [
+          {'rule': r, 'seed': s, **dict(zip(map(str, SIZES), x, strict=True))}
+          for (r, s), x in found.items()
+        ],
+      )
+
+
+def write_report(found: dict[tuple[str, int], list[float]]) -> None:
+  """The table, and the figure."""
+  errors = {
+    rule: 1 - np.array([x for (r, _), x in found.items() if r == rule])
+    for rule in RULES
+  }
+  seeds = [len(x) for x in errors.values()]
+  table = report.markdown(
+    ['labelled', *RULES],
+    [
+      [f'{n}', *(_cell(1 - errors[rule][:, i]) for rule in RULES)]
+      for i, n in enumerate(SIZES)
+    ],
+  )
   lines = [
     '# Active learning on digits',
     '',
-    f'`python -m benchmarks.active_learning_on_digits --seeds={args.seeds}`: '
+    f'`python -m benchmarks.active_learning_on_digits --seeds={max(seeds)}`: '
     f'a network of two hidden layers, trained anew for {STEPS} steps of '
     f'{BATCH} on what is labelled, then asks for {STEP} more labels of 1,437. '
     'Accuracy in percent on 360 test images, mean ± standard deviation over '
-    f'{args.seeds} seeds.',
+    f'{max(seeds)} seeds.',
     '',
-    '| labelled | ' + ' | '.join(RULES) + ' |',
-    '|---|' + '---|' * len(RULES),
+    f'![Test error against labels]({BASE.name}.png)',
+    '',
+    *table,
+    '',
+    'One CPU, jax 0.10.1.',
   ]
-  curves = {
-    rule: [grow(rule, seed) for seed in range(args.seeds)] for rule in RULES
-  }
-  for index, size in enumerate(sizes):
-    cells = []
-    for rule in RULES:
-      values = [100 * curve[index] for curve in curves[rule]]
-      spread = statistics.stdev(values) if len(values) > 1 else 0.0
-      cells.append(f'{statistics.mean(values):.2f} ± {spread:.2f}')
-    lines.append(f'| {size} | ' + ' | '.join(cells) + ' |')
-  device = jax.devices()[0].device_kind
-  lines += ['', f'1 x {device}, jax {jax.__version__}.']
-  text = '\n'.join(lines) + '\n'
-  pathlib.Path(__file__).with_suffix('.md').write_text(text)
-  print(text)
+  BASE.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  draw(BASE.with_suffix('.png'), errors)
+
+
+def _cell(values: np.ndarray) -> str:
+  return report.percent(*report.mean_and_deviation(values))
+
+
+def draw(path: pathlib.Path, errors: dict[str, np.ndarray]) -> None:
+  """Test error against the number of labels, with a band over the seeds."""
+  looks = figures.looks([*errors])
+  with figures.drawing(path, 3.0, figures.COLUMN) as figure:
+    axes = figure.subplots()
+    axes.set_yscale('log')
+    for index, (rule, x) in enumerate(errors.items()):
+      percent = 100 * x
+      every = figures.stagger(index, len(errors), len(SIZES))
+      axes.plot(
+        SIZES, percent.mean(0), label=rule, markevery=every, **looks[rule]
+      )
+      axes.fill_between(
+        SIZES, percent.min(0), percent.max(0), color=looks[rule]['color'],
+        alpha=0.15, linewidth=0,
+      )  # fmt: skip
+    figures.log_ticks(axes.yaxis, *axes.get_ylim())
+    axes.set_xlabel('labelled digits')
+    axes.set_ylabel('test error, %')
+    note = figures.seeds_note([len(x) for x in errors.values()])
+    figures.legend(figure, axes, note.replace('; ', ';\n'))
+
+
+def main() -> None:
+  """All rules, all seeds."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--seeds', type=int, default=10)
+  parser.add_argument('--report', action='store_true')
+  args = parser.parse_args()
+  path = BASE.with_suffix('.csv')
+  if not args.report:
+    measure(path, args.seeds)
+  write_report(read(path))
 
 
 if __name__ == '__main__':

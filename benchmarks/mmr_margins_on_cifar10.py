@@ -3,8 +3,8 @@
     python -m benchmarks.mmr_margins_on_cifar10 --data_dir=DIR
 
 Trains a small ResNet on CIFAR-10 with and without MMR, analyzes every run, and
-writes benchmarks/mmr_margins_on_cifar10.md and the plot of one run with MMR,
-benchmarks/mmr_margins_on_cifar10.png.
+writes benchmarks/mmr_margins_on_cifar10.md, its tables as .csv, and of that
+.png and .pdf; --report draws these anew.
 """
 
 import argparse
@@ -12,15 +12,16 @@ import csv
 import functools
 import importlib
 import pathlib
-import shutil
 import statistics
 
 import numpy as np
 
-from margin_jax import analyze, data
+from margin_jax import analyze, data, figures, files
 from margin_jax.train import loop
 
 METHODS = ('baseline', 'mmr')
+END, EQUAL = 'last checkpoint', 'equal accuracy'
+TITLES = {END: 'at the last checkpoint', EQUAL: 'at equal training accuracy'}
 QUANTITIES = (
   'margin',
   'margin/feature_norm',
@@ -71,27 +72,82 @@ def at_accuracy(rows: list[dict], quantity: str, accuracy: float) -> float:
   return float(np.interp(accuracy, x, y))
 
 
-def cell(values: list[float]) -> str:
+def cell(mean: float, deviation: float) -> str:
   """Mean and standard deviation over the seeds."""
-  spread = statistics.stdev(values) if len(values) > 1 else 0.0
-  return f'{statistics.mean(values):.4f} ± {spread:.4f}'
+  return f'{mean:.4f} ± {deviation:.4f}'
 
 
-def table(head: str, runs: dict[str, list], value) -> list[str]:
+def over_seeds(values: list[float]) -> tuple[float, float]:
+  """Mean and standard deviation."""
+  deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+  return statistics.mean(values), deviation
+
+
+def table(head: str, rows: list[dict]) -> list[str]:
   """A line a method, a column a quantity."""
   lines = [
     f'| {head} | ' + ' | '.join(QUANTITIES) + ' |',
     '|---|' + '---|' * len(QUANTITIES),
   ]
-  for method, found in runs.items():
+  for method in METHODS:
     cells = (
-      cell(
-        [value(rows, quantity, seed) for seed, (_, rows) in enumerate(found)]
-      )
-      for quantity in QUANTITIES
+      cell(row['mean'], row['deviation'])
+      for row in rows
+      if (row['at'], row['method']) == (head, method)
     )
     lines.append(f'| {method} | ' + ' | '.join(cells) + ' |')
   return lines
+
+
+def statistics_of(runs: dict[str, list], equal: list[float]) -> list[dict]:
+  """A row of the CSV file for each comparison, method and quantity."""
+  rows = []
+  for at in TITLES:
+    for method, found in runs.items():
+      for quantity in QUANTITIES:
+        values = [
+          curve(x, quantity)[1][-1]
+          if at == END
+          else at_accuracy(x, quantity, equal[seed])
+          for seed, (_, x) in enumerate(found)
+        ]
+        mean, deviation = over_seeds(values)
+        rows.append({
+          'at': at, 'method': method, 'quantity': quantity,
+          'seeds': len(values), 'mean': mean, 'deviation': deviation,
+        })  # fmt: skip
+  return rows
+
+
+def draw() -> None:
+  """The medians with MMR relative to those without, of the CSV file."""
+  path = pathlib.Path(__file__).with_suffix('.csv')
+  with path.open(newline='') as file:
+    rows = [
+      {**row, 'mean': float(row['mean']), 'deviation': float(row['deviation'])}
+      for row in csv.DictReader(file)
+    ]
+  looks = figures.looks(METHODS)
+  with figures.drawing(path.with_suffix('.png'), 2.4) as figure:
+    grid = figure.subplots(1, len(TITLES), sharey=True, sharex=True)
+    for axes, at in zip(grid, TITLES, strict=True):
+      found = {(x['method'], x['quantity']): x for x in rows if x['at'] == at}
+      for shift, method in zip((-0.13, 0.13), METHODS, strict=True):
+        own = [found[method, quantity] for quantity in QUANTITIES]
+        of = [found[METHODS[0], quantity]['mean'] for quantity in QUANTITIES]
+        axes.errorbar(
+          [x['mean'] / y for x, y in zip(own, of, strict=True)],
+          [shift + i for i in range(len(QUANTITIES))],
+          xerr=[x['deviation'] / y for x, y in zip(own, of, strict=True)],
+          label=method, **{**looks[method], 'linestyle': '', 'linewidth': 1.2},
+        )  # fmt: skip
+      axes.axvline(1, color=figures.BLACK, linewidth=0.7)
+      axes.set_title(TITLES[at])
+      axes.set_xlabel("relative to the baseline's")
+    grid[0].set_yticks(range(len(QUANTITIES)), QUANTITIES)
+    grid[0].set_ylim(len(QUANTITIES) - 0.5, -0.5)
+    note = f'medians over the training images; {rows[0]["seeds"]} seeds: mean'
+    figures.legend(figure, grid[0], f'{note} and standard deviation')
 
 
 def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
@@ -122,40 +178,33 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
     '|---|---|---|---|---|---|',
   ]
   for method, found in runs.items():
-    train_accuracy = cell([curve(rows, 'margin')[0][-1] for _, rows in found])
-    test = cell([result['test']['accuracy'] for result, _ in found])
+    accuracies = [curve(rows, 'margin')[0][-1] for _, rows in found]
+    train_accuracy = cell(*over_seeds(accuracies))
+    tests = [result['test']['accuracy'] for result, _ in found]
+    test = cell(*over_seeds(tests))
     seconds = statistics.median(result['seconds'] for result, _ in found)
     lines.append(
       f'| {method} | {train_accuracy} | {test} | {args.steps:,} | '
       f'{found[0][0]["flops"] / 1e12:.1f} | {seconds:.0f} |'
     )
-  lines += ['', *table('last checkpoint', runs, at_end)]
+  rows = statistics_of(runs, equal)
+  lines += ['', *table(END, rows)]
   lines += [
     '',
     'At equal training accuracy, for each seed the highest that both reached '
     f'({", ".join(f"{value:.2%}" for value in equal)}; linear between '
     'checkpoints):',
     '',
-    *table(
-      'equal accuracy',
-      runs,
-      lambda rows, q, seed: at_accuracy(rows, q, equal[seed]),
-    ),
+    *table(EQUAL, rows),
     '',
     f'{first["devices"]} x {first["device"]}, jax {first["versions"]["jax"]}.',
     '',
-    '![Margin distributions of a run with MMR](mmr_margins_on_cifar10.png)',
+    '![Margins with MMR relative to those without](mmr_margins_on_cifar10.png)',
   ]
   path = pathlib.Path(__file__)
   path.with_suffix('.md').write_text('\n'.join(lines) + '\n')
-  plot = pathlib.Path(args.workdir) / 'mmr_0' / 'analysis' / 'margins.png'
-  shutil.copy(plot, path.with_suffix('.png'))
-
-
-def at_end(rows: list[dict], quantity: str, seed: int) -> float:
-  """The median at the last checkpoint."""
-  del seed
-  return curve(rows, quantity)[1][-1]
+  files.write_csv(path.with_suffix('.csv'), [*rows[0]], rows)
+  draw()
 
 
 def main() -> None:
@@ -169,7 +218,11 @@ def main() -> None:
   parser.add_argument('--checkpoints', type=int, default=5)
   parser.add_argument('--examples', type=int, default=10_000)
   parser.add_argument('--alpha', type=float, help="default: the config's ramp")
+  parser.add_argument('--report', action='store_true')
   args = parser.parse_args()
+  if args.report:
+    draw()
+    return
   data.tfds_images.load = functools.cache(data.tfds_images.load)
   runs = {method: [] for method in METHODS}
   for seed in range(args.seeds):

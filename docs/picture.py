@@ -8,9 +8,18 @@ import pathlib
 import numpy as np
 
 import margin_jax
+from margin_jax import figures
 
-SIZE = 420
-CLASSES = ('#d1495b', '#2e86ab', '#3c9d5d')
+CLASSES = (
+  (figures.RED, 'o'), (figures.BLUE, 's'), (figures.GREEN, '^')
+)  # fmt: skip
+TEXT = """1  forward on the pool (150 examples)
+2  score: the distance to the nearest
+    boundary between two classes (dashed)
+3  select the 30 lowest (dark edge)
+4  gradient step on those
+
+All four are one compiled program."""
 
 
 def main() -> None:
@@ -22,49 +31,27 @@ def main() -> None:
   features = 1.1 * kernel.T[label] + 0.75 * rng.normal(size=(150, 2))
   logits = (features @ kernel).astype(np.float32)
   scores = margin_jax.mms_scores(logits, kernel)
-  selected = set(np.asarray(margin_jax.select_lowest(scores, 30)).tolist())
-
-  def to_pixels(point):
-    x, y = SIZE / 2 + np.array([1, -1]) * point * SIZE / 6.4
-    return f'{x:.1f}', f'{y:.1f}'
-
-  lines = [
-    f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIZE + 300}" '
-    f'height="{SIZE}" font-family="sans-serif" font-size="15">',
-    f'<rect width="{SIZE + 300}" height="{SIZE}" fill="white"/>',
-  ]
-  for angle in angles:
-    # The boundary between two classes lies opposite to the third.
-    x, y = to_pixels(-4.2 * np.array([np.cos(angle), np.sin(angle)]))
-    lines.append(
-      f'<line x1="{SIZE / 2}" y1="{SIZE / 2}" x2="{x}" y2="{y}" '
-      'stroke="#444" stroke-width="1.5" stroke-dasharray="6 4"/>'
-    )
-  for i, point in enumerate(features):
-    x, y = to_pixels(point)
-    style = (
-      f'r="6" fill="{CLASSES[label[i]]}" stroke="black" stroke-width="1.6"'
-      if i in selected
-      else f'r="4" fill="{CLASSES[label[i]]}" fill-opacity="0.35"'
-    )
-    lines.append(f'<circle cx="{x}" cy="{y}" {style}/>')
-  left = SIZE + 10
-  texts = [
-    '1  forward on the pool (150)',
-    '2  score = distance to the',
-    '    nearest decision boundary',
-    '3  select the 30 lowest (outlined)',
-    '4  gradient step on those',
-    '',
-    'All four are one compiled program.',
-  ]
-  for row, text in enumerate(texts):
-    lines.append(
-      f'<text x="{left}" y="{120 + 27 * row}" xml:space="preserve">'
-      f'{text}</text>'
-    )
+  selected = np.isin(
+    np.arange(150), np.asarray(margin_jax.select_lowest(scores, 30))
+  )
   path = pathlib.Path(__file__).with_suffix('.svg')
-  path.write_text('\n'.join([*lines, '</svg>']) + '\n')
+  with figures.drawing(path, 3.6, suffixes=('.svg',)) as figure:
+    axes, beside = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    for x, y in -4.2 * kernel.T:  # a boundary lies opposite to the third class
+      axes.plot([0, x], [0, y], color='0.3', linestyle='--', zorder=1)
+    for i, (color, marker) in enumerate(CLASSES):
+      for chosen, look in (
+        (False, {'markersize': 4, 'alpha': 0.4, 'markeredgewidth': 0}),
+        (True, {'markersize': 6, 'markeredgecolor': 'black'}),
+      ):
+        own = features[(label == i) & (selected == chosen)]
+        axes.plot(*own.T, marker, color=color, **look)
+    axes.set_aspect('equal')
+    axes.set_xlim(-3.2, 3.2)
+    axes.set_ylim(-3.2, 3.2)
+    axes.set_axis_off()
+    beside.set_axis_off()
+    beside.text(0, 0.5, TEXT, va='center', linespacing=1.6, fontsize=10)
 
 
 if __name__ == '__main__':

@@ -38,7 +38,6 @@ BAD = [
   ('checkpoint_every', -1, POSITIVE),
   ('eval_batch_size', 0, POSITIVE),
   ('keep_every', 0, POSITIVE),
-  ('log_rows', 0, POSITIVE),
   ('data.name', 'cifar', "'cifar10'"),
   ('data.name', None, "'digits'"),
   # as_json could not store it.
