@@ -16,6 +16,7 @@ from margin_jax.registry import (
   register_dataset,
   register_loss,
   register_model,
+  register_optimizer,
   register_rule,
 )
 from margin_jax.selection import query, select_lowest, take_lowest
@@ -38,6 +39,7 @@ __all__ = [
   'register_dataset',
   'register_loss',
   'register_model',
+  'register_optimizer',
   'register_rule',
   'select_lowest',
   'signed_margins',

@@ -13,7 +13,14 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from margin_jax import data, linearized, losses, models, selection
+from margin_jax import (
+  data,
+  linearized,
+  losses,
+  models,
+  optimizers,
+  selection,
+)
 from margin_jax.checks import (
   Check,
   flag,
@@ -187,7 +194,7 @@ def _steps_may_change(config: Flat) -> bool:
   """Unless something is linear between the first step and the last."""
   trims = config['trimming.first'] != config['trimming.last']
   alpha = config['mmr.alpha_end'] is not None
-  decays = config['optimizer.decay'] == 'linear'
+  decays = config['optimizer.decay'] != 'steps'
   return not (trims or alpha or decays or MEMORY.met(config))
 
 
@@ -479,7 +486,7 @@ FIELDS: dict[str, Field] = {
   # The optimizer.
   'optimizer.name': Field(
     'sgd',
-    one_of('sgd', 'adam', 'adamw', 'rmsprop'),
+    known(lambda: (*optimizers.NAMES, *optimizers.REGISTERED)),
     "The optimizer; 'adamw' is Adam with decoupled weight decay.",
   ),
   'optimizer.learning_rates': Field(
@@ -499,9 +506,10 @@ FIELDS: dict[str, Field] = {
   ),
   'optimizer.decay': Field(
     'steps',
-    one_of('steps', 'linear'),
+    one_of(*optimizers.DECAYS),
     "Whether the learning rate changes at the boundaries only ('steps'), or "
-    "falls to 0 at the last step ('linear').",
+    "falls from the end of the warm-up to 0 at the last step: 'linear', or as "
+    "half a wave of a 'cosine'.",
   ),
   'optimizer.momentum': Field(
     0.9,
@@ -523,7 +531,7 @@ FIELDS: dict[str, Field] = {
   ),
   'optimizer.weight_decay_mask': Field(
     'kernels',
-    one_of('kernels', 'convolutions', 'all'),
+    one_of(*optimizers.WEIGHT_DECAY_MASKS),
     'What is decayed: kernels only (and embeddings; no biases, no scales of '
     'normalization), of those the ones of convolutions only, or all '
     'parameters.',

@@ -1,15 +1,19 @@
-"""Rules, losses, models and datasets of your own, by name.
+"""Rules, losses, optimizers, models and datasets of your own, by name.
 
 A registered name is a value of a config field, like the built-in ones.
 """
 
+import copy
 import dataclasses
+import functools
 import inspect
 
 import flax.linen as nn
+import ml_collections
 import numpy as np
+import optax
 
-from margin_jax import data, losses, models, selection
+from margin_jax import data, losses, models, optimizers, selection
 from margin_jax.config import PRESETS
 from margin_jax.data import registered
 
@@ -98,6 +102,80 @@ def register_loss(name: str, loss: losses.Loss) -> None:
       'outputs.logits, .features, .kernel, .labels, .index and .weights'
     )
   losses.REGISTERED[name] = loss
+
+
+def register_optimizer(
+  name: str, optimizer: optimizers.Factory | optax.GradientTransformation
+) -> None:
+  """Makes an optax optimizer of your own an `optimizer.name`.
+
+  `optimizer.weight_decay` and `optimizer.clip_norm` change the gradient before
+  it sees it, as with 'sgd'. Registered again, a name stands for the new one.
+
+  Args:
+    name: what no optimizer here is called.
+    optimizer: a function of the learning rate, which is the `optax.Schedule` of
+      the config (`optimizer.learning_rates`, boundaries, warm-up and decay),
+      that returns an `optax.GradientTransformation`; many of optax's are such
+      functions, `optax.lion` say. Or a transformation, which has a rate of its
+      own. Its `update` is given gradient, state and parameters.
+
+  Raises:
+    TypeError: `optimizer` is neither.
+    ValueError: the name is taken.
+
+  Example:
+    >>> register_optimizer('lion', optax.lion)
+    >>> register_optimizer(
+    ...   'lookahead', lambda rate: optax.chain(optax.sign(), optax.sgd(rate))
+    ... )
+  """
+  if name in optimizers.NAMES:
+    raise ValueError(f'optimizer {name!r} is there already; take another name')
+  optimizers.REGISTERED[name] = _factory(name, optimizer)
+
+
+def _factory(
+  name: str, optimizer: optimizers.Factory | optax.GradientTransformation
+) -> optimizers.Factory:
+  """Returns the function that makes the optimizer of a learning rate."""
+  if isinstance(optimizer, optax.GradientTransformation):
+    return lambda learning_rate: optimizer
+  if not callable(optimizer):
+    raise TypeError(
+      f'optimizer {name!r} must be an optax transformation or a function that '
+      f'returns one, got {optimizer!r}'
+    )
+  problem = _problem_of(optimizer, 'learning_rate')
+  if problem:
+    raise TypeError(
+      f'optimizer {name!r} {problem}: write `def optimizer(learning_rate)` and '
+      'return an optax transformation'
+    )
+  return optimizer
+
+
+def with_optimizer(
+  config: ml_collections.ConfigDict,
+  optimizer: optimizers.Factory | optax.GradientTransformation,
+) -> ml_collections.ConfigDict:
+  """Returns a copy of the config whose optimizer is this one, registered.
+
+  It is called 'custom: ' and the name of the function, the same in every
+  process.
+  """
+  name = f'custom: {name_of(optimizer)}'
+  register_optimizer(name, optimizer)
+  changed = ml_collections.ConfigDict(copy.deepcopy(config))  # not frozen
+  changed.optimizer.name = name
+  return changed
+
+
+def name_of(function: object) -> str:
+  """Names a function, the same in every process: a `repr` has an address."""
+  while isinstance(function, functools.partial):
+    function = function.func
+  return getattr(function, '__qualname__', type(function).__qualname__)
 
 
 def _problem_of(function: object, argument: str) -> str | None:

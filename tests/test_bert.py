@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from margin_jax import layer_margins, linearized, signed_margins
+from margin_jax import layer_margins, linearized, optimizers, signed_margins
 from margin_jax.models import bert
 from margin_jax.train import dropout as dropout_lib
-from margin_jax.train import optimizers
 
 TINY = {
   'num_classes': 3, 'vocab_size': 50, 'layers': 2, 'width': 12, 'heads': 3,

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from margin_jax import optimizers
 from margin_jax.compare import budgets
 from margin_jax.config import ConfigError
-from margin_jax.train import optimizers, schema
+from margin_jax.train import schema
 from tests.helpers import small_config, trials_of
 
 RATES, BOUNDARIES = 'optimizer.learning_rates', 'optimizer.boundaries'

@@ -11,8 +11,9 @@ import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
+from margin_jax import optimizers
 from margin_jax.config import ConfigError
-from margin_jax.train import optimizers, schema
+from margin_jax.train import schema
 from tests.bad_configs import (
   BAD,
   BAD_TOGETHER,
@@ -126,7 +127,8 @@ def test_the_effective_config_has_defaults_where_nothing_counts(freeze):
 
 
 def test_names_in_the_config_are_those_of_the_functions():
-  assert schema.choices('optimizer.name') == optimizers.NAMES
+  names = schema.choices('optimizer.name')
+  assert names == (*optimizers.NAMES, *optimizers.REGISTERED)
   name = 'optimizer.weight_decay_mask'
   assert schema.choices(name) == optimizers.WEIGHT_DECAY_MASKS
 

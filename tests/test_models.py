@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import mms_scores, models
+from margin_jax import mms_scores, models, optimizers
 from margin_jax.models import common, resnet
-from margin_jax.train import optimizers
 from tests import helpers
 
 BATCH = 3

@@ -1,4 +1,4 @@
-"""Optimizers and schedules against float64 NumPy loops."""
+"""Optimizers and schedules against float64 NumPy loops, and optax alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from margin_jax.train import optimizers
-from tests import references
+import margin_jax
+from margin_jax import config as config_lib
+from margin_jax import optimizers
+from margin_jax.train import loop
+from tests import helpers, references
 
 STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def _registered_nowhere_else(monkeypatch):
+  monkeypatch.setattr(optimizers, 'REGISTERED', {})
 
 
 @pytest.mark.parametrize(
@@ -30,18 +38,30 @@ def test_a_learning_rate_changes_at_its_boundary(values, boundaries):
     np.testing.assert_allclose(found, values[passed], 1e-6)
 
 
-@pytest.mark.parametrize(('warmup', 'end'), [(0, 100), (10, 100), (10, None)])
-def test_a_learning_rate_warms_up_and_falls(warmup, end):
+@pytest.mark.parametrize('warmup', [0, 10])
+@pytest.mark.parametrize('decay', optimizers.DECAYS)
+def test_a_learning_rate_warms_up_and_falls(warmup, decay):
+  end = 100
   schedule = jax.jit(
-    optimizers.learning_rate((2e-5,), (), warmup=warmup, end=end)
+    optimizers.learning_rate((2e-5,), (), warmup=warmup, decay=decay, end=end)
   )
   for step in (0, 1, 5, 9, 10, 11, 55, 99, 100, 101):
     expected = 2e-5
     if step < warmup:
       expected *= step / warmup
-    elif end is not None:
+    elif decay == 'linear':
       expected *= max(end - step, 0) / (end - warmup)
+    elif decay == 'cosine':
+      part = min(step - warmup, end - warmup) / (end - warmup)
+      expected *= (1 + np.cos(np.pi * part)) / 2
     np.testing.assert_allclose(schedule(jnp.int32(step)), expected, 1e-5, 1e-12)
+
+
+def test_cosine_with_a_warmup_is_that_of_optax():
+  ours = optimizers.learning_rate((0.3,), (), warmup=7, decay='cosine', end=50)
+  theirs = optax.warmup_cosine_decay_schedule(0, 0.3, 7, 50)
+  for step in range(60):
+    np.testing.assert_allclose(ours(step), theirs(step), 1e-5, 1e-7)
 
 
 @pytest.mark.parametrize('steps', [2, 11, 44_000, 156_200])
@@ -310,7 +330,7 @@ def test_biases_and_scales_are_not_decayed(name):
 
 def test_an_unknown_optimizer_is_refused():
   with pytest.raises(
-    ValueError, match=r"'lamb'.*\('sgd', 'adam', 'adamw', 'rmsprop'\)"
+    ValueError, match=r"'lamb'.*\('sgd', 'adam', 'adamw', 'rmsprop'"
   ):
     optimizers.make(
       'lamb',
@@ -319,3 +339,171 @@ def test_an_unknown_optimizer_is_refused():
       nesterov=False,
       weight_decay=0.0,
     )
+
+
+def kernels(params):
+  """What is decayed."""
+  return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def of_optax(rate):
+  """The trainer's optimizers as optax alone makes them, and their fields."""
+  return {
+    'nesterov': (
+      optax.chain(
+        optax.add_decayed_weights(1e-2, kernels),
+        optax.sgd(rate, momentum=0.8, nesterov=True),
+      ),
+      {
+        'optimizer.name': 'sgd',
+        'optimizer.momentum': 0.8,
+        'optimizer.nesterov': True,
+      },
+    ),
+    'adamw': (
+      optax.adamw(rate, weight_decay=1e-2, mask=kernels, eps=1e-4),
+      {'optimizer.name': 'adamw', 'optimizer.epsilon': 1e-4},
+    ),
+    'lion': (
+      optax.chain(
+        optax.add_decayed_weights(1e-2, kernels), optax.lion(rate, b1=0.8)
+      ),
+      {'optimizer.name': 'own_lion'},
+    ),
+  }
+
+
+@pytest.mark.parametrize('name', ['nesterov', 'adamw', 'lion'])
+def test_training_is_optax_alone_in_a_plain_loop(name):
+  """Of the batches that the trainer samples, with a cosine and a warm-up."""
+  margin_jax.register_optimizer('own_lion', lambda rate: optax.lion(rate, 0.8))
+  rate = optax.warmup_cosine_decay_schedule(0, 0.01, 2, 20)
+  optimizer, fields = of_optax(rate)[name]
+  this = helpers.Setup(
+    **{
+      'selection.rule': 'uniform',
+      'mmr.alpha': 0.0,
+      'optimizer.learning_rates': (0.01,),
+      'optimizer.decay': 'cosine',
+      'optimizer.warmup': 2,
+      'optimizer.weight_decay': 1e-2,
+      **fields,
+    }
+  )
+  found, metrics = this.run(5)
+
+  @jax.jit
+  def update(params, state, batch):
+    def loss(params):
+      inputs = this.dataset.prepare(batch['inputs'])
+      logits, _ = this.spec.model.apply({'params': params}, inputs, train=True)
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, batch['label']
+      )
+      return losses.mean()
+
+    change, state = optimizer.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, change), state
+
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  sample, sampler = helpers.sampler(this.dataset, 8), this.dataset.state()
+  params, state = this.first.params, optimizer.init(this.first.params)
+  for step in range(5):
+    sampler, batch = sample(sampler, this.data, key, step)
+    params, state = update(params, state, batch)
+  helpers.assert_trees_close(found.params, params, 1e-5)
+  np.testing.assert_allclose(metrics['learning_rate'], rate(np.arange(5)), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_registered_optimizer_trains_the_proxy_too():
+  """It is the same as that of the same name, to the bit, on 1 and 2 devices."""
+  margin_jax.register_optimizer(
+    'own_sgd', lambda rate: optax.sgd(rate, momentum=0.9)
+  )
+  fields = {'selection.proxy': 'mnist_cnn', 'mmr.alpha': 0.0}
+  for devices in (1, 2):
+    states = [
+      helpers.Setup(**fields, **{'optimizer.name': name}, devices=devices).run(
+        3
+      )[0]
+      for name in ('sgd', 'own_sgd')
+    ]
+    helpers.assert_trees_equal(*states)
+
+
+def own_adam(rate):
+  """An optimizer whose state has empty parts, tuples with names, and masks."""
+  return optax.chain(
+    optax.masked(optax.add_decayed_weights(1e-3), kernels),
+    optax.scale_by_adam(),
+    optax.masked(optax.trace(0.9), kernels),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def test_an_optimizer_from_python_goes_on_and_is_not_needed_to_load(tmp_path):
+  """A workdir is its own; whoever only predicts needs not know it."""
+  config = helpers.small_config(**{'optimizer.learning_rates': (1e-3,)})
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+
+  def train(folder, **options):
+    return loop.train(config, str(folder), log=lambda line: None, **options)
+
+  result = train(whole, optimizer=own_adam)
+  assert result['config']['optimizer.name'] == 'custom: own_adam'
+
+  def stop(prefix, step, row):
+    if prefix == 'test' and step == 10:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    train(parts, optimizer=own_adam, hook=stop)
+  train(parts, optimizer=own_adam)
+  with pytest.raises(config_lib.ConfigError, match=r'optimizer\.name: .custom'):
+    train(parts)
+  optimizers.REGISTERED.clear()
+  first, second = (
+    margin_jax.load(folder).variables['params'] for folder in (whole, parts)
+  )
+  helpers.assert_trees_equal(first, second)
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'message'),
+  [
+    (lambda rate: 3, 'is an optax.GradientTransformation, not a <class'),
+    (optax.polyak_sgd, 'updates by the gradient, its state and the parameters'),
+    (
+      lambda rate: optax.add_noise(0.1, 0.5, jax.random.key(0)),
+      'keeps numbers in its state',
+    ),
+    (
+      optax.GradientTransformation(lambda p: (), lambda g, s, p: ((), s)),
+      'returns updates that are like the parameters',
+    ),
+    (
+      optax.GradientTransformation(lambda p: (), lambda g, s, p: (g, p)),
+      'returns a state that is like the one',
+    ),
+  ],
+)
+def test_what_does_not_optimize_is_refused_in_a_line(
+  optimizer, message, tmp_path
+):
+  config = helpers.small_config()
+  with pytest.raises(config_lib.ConfigError, match=message) as raised:
+    loop.train(config, str(tmp_path), optimizer=optimizer)
+  assert str(raised.value).startswith("optimizer.name='custom: ")
+  assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_no_optimizer_cannot_be_registered():
+  with pytest.raises(ValueError, match=r"'adam' is there already"):
+    margin_jax.register_optimizer('adam', optax.adam)
+  with pytest.raises(TypeError, match='must be an optax transformation or a'):
+    margin_jax.register_optimizer('number', 3)
+  with pytest.raises(
+    TypeError, match=r'write `def optimizer\(learning_rate\)`'
+  ):
+    margin_jax.register_optimizer('two', lambda rate, momentum: rate)

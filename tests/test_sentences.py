@@ -320,7 +320,7 @@ def test_a_falling_rate_cannot_be_prolonged():
     ({'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}, r'attack.name'),
     ({'data.name': 'digits'}, r"model.name='bert1_16_2'.*reads images"),
     ({'optimizer.warmup': -1}, r'optimizer.warmup=-1'),
-    ({'optimizer.decay': 'cosine'}, r"optimizer.decay='cosine'"),
+    ({'optimizer.decay': 'power'}, r"optimizer.decay='power'"),
     (
       {'optimizer.decay': 'linear', 'optimizer.warmup': 20},
       r'optimizer.warmup=20.*below steps=20',

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from margin_jax import linearized, models
+from margin_jax import linearized, models, optimizers
 from margin_jax.models import mobilenet
 from margin_jax.train import dropout as dropout_lib
-from margin_jax.train import optimizers
 from tests import helpers
 from tests.helpers import slow
 

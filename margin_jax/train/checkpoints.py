@@ -50,7 +50,9 @@ INFO = {
   ),
   _ACCURACY: checks.optional(_FRACTION),
   _DIGESTS: checks.optional(
-    checks.mapping(state=checks.string(), info=checks.string())
+    checks.mapping(  # older ones have 'state' in place of 'arrays'
+      arrays=checks.optional(checks.string()), info=checks.string()
+    )
   ),
 }
 # What is said of a file that may be all right.
@@ -68,10 +70,13 @@ class SaveError(Exception):
 def _digest(state: PyTree) -> str:
   """Digests names, shapes, dtypes and every byte of the leaves."""
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    array = np.asarray(leaf)
-    about = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'
-    digest.update(about.encode())
+  # A tuple with names digests as the dictionary that may be read in its place.
+  leaves = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+  for name, array in sorted(leaves.items()):
+    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
@@ -195,7 +200,7 @@ class Checkpoints:
     """
     host = _without_mark(jax.tree.map(np.array, jax.device_get(state)))
     info = {**info, _ACCURACY: accuracy}
-    info[_DIGESTS] = {'state': _digest(host), 'info': _digest_info(info)}
+    info[_DIGESTS] = {'arrays': _digest(host), 'info': _digest_info(info)}
     step = int(host.step)
     self._note(step, accuracy)
     args = ocp.args.Composite(
@@ -217,7 +222,9 @@ class Checkpoints:
     """Reads the state and info of a step, by default the latest, or None.
 
     Args:
-      target: a state of the same structure, shapes and dtypes.
+      target: a state of the same structure, shapes and dtypes. Where its
+        `opt_state` is None, that of the checkpoint is read as dictionaries and
+        lists, and so is the proxy's.
       step: which checkpoint.
 
     Raises:
@@ -229,15 +236,31 @@ class Checkpoints:
     info = self.info(step)
     self._workdir.fetch(step)
     host = jax.tree.map(np.asarray, jax.device_get(target))
-    args = ocp.args.StandardRestore(_without_mark(host))
     with self._read(step):
+      if target.opt_state is None:
+        host = self._with_opt_state(host, step)
+      args = ocp.args.StandardRestore(_without_mark(host))
       state = self._manager.restore(
         step, args=ocp.args.Composite(state=args)
       ).state
-    digest = self.digests(step).get('state')
+    digest = self.digests(step).get('arrays')
     if digest not in (None, _digest(state)):
       raise self._corrupt(step, 'its arrays are not those that were saved')
     return state.replace(nonfinite=np.int32(0)), info
+
+  def _with_opt_state(self, target: PyTree, step: int) -> PyTree:
+    """Returns the target with states of optimizers as the checkpoint has them.
+
+    Whoever only predicts needs not know the optimizer.
+    """
+    saved = ocp.StandardCheckpointHandler().metadata(
+      self._folder / str(step) / 'state'
+    )
+    saved = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved.tree)
+    proxy = target.proxy
+    if proxy:
+      proxy = {**proxy, 'opt_state': saved['proxy']['opt_state']}
+    return target.replace(opt_state=saved['opt_state'], proxy=proxy)
 
   def info(self, step: int | None = None) -> dict[str, Any] | None:
     """Reads the info of a step, by default the latest, or None.
@@ -257,7 +280,7 @@ class Checkpoints:
     return info
 
   def digests(self, step: int) -> dict[str, str]:
-    """Returns the digests of a step's state and info; {} in older versions."""
+    """Returns the digests of a step's arrays and info; older ones lack some."""
     return self._read_info(step).get(_DIGESTS) or {}
 
   def _read_info(self, step: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from margin_jax import config as config_lib
-from margin_jax import data, files, selection
+from margin_jax import data, files, optimizers, registry, selection
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import (
   evaluation,
@@ -97,6 +98,7 @@ def train(
   workdir: str,
   *,
   rule: selection.RuleFunction | None = None,
+  optimizer: optimizers.Factory | optax.GradientTransformation | None = None,
   log: Log = print,
   hook: Hook | None = None,
   view: progress.View | None = None,
@@ -115,6 +117,9 @@ def train(
     rule: a rule of your own, `scored -> scores`, in place of
       `config.selection.rule`, without a name that configs could use: see
       `register_rule`. It sees one device's shard of the pool.
+    optimizer: an optax transformation of your own, or a function of the
+      learning rate that returns one, in place of `config.optimizer.name`: see
+      `register_optimizer`.
     log: takes the progress lines.
     hook: called as `hook(prefix, step, row)` for every row of train.csv
       (prefix 'train') and of eval.csv ('validation', 'test', ...), with the
@@ -142,6 +147,8 @@ def train(
     SaveError: one could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
+  if optimizer is not None:
+    config = registry.with_optimizer(config, optimizer)
   schema.validate(config)
   warnings, config = schema.warnings(config), schema.effective(config)
   with contextlib.ExitStack() as stack:

@@ -14,7 +14,16 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import checks, data, files, losses, models, selection
+from margin_jax import (
+  checks,
+  data,
+  files,
+  losses,
+  models,
+  optimizers,
+  registry,
+  selection,
+)
 from margin_jax import config as config_lib
 from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
@@ -112,17 +121,10 @@ def to_save(
   """
   saved = config_lib.as_json(schema.effective(config))
   if rule is not None:
-    saved['selection.rule'] = f'custom: {_name(rule)}'
+    saved['selection.rule'] = f'custom: {registry.name_of(rule)}'
   if config.data.name in data.REGISTERED:
     saved[config_lib.DIGEST] = data.REGISTERED[config.data.name].digest
   return saved
-
-
-def _name(rule: selection.RuleFunction) -> str:
-  """Names a function, the same in every process: a `repr` has an address."""
-  while isinstance(rule, functools.partial):
-    rule = rule.func
-  return getattr(rule, '__qualname__', type(rule).__qualname__)
 
 
 def trained(
@@ -249,10 +251,15 @@ class TrainedRun:
 
   @functools.cached_property
   def _state(self) -> PyTree:
-    """The state before the first step; only its shapes count."""
-    return setup_lib.init_state(
+    """The state before the first step; only its shapes count.
+
+    It has no states of optimizers: what these are, the checkpoint says.
+    """
+    state = setup_lib.init_state(
       self.config, self.dataset, self.spec, restoring=True
     )
+    proxy = {name: x for name, x in state.proxy.items() if name != 'opt_state'}
+    return state.replace(opt_state=None, proxy=proxy)
 
 
 @contextlib.contextmanager
@@ -315,13 +322,19 @@ def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
 def _saved_config(
   info: dict[str, Any], data_dir: str | None
 ) -> ml_collections.ConfigDict:
-  """Returns the run's config; rules and losses known no more are replaced."""
+  """Returns the run's config, of which only what is known is kept.
+
+  What trained the model (rules, losses, an optimizer) does not matter any more.
+  """
   saved = dict(info['config'])
   digest = saved.pop(config_lib.DIGEST, None)
   rule = str(saved.get('selection.rule'))
   known = (*selection.RULES, *selection.REGISTERED, config_lib.UNIFORM)
-  if rule not in known:  # what trained the model does not matter any more
+  if rule not in known:
     saved['selection.rule'] = next(iter(selection.RULES))
+  name = saved.get('optimizer.name')
+  if name not in (*optimizers.NAMES, *optimizers.REGISTERED, None):
+    saved.pop('optimizer.name')  # its state is read all the same
   names = [saved.get('loss.risk'), *saved.get('loss.names', ())]
   if not all(x in (*losses.LOSSES, *losses.REGISTERED) for x in names if x):
     for name in ('loss.risk', 'loss.names', 'loss.weights'):

@@ -138,8 +138,9 @@ def _check_steps(flat: Flat) -> None:
 
 def _check_optimizer(flat: Flat) -> None:
   boundaries = flat['optimizer.boundaries']
-  if flat['optimizer.decay'] == 'linear':
-    because = "with optimizer.decay='linear', which falls from one rate"
+  decay = flat['optimizer.decay']
+  if decay != 'steps':
+    because = f'with optimizer.decay={decay!r}, which falls from one rate'
     _forbid(flat, ('optimizer.boundaries',), because)
   rates = flat['optimizer.learning_rates']
   allowed = (

@@ -20,13 +20,14 @@ from margin_jax import (
   linearized,
   losses,
   models,
+  optimizers,
   registry,
   sampling,
   selection,
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import attacks, optimizers, schema, user_code, vocabulary
+from margin_jax.train import attacks, schema, user_code, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -133,22 +134,25 @@ def make_spec(
     config.optimizer.learning_rates,
     config.optimizer.boundaries,
     warmup=config.optimizer.warmup,
-    end=config.steps if config.optimizer.decay == 'linear' else None,
+    decay=config.optimizer.decay,
+    end=config.steps,
+  )
+  _check_optimizer(config, learning_rate, (model, proxy), dataset)
+  optimizer = optimizers.make(
+    config.optimizer.name,
+    learning_rate,
+    momentum=config.optimizer.momentum,
+    nesterov=config.optimizer.nesterov,
+    weight_decay=config.optimizer.weight_decay,
+    weight_decay_mask=config.optimizer.weight_decay_mask,
+    epsilon=config.optimizer.epsilon,
+    clip_norm=config.optimizer.clip_norm,
   )
   alpha = _alpha(config, dataset.counts['train'])
   has_large_margin = bool(config.large_margin.weight)
   spec = StepSpec(
     model=model,
-    optimizer=optimizers.make(
-      config.optimizer.name,
-      learning_rate,
-      momentum=config.optimizer.momentum,
-      nesterov=config.optimizer.nesterov,
-      weight_decay=config.optimizer.weight_decay,
-      weight_decay_mask=config.optimizer.weight_decay_mask,
-      epsilon=config.optimizer.epsilon,
-      clip_norm=config.optimizer.clip_norm,
-    ),
+    optimizer=optimizer,
     dataset=dataset,
     batch_size=config.batch_size,
     selection=_selection(
@@ -215,6 +219,24 @@ def _models(
   if config.selection.proxy is None:
     return model, None
   return model, build('selection.proxy', config.selection.proxy)
+
+
+def _check_optimizer(
+  config: ml_collections.ConfigDict,
+  learning_rate: optax.Schedule,
+  modules: tuple[nn.Module | None, ...],
+  dataset: data.Dataset,
+) -> None:
+  """Raises unless a registered optimizer updates the model and the proxy."""
+  name = config.optimizer.name
+  if name not in optimizers.REGISTERED:
+    return
+  for module in filter(None, modules):
+    variables, _ = shapes(module, dataset)
+    with user_code.named(f'optimizer.name={name!r}'):
+      optimizer = optimizers.REGISTERED[name](learning_rate)
+      unmet = optimizers.unmet_requirement(optimizer, variables['params'])
+    require(not unmet, 'optimizer.name', name, f'an optimizer that {unmet}')
 
 
 def _try_registered(

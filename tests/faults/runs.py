@@ -60,7 +60,7 @@ def digest(workdir, step: int = STEPS) -> str:
   """Of the state that a checkpoint holds."""
   checkpoints = Checkpoints(Workdir(workdir))
   try:
-    return checkpoints.digests(step)['state']
+    return checkpoints.digests(step)['arrays']
   finally:
     checkpoints.close()
 

@@ -1,12 +1,25 @@
-"""Config -> optax: optimizers, learning rates by step, alpha by step."""
+"""Config -> optax: optimizers, learning rates by step, alpha by step.
+
+The trainer's optimizers are in `NAMES`; `register_optimizer` adds one.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+PyTree = Any
+
 NAMES = ('sgd', 'adam', 'adamw', 'rmsprop')
+# Makes an optimizer of the learning rate, a schedule: `optax.lion` is one.
+Factory = Callable[[optax.Schedule], optax.GradientTransformation]
+# Those that `register_optimizer` has added, by name.
+REGISTERED: dict[str, Factory] = {}
+# How the learning rate changes: at boundaries, or to 0 at the last step.
+DECAYS = ('steps', 'linear', 'cosine')
 # What weight decay is applied to.
 WEIGHT_DECAY_MASKS = ('kernels', 'convolutions', 'all')
 
@@ -16,19 +29,34 @@ def learning_rate(
   boundaries: tuple[int, ...],
   *,
   warmup: int = 0,
-  end: int | None = None,
+  decay: str = 'steps',
+  end: int = 0,
 ) -> optax.Schedule:
   """Makes a schedule: values[i] from step boundaries[i-1] on.
+
+  From the end w of the warm-up on, it falls to 0 at step e = `end`:
+
+      linear: rate * (e - t) / (e - w)
+      cosine: rate * (1 + cos(pi * (t - w) / (e - w))) / 2
 
   Args:
     values: one learning rate more than there are boundaries.
     boundaries: increasing steps; the new value is used at the step itself.
     warmup: over so many steps the rate rises linearly, from 0 at step 0.
-    end: where the rate, falling linearly from the end of the warm-up, is 0;
-      None does not fall. Both as in fine-tuning BERT (Devlin et al. 2019).
+    decay: 'steps' does not fall between boundaries; 'linear', with a warm-up,
+      is as in fine-tuning BERT (Devlin et al. 2019).
+    end: the number of steps; 'steps' does not read it.
 
   Returns:
     step -> learning rate.
+
+  References:
+    'cosine': Loshchilov & Hutter 2017, Eq. 5, without restarts.
+
+  Example:
+    >>> rate = learning_rate((0.1,), (), warmup=10, decay='cosine', end=110)
+    >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.05, 0.1, 0.05, 0.0]
   """
   schedule = optax.join_schedules(
     [optax.constant_schedule(value) for value in values], list(boundaries)
@@ -36,10 +64,14 @@ def learning_rate(
   factors = []
   if warmup:
     factors.append(optax.linear_schedule(0, 1, warmup))
-  if end is not None:
+  falling = max(end - warmup, 1)
+  if decay == 'linear':
     factors.append(
-      optax.linear_schedule(1, 0, max(end - warmup, 1), transition_begin=warmup)
+      optax.linear_schedule(1, 0, falling, transition_begin=warmup)
     )
+  if decay == 'cosine':
+    cosine = optax.cosine_decay_schedule(1, falling)
+    factors.append(lambda step: cosine(jnp.maximum(step - warmup, 0)))
   if not factors:
     return schedule
   return lambda step: math.prod(
@@ -86,6 +118,41 @@ def released(
   return schedule
 
 
+def unmet_requirement(
+  optimizer: optax.GradientTransformation, params: PyTree
+) -> str | None:
+  """Returns what a registered optimizer must do and does not, or None.
+
+  Args:
+    optimizer: as its factory made it.
+    params: shapes of a model's parameters.
+
+  Returns:
+    The rest of a sentence that begins with "an optimizer that".
+  """
+  if not isinstance(optimizer, optax.GradientTransformation):
+    return f'is an optax.GradientTransformation, not a {type(optimizer)}'
+  state = jax.eval_shape(optimizer.init, params)
+  try:
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
+  except TypeError as error:
+    return f'updates by the gradient, its state and the parameters: {error}'
+  if _arrays(updates) != _arrays(params):
+    return 'returns updates that are like the parameters'
+  if _arrays(after) != _arrays(state):
+    return 'returns a state that is like the one it was given'
+  dtypes = {x.dtype for x in jax.tree.leaves(state)}
+  keys = [x for x in dtypes if jnp.issubdtype(x, jax.dtypes.prng_key)]
+  if keys:
+    return 'keeps numbers in its state: jax.random.PRNGKey, not .key'
+  return None
+
+
+def _arrays(tree: PyTree) -> PyTree:
+  """Returns structure, shapes and dtypes."""
+  return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+
 def kernels_only(params):
   """Marks the kernels, the arrays that have an input and an output axis.
 
@@ -121,7 +188,7 @@ def make(
   epsilon: float | None = None,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of the papers' results.
+  """Makes an optimizer of the papers' results, or a registered one.
 
   Weight decay is added to the gradient before the optimizer sees it (an L2
   penalty, as in PyTorch's SGD and Adam); then the gradient is clipped. That of
@@ -133,7 +200,8 @@ def make(
   Args:
     name: 'sgd' (with `momentum` and `nesterov`), 'adam' or 'adamw' (which
       ignore them), or 'rmsprop' (with `momentum`; decay 0.9 and TensorFlow's
-      form: the average of squares starts at 1, `epsilon` is under the root).
+      form: the average of squares starts at 1, `epsilon` is under the root),
+      or one of `REGISTERED`, which reads `schedule` alone.
     schedule: step -> learning rate.
     momentum: decay of the trace.
     nesterov: SGD's variant.
@@ -150,8 +218,10 @@ def make(
   Raises:
     ValueError: `name` or `weight_decay_mask` is unknown.
   """
-  if name not in NAMES:
-    raise ValueError(f'no optimizer is called {name!r}; there are {NAMES}')
+  if name not in (*NAMES, *REGISTERED):
+    raise ValueError(
+      f'no optimizer is called {name!r}; there are {(*NAMES, *REGISTERED)}'
+    )
   if weight_decay_mask not in WEIGHT_DECAY_MASKS:
     raise ValueError(
       f'weight_decay_mask must be one of {WEIGHT_DECAY_MASKS}, got '
@@ -165,10 +235,12 @@ def make(
   elif name == 'adamw':
     mask = _MASKS[weight_decay_mask]
     core = optax.adamw(schedule, weight_decay=weight_decay, mask=mask, **eps)
-  else:
+  elif name == 'rmsprop':
     core = optax.rmsprop(
       schedule, initial_scale=1.0, momentum=momentum or None, **eps
     )
+  else:
+    core = REGISTERED[name](schedule)
   chain = []
   if weight_decay and name != 'adamw':
     chain.append(
