@@ -51,8 +51,12 @@ def get_config(argument: str | None = None):
     argument,
     method=('baseline', 'mmr', 'mms', 'mms_mmr'),
     regime=('standard', 'early_drop'),
-    selection=('fresh', 'memory', 'proxy'),
-    penalty=tuple(config_lib.MMR_ON_CIFAR),
+    selection=config_lib.Argument(
+      ('fresh', 'memory', 'proxy'), needs=('method', ('mms', 'mms_mmr'))
+    ),
+    penalty=config_lib.Argument(
+      tuple(config_lib.MMR_ON_CIFAR), needs=('method', ('mmr', 'mms_mmr'))
+    ),
   )
   regime = REGIMES[args.regime]
   config = config_lib.default()
@@ -67,11 +71,6 @@ def get_config(argument: str | None = None):
   config.optimizer.learning_rates = (0.1, 0.02, 0.004, 0.0008)
   config.optimizer.boundaries = regime['boundaries']
   config.optimizer.weight_decay = 5e-4
-  if 'mms' not in args.method.split('_') and args.selection != 'fresh':
-    raise config_lib.ConfigError(
-      f'config argument selection={args.selection!r} needs mms or mms_mmr, and '
-      f'the method is {args.method!r}'
-    )
   if 'mms' in args.method.split('_'):
     config.update_from_flattened_dict(
       config_lib.preset(args.selection, config.data.name)

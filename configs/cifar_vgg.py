@@ -38,7 +38,9 @@ def get_config(argument: str | None = None):
     method=('baseline', 'mmr'),
     dataset=('cifar10', 'cifar100'),
     head=('released', 'linear'),
-    penalty=tuple(config_lib.MMR_ON_CIFAR),
+    penalty=config_lib.Argument(
+      tuple(config_lib.MMR_ON_CIFAR), needs=('method', ('mmr',))
+    ),
   )
   config = config_lib.default()
   config.steps = 200 * EPOCH

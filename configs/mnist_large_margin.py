@@ -33,7 +33,6 @@ Cost, from XLA's FLOP count: 38 GFLOP a step of 256, 1.8 PFLOP for 46,800 steps
 from margin_jax import config as config_lib
 
 DECAY_STEPS = 2000
-EPSILON = 0.1
 
 
 def get_config(argument: str | None = None):
@@ -44,7 +43,7 @@ def get_config(argument: str | None = None):
     small=1.0,
     noisy=0.0,
     attack=('none', 'fgsm', 'pgd'),
-    epsilon=EPSILON,
+    epsilon=config_lib.Argument(0.1, needs=('attack', ('fgsm', 'pgd'))),
     steps=46_800,
   )
   config = config_lib.default()
@@ -76,10 +75,6 @@ def get_config(argument: str | None = None):
     config.large_margin.alpha = 4.0
     config.large_margin.epsilon = 1e-6
     config.large_margin.normalize_by_size = True
-  if args.attack == 'none' and args.epsilon != EPSILON:
-    raise config_lib.ConfigError(
-      f'config argument epsilon={args.epsilon} needs attack=fgsm or attack=pgd'
-    )
   if args.attack != 'none':
     config.attack.name = args.attack
     config.attack.epsilons = (args.epsilon,)

@@ -1,8 +1,9 @@
 """What one value may be: a test of it, and the words for a message."""
 
 import dataclasses
+import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,21 @@ def integer(least: int, *, bits: int = 31) -> Check:
 
   allowed = f'an integer, at least {least} and below 2**{bits}'
   return Check(holds, lambda: allowed, int)
+
+
+def parse_integer(text: str) -> int:
+  """Returns the integer of '1000' or '1e3'.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return int(text)
+  except ValueError:
+    value = float(text)
+    if not value.is_integer():
+      raise
+    return int(value)
 
 
 def number(
@@ -191,3 +207,15 @@ def arrays() -> Check:
       return False
 
   return Check(holds, lambda: 'lists of numbers', dict)
+
+
+def nearest(
+  name: str, choices: Iterable[str], cutoff: float = 0.6
+) -> list[str]:
+  """Returns up to three of the choices that somebody may have meant."""
+  return difflib.get_close_matches(name, [*choices], n=3, cutoff=cutoff)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+  """Returns what to append to a message; nothing without names."""
+  return f'; did you mean {" or ".join(names)}?' if names else ''

@@ -5,9 +5,10 @@ it acts. `train/schema.py` checks fields against each other, the data and the
 devices.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,13 +24,16 @@ from margin_jax import (
 )
 from margin_jax.checks import (
   Check,
+  did_you_mean,
   flag,
   integer,
   known,
+  nearest,
   number,
   number_or,
   one_of,
   optional,
+  parse_integer,
   several,
   string,
 )
@@ -235,6 +239,15 @@ FIELDS: dict[str, Field] = {
     integer(1),
     'Steps of the whole run.',
     resumable=_steps_may_change,
+  ),
+  'scale_schedule': Field(
+    True,
+    flag(),
+    'Where the command line sets fewer `steps` than the config file, '
+    'optimizer.boundaries, optimizer.warmup, selection.start and '
+    'selection.stop are scaled to them, but for those that it sets too. A run '
+    'that is made longer keeps them.',
+    resumable=True,
   ),
   'batch_size': Field(
     64,
@@ -987,6 +1000,42 @@ def without_effect(config: Flat) -> dict[str, str]:
   return reasons
 
 
+@dataclasses.dataclass(frozen=True)
+class Argument:
+  """An argument of a config file.
+
+  Attributes:
+    default: its value where it is not given, whose type it gets; or a tuple of
+      strings: the values allowed, the first the default.
+    needs: another argument, and those of its values with which this one has an
+      effect; None if it always has.
+  """
+
+  default: Any
+  needs: tuple[str, tuple[str, ...]] | None = None
+
+  @property
+  def allowed(self) -> str:
+    """What it may be, in words."""
+    if isinstance(self.default, tuple):
+      return f'one of {self.default}'
+    return f'of type {type(self.default).__name__}'
+
+
+# The arguments of the config files that are being asked which they have.
+_ASKED: list[dict[str, Argument]] = []
+
+
+@contextlib.contextmanager
+def asked_for_arguments() -> Iterator[dict[str, Argument]]:
+  """Yields a dictionary that the first call of `parse_arguments` fills."""
+  _ASKED.append({})
+  try:
+    yield _ASKED[-1]
+  finally:
+    _ASKED.pop()
+
+
 def parse_arguments(
   text: str | None, **fields: Any
 ) -> ml_collections.ConfigDict:
@@ -996,51 +1045,86 @@ def parse_arguments(
     text: what stands behind the colon: comma-separated `field=value`; the
       first may be a bare value, for the first field.
     **fields: for each field its default, whose type the value gets, or a
-      tuple of strings: the values allowed, the first the default.
+      tuple of strings: the values allowed, the first the default; or an
+      `Argument`.
 
   Returns:
     The value of every field.
 
   Raises:
-    ConfigError: unknown field, value not allowed, or field given twice.
+    ConfigError: unknown field, value not allowed, or field given twice; or it
+      needs another value of another field.
   """
-  values = {
-    name: field[0] if isinstance(field, tuple) else field
+  arguments = {
+    name: field if isinstance(field, Argument) else Argument(field)
     for name, field in fields.items()
   }
-  given = set()
+  if _ASKED and not _ASKED[-1]:
+    _ASKED[-1].update(arguments)
+  given: dict[str, Any] = {}
   for position, part in enumerate(filter(None, (text or '').split(','))):
     name, equals, value = part.partition('=')
     if not equals:
       if position:
-        raise ConfigError(f'config argument {part!r} must be field=value')
-      name, value = next(iter(fields)), part
-    if name not in fields:
+        raise ConfigError(
+          f'config argument {part!r} must be field=value'
+          + _meant(part, arguments)
+        )
+      name, value = next(iter(arguments)), part
+    if name not in arguments:
       raise ConfigError(
-        f'config argument {name!r} is unknown; there are {tuple(fields)}'
+        f'config argument {name!r} is unknown; there are {tuple(arguments)}'
+        + did_you_mean(nearest(name, arguments))
       )
     if name in given:
       raise ConfigError(f'config argument {name!r} is given twice')
-    given.add(name)
-    field = fields[name]
-    if isinstance(field, tuple):
-      if value not in field:
+    meant = _meant(value, arguments)
+    given[name] = _parse_argument(name, value, arguments[name], meant)
+  values = {
+    name: given.get(name, _first(argument.default))
+    for name, argument in arguments.items()
+  }
+  for name in given:
+    if arguments[name].needs is not None:
+      other, needed = arguments[name].needs
+      if values[other] not in needed:
+        needed = ' or '.join(f'{other}={value}' for value in needed)
         raise ConfigError(
-          f'config argument {name}={value!r} must be one of {field}'
+          f'config argument {name}={given[name]} needs {needed}, but {other} '
+          f'is {values[other]!r}'
         )
-      values[name] = value
-    else:
-      values[name] = _parse_scalar(name, value, type(field))
   return ml_collections.ConfigDict(values)
 
 
-def _parse_scalar(name: str, value: str, kind: type) -> Any:
-  table = {'true': True, 'false': False}
+def _first(default: Any) -> Any:
+  return default[0] if isinstance(default, tuple) else default
+
+
+def _meant(value: str, arguments: Mapping[str, Argument]) -> str:
+  """Says which argument a value may be for; a slip of the pen counts."""
+  choices = {
+    choice: f'{name}={choice}'
+    for name, argument in reversed(arguments.items())
+    if isinstance(argument.default, tuple)
+    for choice in argument.default
+  }
+  near = [value] if value in choices else nearest(value, choices)
+  return did_you_mean([choices[x] for x in near])
+
+
+def _parse_argument(
+  name: str, text: str, argument: Argument, meant: str
+) -> Any:
+  kind = type(argument.default)
   try:
-    return table[value.lower()] if kind is bool else kind(value)
+    if kind is tuple:
+      return argument.default[argument.default.index(text)]
+    if kind is bool:
+      return {'true': True, 'false': False}[text.lower()]
+    return parse_integer(text) if kind is int else kind(text)
   except (KeyError, ValueError):
     raise ConfigError(
-      f'config argument {name}={value!r} must be of type {kind.__name__}'
+      f'config argument {name}={text!r} must be {argument.allowed}{meant}'
     ) from None
 
 

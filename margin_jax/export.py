@@ -8,13 +8,10 @@ vocab.txt and tokenizer_config.json:
 so does `--config.model.pretrained=/tmp/rte_model`.
 """
 
-import argparse
 import pathlib
+import shlex
 
-from margin_jax import config as config_lib
-from margin_jax import models
-from margin_jax.models import bert_weights
-from margin_jax.train import process, runs, vocabulary
+from margin_jax import commands, terminal
 
 
 def export(
@@ -40,6 +37,11 @@ def export(
     DatasetError: the dataset is missing or broken.
     CorruptError: the checkpoint cannot be read.
   """
+  from margin_jax import config as config_lib
+  from margin_jax import models
+  from margin_jax.models import bert_weights
+  from margin_jax.train import runs, vocabulary
+
   steps = None if step is None else [step]
   with runs.open_run(workdir, steps, data_dir) as run:
     config_lib.require(
@@ -57,28 +59,36 @@ def export(
   return folder
 
 
-def main(argv: list[str] | None = None) -> None:
+@commands.command
+def main(argv: list[str]) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m margin_jax.export',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  parser = commands.Parser('export', __doc__)
+  parser.require('--workdir', metavar='FOLDER', help='of the run')
+  parser.require('--out', metavar='FOLDER', help='to write to')
+  parser.option(
+    '--step', type=commands.integer, help='default: the last checkpoint'
   )
-  parser.add_argument('--workdir', required=True, help='of the run')
-  parser.add_argument('--out', required=True, help='the folder to write to')
-  parser.add_argument('--step', type=int, help='default: the last checkpoint')
-  parser.add_argument('--data_dir', help='default: where the run found it')
-  parser.add_argument(
-    '--config', help='the config file, if it registers a model or a dataset'
+  parser.option('--data_dir', help='default: where the run found it')
+  parser.option(
+    '--config',
+    metavar='FILE',
+    help='the config file, if it registers a model or a dataset',
   )
-  args = parser.parse_args(argv)
+  args = parser.parse(argv)
+  with terminal.wait('loading JAX'):
+    from margin_jax.train import process, runs
   with process.one_line_errors():
     if args.config is not None:
-      runs.register_from(args.config.partition(':')[0])
-    folder = export(
-      args.workdir, args.out, step=args.step, data_dir=args.data_dir
+      runs.register_from(args.config)
+    with terminal.wait('exporting'):
+      folder = export(
+        args.workdir, args.out, step=args.step, data_dir=args.data_dir
+      )
+    load = (
+      'from transformers import BertForSequenceClassification as Bert; '
+      f'print(Bert.from_pretrained({str(folder)!r}))'
     )
-    print(f'written to {folder}')
+    commands.finish(folder, shlex.join(['python', '-c', load]))
 
 
 if __name__ == '__main__':

@@ -25,6 +25,8 @@ BAD = [
   ('steps', NAN, POSITIVE),
   ('steps', None, POSITIVE),
   ('steps', 2**31, 'below 2**31'),
+  ('scale_schedule', 1, 'True or False'),
+  ('scale_schedule', None, 'True or False'),
   ('batch_size', 0, POSITIVE),
   ('batch_size', 64.0, POSITIVE),
   ('pool_size', -640, POSITIVE),
@@ -184,10 +186,10 @@ BAD = [
   ('attack.epsilons', (0.1, 0.1), 'different values'),
   ('attack.steps', 0, POSITIVE),
   # Fields that do not exist.
-  ('batchsize', 64, "'batch_size'"),
-  ('data.augmentation', ('crop',), "'data.augmentations'"),
-  ('optimizer.lr', 0.1, "'optimizer.learning_rates'"),
-  ('selection', 'mms', "'selection.rule'"),
+  ('batchsize', 64, 'did you mean batch_size'),
+  ('data.augmentation', ('crop',), 'did you mean data.augmentations?'),
+  ('optimizer.lr', 0.1, 'did you mean optimizer.learning_rates?'),
+  ('selection', 'mms', 'a group of config fields: rule, '),
 ]
 
 # Fields that are good alone and bad together; the first is the one to blame.

@@ -31,7 +31,10 @@ def arguments_of(module, monkeypatch):
   parse_arguments = config_lib.parse_arguments
 
   def spy(text, **fields):
-    seen.update({} if seen else fields)  # not what another file asks for
+    defaults = {
+      name: getattr(field, 'default', field) for name, field in fields.items()
+    }
+    seen.update({} if seen else defaults)  # not what another file asks for
     return parse_arguments(text, **fields)
 
   with monkeypatch.context() as patch:
@@ -47,10 +50,16 @@ def arguments_of(module, monkeypatch):
 
 
 def refused(argument):
-  """Returns whether it says how MMS selects where nothing is selected."""
+  """Returns what it says of MMS or MMR where the method has none, or None."""
   parts = dict(x.split('=') for x in filter(None, (argument or '').split(',')))
-  selects = 'mms' in parts.get('method', 'mms')
-  return parts.get('selection', 'fresh') != 'fresh' and not selects
+  if 'method' not in parts:
+    return None
+  method = parts['method'].split('_')
+  if 'selection' in parts and 'mms' not in method:
+    return 'selection=.* needs method=mms'
+  if 'penalty' in parts and 'mmr' not in method:
+    return 'penalty=.* needs method=mmr'
+  return None
 
 
 @pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
@@ -59,7 +68,7 @@ def test_config_files_are_valid(path, monkeypatch):
   assert f'--config=configs/{path.name}' in module.__doc__
   for argument in arguments_of(module, monkeypatch):
     if refused(argument):
-      with pytest.raises(config_lib.ConfigError, match='needs mms'):
+      with pytest.raises(config_lib.ConfigError, match=refused(argument)):
         module.get_config(argument)
       continue
     config = module.get_config(*filter(None, [argument]))
@@ -306,7 +315,7 @@ def test_a_missing_dataset_is_one_message(path, tmp_path, capfd):
     config.data.vocabulary = str(vocabulary)
   with pytest.raises(data.DatasetError) as caught:
     setup_lib.load(config, None)
-  words = f'margin_jax.data.prepare {config.data.name}'
+  words = f'margin_jax.prepare {config.data.name}'
   assert words in str(caught.value)
   assert '\n' not in str(caught.value)
   assert not capfd.readouterr().err

@@ -1,11 +1,11 @@
 """The documentation: it builds, its links lead somewhere, its code runs."""
 
+import contextlib
 import html.parser
 import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from margin_jax import config as config_lib
+from margin_jax import config_files
 from margin_jax.train import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,6 +29,8 @@ MODULES = {
   'margin-train': 'margin_jax.train',
   'margin-analyze': 'margin_jax.analyze',
   'margin-compare': 'margin_jax.compare',
+  'margin-export': 'margin_jax.export',
+  'margin-prepare': 'margin_jax.prepare',
 }
 # What other programs than ours are for.
 OTHERS = (
@@ -85,7 +88,7 @@ def source_of(module):
   """The text of a command's main module, and of the flags that all share."""
   path = ROOT / module.replace('.', '/')
   path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
-  return path.read_text() + (ROOT / 'margin_jax/train/flags.py').read_text()
+  return path.read_text() + (ROOT / 'margin_jax/commands.py').read_text()
 
 
 def check_parsed(text, folder):
@@ -107,17 +110,16 @@ def check_parsed(text, folder):
 
 def check_config(given, folder):
   """Loads the config of a command, sets its fields, and validates it."""
-  path, _, argument = given['config'].partition(':')
-  file = ROOT / path if path.startswith('configs/') else folder / path
-  get_config = runpy.run_path(str(file))['get_config']
-  config = get_config(*([argument] if argument else []))
-  for name, value in given.items():
-    if name.startswith('config.'):
-      field = name.removeprefix('config.')
-      assert field in config_lib.flatten(config), field
-      with config.unlocked():
-        config.update_from_flattened_dict({field: value})
-  schema.validate(config)
+  text = given['config']
+  if not text.startswith('configs/'):
+    text = str(folder / text)
+  fields = {
+    name.removeprefix('config.'): value
+    for name, value in given.items()
+    if name.startswith('config.')
+  }
+  with contextlib.chdir(ROOT):
+    schema.validate(config_files.load(text).with_fields(fields).config)
 
 
 @pytest.mark.parametrize(

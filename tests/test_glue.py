@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from margin_jax import data
-from margin_jax.data import cache, glue, prepare, tokenization
+from margin_jax import data, prepare
+from margin_jax.data import cache, glue, tokenization
 from tests import datasets
 from tests.datasets import (
   SPLITS,
@@ -61,7 +61,7 @@ def decoded(monkeypatch):
 
 def test_the_tasks_are_those_of_the_paper():
   assert tuple(TASKS) == glue.NAMES
-  assert {*glue.NAMES} < {*prepare.NAMES}
+  assert {*glue.NAMES} < {*prepare.names()}
   assert glue.F1_NAMES == ('glue/mrpc', 'glue/qqp')
 
 
@@ -154,7 +154,7 @@ def test_a_missing_task_is_an_answer_at_once(tmp_path, monkeypatch, name):
   assert not tries
   assert not os.path.exists(folder)
   assert f'looked in {folder}/{name}/' in str(caught.value)
-  words = ['-m', 'margin_jax.data.prepare', name, f'--data_dir={folder}']
+  words = ['-m', 'margin_jax.prepare', name, f'--data_dir={folder}']
   assert command_of(str(caught.value))[1:] == words
 
 
@@ -163,7 +163,7 @@ def refused(folder, words, name='glue/rte'):
   message = f"dataset '{name}' .*" + '.*'.join(map(re.escape, words))
   with pytest.raises(data.DatasetError, match=message) as caught:
     load(folder, name)
-  words = ['-m', 'margin_jax.data.prepare', name, f'--data_dir={folder}']
+  words = ['-m', 'margin_jax.prepare', name, f'--data_dir={folder}']
   assert command_of(str(caught.value))[1:] == words
 
 

@@ -213,12 +213,12 @@ def test_command_line_errors_are_one_line(tmp_path):
   assert message.startswith('error: --config: ')
   assert message.endswith('tests/helpers.py has no get_config\n')
   message = error_of(digits, workdir, '--config.workdir=x')
-  assert "unknown config field 'workdir'" in message
+  assert "'workdir' is no config field" in message
   message = error_of(digits, workdir, '--config.stepz=3')
-  assert "unknown config field 'stepz'" in message
+  assert "'stepz' is no config field" in message
   assert 'did you mean steps' in message
   message = error_of(digits, workdir, '--config.selektion.rule=mms')
-  assert "unknown config field 'selektion.rule'" in message
+  assert "'selektion.rule' is no config field" in message
   assert 'did you mean selection.rule?' in message
   message = error_of(digits, workdir, '--config.optimizer.lr=0.1')
   assert 'did you mean optimizer.learning_rates?' in message
@@ -232,7 +232,7 @@ def test_command_line_errors_are_one_line(tmp_path):
     '--config=configs/cifar10_resnet44.py:mms', workdir,
     f'--config.data.data_dir={tmp_path}',
   )  # fmt: skip
-  assert 'margin_jax.data.prepare cifar10' in message
+  assert 'margin_jax.prepare cifar10' in message
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import tensorflow_datasets as tfds
 
-from margin_jax.data import prepare
+from margin_jax import prepare
 from tests.datasets import write_dataset
 
 

@@ -13,6 +13,7 @@ import threading
 
 import pytest
 
+from margin_jax import terminal
 from margin_jax.train import progress
 from tests.faults import runs
 
@@ -51,13 +52,13 @@ def make():
   views = []
 
   def made(width=80, step=0, best=None):
-    terminal = progress.Terminal(
+    console = terminal.Terminal(
       file=io.StringIO(), force_terminal=True, width=width, height=40,
       color_system=None,
     )  # fmt: skip
-    views.append(progress.View(terminal))
+    views.append(progress.View(console))
     views[-1].start(step, 1000, best)
-    return views[-1], terminal.file
+    return views[-1], console.file
 
   yield made
   for view in views:
@@ -153,18 +154,16 @@ def test_other_lines_go_above(make):
   assert not any('a line' in line for line in last_drawing(file))
 
 
-@pytest.mark.parametrize('terminal', [True, False])
-def test_warnings_go_above_unless_they_go_to_a_file(
-  make, monkeypatch, terminal
-):
-  errors = Tty() if terminal else io.StringIO()
+@pytest.mark.parametrize('seen', [True, False])
+def test_warnings_go_above_unless_they_go_to_a_file(make, monkeypatch, seen):
+  errors = Tty() if seen else io.StringIO()
   monkeypatch.setattr(sys, 'stderr', errors)
   view, file = make()
   print('be warned', file=sys.stderr)
   view.close()
   assert sys.stderr is errors
-  assert ('be warned' in file.getvalue()) == terminal
-  assert ('be warned' in errors.getvalue()) != terminal
+  assert ('be warned' in file.getvalue()) == seen
+  assert ('be warned' in errors.getvalue()) != seen
 
 
 def test_the_cursor_is_seen_and_waits_below_so_that_a_kill_leaves_it_there(
@@ -252,7 +251,9 @@ def test_a_run_on_a_terminal(tmp_path):
   last, end = output.rsplit('best validation', 1)
   assert 'step 60/60  eta 0:00:00' in last.rsplit('\x1b[2K', 1)[1]
   assert re.fullmatch(
-    r' [\d.]+% at step \d+ *\ntest accuracy [\d.]+% after 60 steps, .*\n', end
+    r' [\d.]+% at step \d+ *\ntest accuracy [\d.]+% after 60 steps, .*\n'
+    r'results: .*\nnext:    .*\n',
+    end,
   )
 
 

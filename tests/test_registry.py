@@ -142,7 +142,7 @@ def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
   arguments = ['--workdir', str(tmp_path / 'run'), '--config']
   analyze_command.main([*arguments, f'{file}:mms,seed=1'])
   assert 'accuracy' in capsys.readouterr().out
-  with pytest.raises(SystemExit, match=r'error: config=.*nowhere'):
+  with pytest.raises(SystemExit, match=r'error: --config: .*nowhere'):
     analyze_command.main([*arguments, '/nowhere/mine.py'])
 
 

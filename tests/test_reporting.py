@@ -15,6 +15,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
+from margin_jax import terminal
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import loop, metrics, progress, reporting
 from tests import helpers
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
       str(folder),
       log=lines.append,
       hook=lambda *told: rows.append(told),
-      view=progress.View(progress.Terminal(file=screen, force_terminal=True)),
+      view=progress.View(terminal.Terminal(file=screen, force_terminal=True)),
     )
   return folder, rows, lines, screen.getvalue()
 
@@ -202,7 +203,7 @@ def test_a_hook_that_raises_ends_the_run_and_loses_nothing_saved(tmp_path):
       raise ConnectionError('no network')
 
   out, lines = sys.stdout, []
-  screen = progress.Terminal(file=io.StringIO(), force_terminal=True)
+  screen = terminal.Terminal(file=io.StringIO(), force_terminal=True)
   with pytest.raises(ConnectionError, match='no network'):
     loop.train(
       helpers.small_config(),

@@ -12,60 +12,57 @@ with the smallest MMS are those that an annotator should see next. Figures are
 written as PNG and as PDF.
 """
 
-import argparse
+import shlex
 
-from margin_jax import config as config_lib
-from margin_jax.analyze.report import analyze
-from margin_jax.train import process, runs
+from margin_jax import commands, terminal
 
 
-def main(argv: list[str] | None = None) -> None:
+@commands.command
+def main(argv: list[str]) -> None:
   """Runs the command line; a mistake of the user is one line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m margin_jax.analyze',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  parser = commands.Parser('analyze', __doc__)
+  parser.require('--workdir', metavar='FOLDER', help='of the run')
+  parser.option('--layers', help='comma-separated; default: input,features')
+  parser.option(
+    '--steps',
+    type=commands.integers,
+    help='comma-separated checkpoints; default: all that the run has',
   )
-  parser.add_argument('--workdir', required=True, help='of the run')
-  parser.add_argument(
-    '--layers', help='comma-separated; default: input,features'
+  parser.option(
+    '--examples',
+    type=commands.integer,
+    help='the first of each split; default: all',
   )
-  parser.add_argument(
-    '--steps', help='comma-separated checkpoints; default: all that the run has'
+  parser.option('--data_dir', help='default: where the run read it')
+  parser.option('--out', metavar='FOLDER', help='default: WORKDIR/analysis')
+  parser.option(
+    '--config',
+    metavar='FILE',
+    help='the config file, if it registers a model or a dataset',
   )
-  parser.add_argument(
-    '--examples', type=int, help='the first of each split; default: all'
-  )
-  parser.add_argument('--data_dir', help='default: where the run read it')
-  parser.add_argument('--out', help='default: WORKDIR/analysis')
-  parser.add_argument(
-    '--config', help='the config file, if it registers a model or a dataset'
-  )
-  args = parser.parse_args(argv)
+  args = parser.parse(argv)
   layers = None if args.layers is None else tuple(args.layers.split(','))
+
+  with terminal.wait('loading JAX'):
+    from margin_jax.analyze.report import analyze
+    from margin_jax.train import process, runs
   with process.one_line_errors():
     if args.config is not None:
-      runs.register_from(args.config.partition(':')[0])
-    analyze(
+      runs.register_from(args.config)
+    folder = analyze(
       args.workdir,
       layer_names=layers,
-      steps=_parse_steps(args.steps),
+      steps=args.steps,
       examples=args.examples,
       data_dir=args.data_dir,
       out=args.out,
+      log=terminal.say,
+      wait=terminal.wait,
     )
-
-
-def _parse_steps(text: str | None) -> list[int] | None:
-  """Returns the integers of '500,1000'."""
-  if text is None:
-    return None
-  try:
-    return [int(part) for part in text.split(',')]
-  except ValueError:
-    raise config_lib.ConfigError(
-      f'steps={text!r} is not allowed: it must be integers, as in 500,1000'
-    ) from None
+    commands.finish(
+      f'{folder}/margins.png, and the tables beside it',
+      shlex.join(['head', '-n', '20', f'{folder}/train.csv']),
+    )
 
 
 if __name__ == '__main__':

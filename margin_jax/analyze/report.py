@@ -1,12 +1,13 @@
 """Measures the margins of a trained run; writes tables and figures."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from margin_jax import data, files, linearized, signatures
+from margin_jax import data, files, linearized, signatures, terminal
 from margin_jax.analyze import plots
 from margin_jax.config import require
 from margin_jax.data import entailment, tokenization
@@ -29,6 +30,7 @@ def analyze(
   data_dir: str | None = None,
   out: str | None = None,
   log: Callable[[str], None] = print,
+  wait: terminal.Wait = terminal.do_not_show,
 ) -> pathlib.Path:
   """Measures the margins of a trained run; writes tables and figures.
 
@@ -41,6 +43,7 @@ def analyze(
     data_dir: where the dataset lies now, if not where the run read it.
     out: the folder to write to; None is WORKDIR/analysis.
     log: takes the progress lines.
+    wait: shows what is loaded or measured, while it is: `terminal.wait`.
 
   Returns:
     The folder.
@@ -52,7 +55,9 @@ def analyze(
   """
   holds = examples is None or examples >= 1
   require(holds, 'examples', examples, 'at least 1')
-  with runs.open_run(workdir, steps, data_dir) as run:
+  with contextlib.ExitStack() as stack:
+    with wait(f'loading the run of {workdir}'):
+      run = stack.enter_context(runs.open_run(workdir, steps, data_dir))
     splits = tuple(name for name in run.dataset.counts if name != 'validation')
     shapes = setup_lib.layer_shapes(run.spec.model, run.dataset)
     if layer_names is None:
@@ -72,14 +77,14 @@ def analyze(
       variables = run.devices.replicate(
         {'params': state.params, 'batch_stats': state.batch_stats}
       )
-      accuracy = {
-        split: report.add(step, split, measure(split, variables))
-        for split in splits
-      }
+      with wait(f'measuring step {step:,}', line=False):
+        accuracy = {
+          split: report.add(step, split, measure(split, variables))
+          for split in splits
+        }
       text = ', '.join(f'{accuracy[split]:.2%} of {split}' for split in splits)
       log(f'step {step:,}: accuracy {text}')
   report.write(folder)
-  log(f'written to {folder}')
   return folder
 
 

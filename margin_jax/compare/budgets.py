@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import checks, data, files
+from margin_jax import checks, data, files, schedules
 from margin_jax import config as config_lib
 from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.config import ConfigError
@@ -139,30 +139,19 @@ def scaled(
     ConfigError: so few steps that two boundaries, or a boundary and an end,
       coincide.
   """
-  config, before = copy.deepcopy(config), config
+  before, config = config, schedules.scaled(config, steps)
   ratio = steps / before.steps
-
-  def scale(step: int) -> int:
-    return round(step * ratio)
-
-  config.steps = steps
   interval = max(1, round(before.eval_every * ratio / multiple))
   config.eval_every = multiple * interval
   boundaries = before.optimizer.boundaries
-  config.optimizer.boundaries = tuple(map(scale, boundaries))
-  inside = [0, *(x for x in config.optimizer.boundaries if x < steps), steps]
   reached = [x for x in boundaries if x < before.steps]
-  if sorted({*inside}) != inside or len(inside) != len(reached) + 2:
+  inside = [0, *(round(x * ratio) for x in reached), steps]
+  if sorted({*inside}) != inside:
     raise ConfigError(
       f'steps={steps} is not allowed: it must be more, or the schedule of '
       f'{before.steps:,} with optimizer.boundaries={tuple(boundaries)} does '
       'not fit'
     )
-  config.optimizer.warmup = min(scale(before.optimizer.warmup), steps - 1)
-  config.selection.start = min(scale(before.selection.start), steps - 1)
-  if before.selection.stop is not None:
-    stop = scale(before.selection.stop)
-    config.selection.stop = max(config.selection.start + 1, stop)
   return config
 
 

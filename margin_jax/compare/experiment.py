@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from margin_jax import terminal
 from margin_jax.compare import budgets, report, runs
 from margin_jax.compare import methods as methods_lib
 from margin_jax.config import UNIFORM, require
@@ -13,14 +14,13 @@ from margin_jax.train import workdirs
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupts
 
-METHODS = (UNIFORM, 'random', 'mms', 'loss', 'entropy')
-
 
 def compare(
   config: ml_collections.ConfigDict,
   workdir: str,
   *,
-  methods: Sequence[str] | Mapping[str, methods_lib.Fields] = METHODS,
+  methods: Sequence[str]
+  | Mapping[str, methods_lib.Fields] = methods_lib.METHODS,
   seeds: int = 3,
   budget: str = 'steps',
   baseline: str = UNIFORM,
@@ -29,6 +29,7 @@ def compare(
   command: str = '',
   summary: Callable[[list[dict[str, Any]]], Sequence[str]] | None = None,
   log: Callable[[str], None] = print,
+  wait: terminal.Wait = terminal.do_not_show,
 ) -> list[dict[str, Any]]:
   """Trains every method with every seed; writes tables and plots.
 
@@ -44,8 +45,8 @@ def compare(
       of it holds for the methods that use it.
     workdir: a folder, created if need be; "~" is expanded.
     methods: rules, with or without fields ('mms+reuse=5'); or the fields to
-      change, by the method's name. The control `random` is added where a rule
-      scores, with the fields of that method.
+      change, by the method's name. The baseline is added if it is missing, and
+      the control `random` where a rule scores, with the fields of that method.
     seeds: how many.
     budget: what all have the same of: 'steps', or the 'flops' or 'seconds' of
       the baseline, scoring included; schedules are scaled to the steps that
@@ -57,6 +58,7 @@ def compare(
     summary: takes the rows that are returned; its lines stand below the
       tables.
     log: takes the progress lines and the tables.
+    wait: shows what is done, while it is: `terminal.wait`.
 
   Returns:
     A row for each run, as in runs.csv: 'method', the swept fields, 'seed',
@@ -83,18 +85,22 @@ def compare(
   require(holds, 'seeds', seeds, 'an integer, at least 1')
   methods = methods_lib.parse_methods(methods, config)
   grid = methods_lib.parse_sweep(sweep, config)
-  trials = _trials(config, methods, grid, baseline, log)
+  if baseline not in methods:
+    log(f'{baseline!r} is added: the baseline')
+    methods = methods_lib.with_baseline(methods, baseline, config)
+  trials = _trials(config, methods, grid, log)
   with (
     Interrupts() as interrupts,
     workdirs.opened(workdir) as place,
     runs_lib.lock_workdir(place, names=report.FILES, folders=report.FOLDERS),
   ):
     costs = budgets.Costs(place, budget, interrupts, log)
-    trials = budgets.allocate(trials, budget, baseline, costs, log)
+    with wait(f'loading {config.data.name}, and checking {len(trials)} trials'):
+      trials = budgets.allocate(trials, budget, baseline, costs, log)
     all_runs = runs.plan(trials, seeds, place)
     notes = _notes(all_runs, budget, baseline, command)
     text = None
-    for outcome in runs.train(all_runs, interrupts, log):
+    for outcome in runs.train(all_runs, interrupts, log, wait):
       ended = len(outcome.runs) + len(outcome.failures)
       compared = any(run.trial.method == baseline for run in outcome.runs)
       if compared and ended % len(trials) == 0:  # a seed of every trial
@@ -108,7 +114,6 @@ def compare(
         text = '\n\n'.join([text, *lines])
   if text is not None:
     log(text)
-    log(f'written to {place}')
   if outcome.failures:
     names = '\n  '.join(name for name, _ in outcome.failures)
     raise NonFiniteError(
@@ -123,7 +128,6 @@ def _trials(
   config: ml_collections.ConfigDict,
   methods: Mapping[str, methods_lib.Fields],
   grid: Mapping[str, Sequence[Any]],
-  baseline: str,
   log: Callable[[str], None],
 ) -> list[methods_lib.Trial]:
   """Returns the trials of all methods and controls; every config is valid."""
@@ -132,7 +136,6 @@ def _trials(
   for name in complete:
     if name not in methods:
       log(f'{name!r} is added: the control that scores and selects at random')
-  require(baseline in complete, 'baseline', baseline, f'one of {[*complete]}')
   trials = methods_lib.make_trials(config, complete, grid)
   for line in methods_lib.warnings(trials, complete):
     log(line)

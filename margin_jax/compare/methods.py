@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 from margin_jax import config as config_lib
+from margin_jax import config_files
+from margin_jax.checks import did_you_mean, nearest
 from margin_jax.config import UNIFORM, ConfigError
 from margin_jax.train import schema
 
@@ -27,6 +27,8 @@ Fields = dict[str, Any]
 RULE = 'selection.rule'
 # The rule that pays for scoring and does not use the scores.
 CONTROL = 'random'
+# Of a comparison that names none.
+METHODS = (UNIFORM, CONTROL, 'mms', 'loss', 'entropy')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,31 @@ def parse_methods(
   return parsed
 
 
+def of_command_line(
+  text: str | None, file: config_files.ConfigFile
+) -> Sequence[str] | dict[str, Fields]:
+  """Returns the methods that a flag names, else those of the config file.
+
+  A config file may have methods of its own, `get_methods`.
+  """
+  get_methods = getattr(file.module, 'get_methods', None)
+  named = get_methods(file.argument) if get_methods else {}
+  if text is None:
+    return named or METHODS
+  names = split(text)
+  if not all(names):
+    raise ConfigError(
+      f'methods={text!r} is not allowed: there is an empty name'
+    )
+  return parse_methods(names, file.config, named)
+
+
+def baseline_of(file: config_files.ConfigFile) -> str:
+  """Returns the baseline of a config file, which may have `get_baseline`."""
+  get_baseline = getattr(file.module, 'get_baseline', None)
+  return get_baseline(file.argument) if get_baseline else UNIFORM
+
+
 def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   """Returns the fields that a text such as 'mms+reuse=5' sets.
 
@@ -114,9 +141,10 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
     fields |= config_lib.preset(name, config.data.name)
   if first not in presets:
     if first not in rules:
+      near = nearest(first, (*rules, *presets))
       raise ConfigError(
         f'{where}: {first!r} must be one of the rules {rules} or of the '
-        f'presets {presets}'
+        f'presets {presets}{did_you_mean(near)}'
       )
     fields[RULE] = first
   given = set()
@@ -183,9 +211,7 @@ def _full_name(name: str, where: str, known: Iterable[str]) -> str:
   """Returns the dotted name of a field; selection's come first."""
   full = next((x for x in (f'selection.{name}', name) if x in known), None)
   if full is None:
-    raise ConfigError(
-      f'{where}: {name!r} is no config field; there are {tuple(known)}'
-    )
+    raise ConfigError(f'{where}: {config_files.unknown_field(name)}')
   if full in ('seed', RULE):
     flag = '--seeds' if full == 'seed' else '--methods'
     raise ConfigError(f'{where}: set {full} by {flag}')
@@ -196,20 +222,10 @@ def _parse_value(
   config: ml_collections.ConfigDict, name: str, text: str, where: str
 ) -> Any:
   """Returns the value that --config.name=text would give the field."""
-  values = flags.FlagValues()
-  changed = copy.deepcopy(config)
-  argv = ['', f'--config.{name}={text}']
   try:
-    config_flags.DEFINE_config_dict(
-      'config', changed, flag_values=values, sys_argv=argv
-    )
-    values(argv)
-  except (flags.Error, ValueError, TypeError) as error:
-    raise ConfigError(
-      f'{where}: {name}={text!r} is not allowed: it must be of the type of '
-      f'{config_lib.flatten(config)[name]!r}'
-    ) from error
-  return config_lib.flatten(changed)[name]
+    return config_files.parse_value(config, name, text)
+  except ConfigError as error:
+    raise ConfigError(f'{where}: {error}') from error
 
 
 # From fields to trials.
@@ -293,6 +309,25 @@ def named_errors(name: str) -> Iterator[None]:
     yield
   except ConfigError as error:
     raise ConfigError(f'{name}: {error}') from error
+
+
+def with_baseline(
+  methods: Mapping[str, Fields],
+  baseline: str,
+  config: ml_collections.ConfigDict,
+) -> dict[str, Fields]:
+  """Returns the methods after the baseline, a rule that is missing there.
+
+  Raises:
+    ConfigError: the baseline is neither a method nor can be parsed as one.
+  """
+  try:
+    return {baseline: parse_method(baseline, config), **methods}
+  except ConfigError as error:
+    raise ConfigError(
+      f'baseline={baseline!r} is not allowed: it must be one of {[*methods]}, '
+      'or a rule'
+    ) from error
 
 
 def with_controls(
@@ -381,4 +416,8 @@ def warnings(
       for field, reason in reasons.items()
       if field in methods[trial.method] and field not in nowhere
     ]
+    if 'steps' in methods[trial.method]:
+      lines += [
+        f'{trial.name}: {line}' for line in schema.never_reached(trial.config)
+      ]
   return lines

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from margin_jax import files
+from margin_jax import files, terminal
 from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.train import loop, schema
 from margin_jax.train import runs as runs_lib
@@ -99,7 +99,10 @@ class Outcome:
 
 
 def train(
-  runs: Sequence[Run], interrupts: Interrupts, log: Callable[[str], None]
+  runs: Sequence[Run],
+  interrupts: Interrupts,
+  log: Callable[[str], None],
+  wait: terminal.Wait = terminal.do_not_show,
 ) -> Iterator[Outcome]:
   """Trains the runs that are not complete; yields the outcome after every run.
 
@@ -118,7 +121,8 @@ def train(
       log(f'{name}: {"goes on" if run.folder.exists() else "starts"}')
       before = ''
       try:
-        result = _train(run)
+        with wait(f'training {run.name}', line=False):
+          result = _train(run)
       except Interrupted as stopped:
         raise Interrupted(
           f'{name}: {stopped}', stopped.status - 128

@@ -45,7 +45,7 @@ def open_builder(name: str, data_dir: str | None):
 
   folder = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
   command = (
-    f'{os.path.basename(sys.executable)} -m margin_jax.data.prepare {name} '
+    f'{os.path.basename(sys.executable)} -m margin_jax.prepare {name} '
     f'--data_dir={shlex.quote(folder)}'
   )
   verbosity = logging.get_verbosity()

@@ -2,64 +2,75 @@
 
     python -m margin_jax.train --config=configs/digits.py --workdir=/tmp/digits
 
-Any field can be set on the command line: --config.steps=300.
+Any field can be set on the command line: --config.steps=300. The same command
+again goes on where the run stopped.
 """
 
-import functools
-import sys
-
-from absl import flags
-
-from margin_jax import cpu
-from margin_jax.train import devices as devices_lib
-from margin_jax.train import flags as flags_lib
-from margin_jax.train import loop, process, progress
-
-flags.adopt_module_key_flags(flags_lib)
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator',
-  None,
-  'HOST:PORT of process 0, where there are several processes; or "auto" on a '
-  'TPU pod or a cluster that JAX knows.',
-)
-_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator.')
-_PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator.')
-_JOIN_SECONDS = flags.DEFINE_integer(
-  'join_seconds',
-  devices_lib.JOIN_SECONDS,
-  'With --coordinator: how long all processes may take to find each other.',
-  lower_bound=1,
-)
+from margin_jax import commands, terminal
 
 
+@commands.command
 def main(argv: list[str]) -> None:
   """Runs the trainer; what the user can mend is one line, not a traceback."""
-  flags_lib.begin(argv)
-  if _COORDINATOR.value is not None:
-    try:
-      devices_lib.join(
-        _COORDINATOR.value,
-        _PROCESSES.value,
-        _PROCESS.value,
-        _JOIN_SECONDS.value,
-      )
-    except (ValueError, RuntimeError) as error:
-      sys.exit(f'error: {error}')
-  elif (_PROCESSES.value, _PROCESS.value) != (None, None):
-    sys.exit('error: --num_processes and --process_id need --coordinator')
-  cpu.tune()
-  devices_lib.use_compilation_cache()
+  parser = commands.Parser('train', __doc__, fields=True)
+  parser.require('--workdir', metavar='FOLDER', help='of all that is written')
+  parser.option(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help='of process 0, where there are several processes; or "auto" on a TPU '
+    'pod or a cluster that JAX knows',
+  )
+  parser.option(
+    '--num_processes', type=commands.integer, help='with --coordinator'
+  )
+  parser.option(
+    '--process_id', type=commands.integer, help='with --coordinator'
+  )
+  parser.option(
+    '--join_seconds',
+    type=commands.integer,
+    default=300,
+    help='with --coordinator: how long all processes may take to find each '
+    'other. Default: 300',
+  )
+  args = parser.parse(argv)
+  processes = args.num_processes, args.process_id
+  if args.coordinator is None and processes != (None, None):
+    parser.error('--num_processes and --process_id need --coordinator')
+  if args.join_seconds < 1:
+    parser.error('--join_seconds must be at least 1')
+
+  from margin_jax import cpu
+  from margin_jax.train import devices as devices_lib
+  from margin_jax.train import loop, process, progress
+
+  process.silence_libraries()
+  config = args.config_file.config
   with process.one_line_errors():
-    # Flushed, so that a pipe or a log file shows each line at once.
-    log = functools.partial(print, flush=True)
-    view = progress.on_terminal()
+    if args.coordinator is not None:
+      try:
+        devices_lib.join(args.coordinator, *processes, args.join_seconds)
+      except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    elif loop.say_if_complete(config, args.workdir, terminal.say):
+      _finish(args.workdir)
+      return
+    cpu.tune()
+    devices_lib.use_compilation_cache()
     loop.train(
-      flags_lib.CONFIG.value, flags_lib.WORKDIR.value, log=log, view=view
+      config,
+      args.workdir,
+      log=terminal.say,
+      view=progress.on_terminal(),
+      wait=terminal.wait,
     )
+    if devices_lib.is_main_process():
+      _finish(args.workdir)
 
 
-# The command line.
-run = functools.partial(flags_lib.run, main, __doc__)
+def _finish(workdir: str) -> None:
+  commands.finish(workdir, commands.line('analyze', f'--workdir={workdir}'))
+
 
 if __name__ == '__main__':
-  run()
+  main()

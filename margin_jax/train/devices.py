@@ -119,6 +119,11 @@ def several_processes() -> bool:
   return jax.process_count() > 1
 
 
+def is_main_process() -> bool:
+  """Returns whether this is the process of a run that writes files."""
+  return jax.process_index() == 0
+
+
 def use_compilation_cache() -> None:
   """Keeps compiled programs for the next start, where that is quiet.
 
@@ -179,7 +184,7 @@ class Devices:
       d for d in self._all if d.process_index == jax.process_index()
     ]
     self.total = count
-    self.is_main_process = jax.process_index() == 0
+    self.is_main_process = is_main_process()
     self.kind = self._all[0].device_kind
     self.platform = self._all[0].platform
     self._mesh = Mesh(np.array(self._local), (AXIS,))

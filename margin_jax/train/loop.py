@@ -14,7 +14,14 @@ import numpy as np
 import optax
 
 from margin_jax import config as config_lib
-from margin_jax import data, files, optimizers, registry, selection
+from margin_jax import (
+  data,
+  files,
+  optimizers,
+  registry,
+  selection,
+  terminal,
+)
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import (
   evaluation,
@@ -102,6 +109,7 @@ def train(
   log: Log = print,
   hook: Hook | None = None,
   view: progress.View | None = None,
+  wait: terminal.Wait = terminal.do_not_show,
 ) -> dict[str, Any]:
   """Trains as `config` says, and continues where `workdir` stopped.
 
@@ -128,6 +136,7 @@ def train(
       {f'{prefix}/{k}': v for k, v in row.items()}, step=step)`. What it raises
       ends the run; the row is written, and what was saved is kept.
     view: shows training in place of progress lines, `progress.on_terminal()`.
+    wait: shows what is loaded or compiled, while it is: `terminal.wait`.
 
   Returns:
     What result.json holds, that is 'test' and 'validation' at the last step,
@@ -149,7 +158,9 @@ def train(
   """
   if optimizer is not None:
     config = registry.with_optimizer(config, optimizer)
-  schema.validate(config)
+  complete = say_if_complete(config, workdir, log, rule)
+  if complete is not None:
+    return complete
   warnings, config = schema.warnings(config), schema.effective(config)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(Interrupts())
@@ -157,7 +168,8 @@ def train(
     place.refresh()
 
     # Set up. The workdir is untouched until the model is known to fit the data.
-    devices, dataset = setup_lib.load(config, rule, workdir=str(place.folder))
+    with wait(f'loading {config.data.name}'):
+      devices, dataset = setup_lib.load(config, rule, workdir=str(place.folder))
     main = devices.is_main_process
 
     def say(line: str) -> None:
@@ -190,7 +202,8 @@ def train(
 
     # Compile.
     state = devices.replicate(state)
-    loader, program = compile_steps(config, devices, dataset, spec, state)
+    with wait(f'compiling the steps of {config.model.name}'):
+      loader, program = compile_steps(config, devices, dataset, spec, state)
     stack.callback(loader.close)
     run = Run(
       config=config,
@@ -227,6 +240,40 @@ def train(
       f'{run.counters.seconds:.1f} s of training'
     )
     return result
+
+
+def say_if_complete(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  log: Log,
+  rule: selection.RuleFunction | None = None,
+) -> dict[str, Any] | None:
+  """Returns the result of a run that has nothing left to do, and says so.
+
+  Neither data nor devices are needed, and the checkpoint is not read.
+
+  Args:
+    config, workdir, log, rule: those of `train`.
+
+  Returns:
+    The result; None if the run is not complete, or several processes would
+    have to agree on it.
+
+  Raises:
+    ConfigError: a field is bad.
+  """
+  schema.validate(config)
+  if jax.distributed.is_initialized():
+    return None
+  result = None
+  with workdirs.opened(workdir) as place:
+    place.refresh()
+    # What is wrong with a workdir, its checkpoints tell better.
+    with contextlib.suppress(config_lib.ConfigError, files.FileError):
+      result = runs.complete(place.folder, runs.to_save(config, rule))
+  if result is not None:
+    log(f'complete: {_headline(result)}')
+  return result
 
 
 def compile_steps(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Self, TextIO
 
 import jax
+from absl import logging
 
 from margin_jax import config as config_lib
 from margin_jax import data, files
@@ -168,6 +169,11 @@ def lasting_output() -> Iterator[None]:
     for stream in filter(None, after):
       stream.flush()
     sys.stdout, sys.stderr = before
+
+
+def silence_libraries() -> None:
+  """Keeps libraries from logging: Orbax does what it raises as well."""
+  logging.set_verbosity(logging.FATAL)
 
 
 # What a disk says that is full, or broken.

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from margin_jax import terminal
+
 Row = dict[str, float]
 
 # Drawing takes the interpreter from the thread that keeps the devices busy, and
@@ -44,28 +46,10 @@ SHOWN = (
 _PEAK = 'memory_peak_bytes'
 
 
-class Terminal(Console):
-  """A rich console that leaves the cursor where it can be seen.
-
-  A process that is killed, or stopped by Ctrl-Z, could not show it again.
-  """
-
-  def show_cursor(self, show: bool = True) -> bool:
-    """Does nothing."""
-    del show
-    return False
-
-
 def on_terminal() -> 'View | None':
-  """A view, if standard output is a terminal that can show one.
-
-  Not where TERM is dumb or TTY_INTERACTIVE is 0; NO_COLOR takes the colours.
-  """
-  terminal = Terminal()
-  # With FORCE_COLOR, rich takes a pipe for a terminal.
-  if sys.stdout.isatty() and terminal.is_terminal and terminal.is_interactive:
-    return View(terminal)
-  return None
+  """Returns a view, if standard output is a terminal that can show one."""
+  found = terminal.find()
+  return None if found is None else View(found)
 
 
 class View:
@@ -74,9 +58,9 @@ class View:
   It is a hook of `loop.train`: a row is put down here, and never waited for.
   """
 
-  def __init__(self, terminal: Console):
+  def __init__(self, console: Console):
     """Draws nothing yet."""
-    self._terminal = terminal
+    self._terminal = console
     self._live: Live | None = None
 
   def start(self, step: int, steps: int, best: dict[str, Any] | None) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import runpy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ import ml_collections
 
 from margin_jax import (
   checks,
+  commands,
+  config_files,
   data,
   files,
   losses,
@@ -28,7 +29,12 @@ from margin_jax import config as config_lib
 from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
 from margin_jax.train import setup as setup_lib
-from margin_jax.train.checkpoints import FOLDER, QUARANTINE, Checkpoints
+from margin_jax.train.checkpoints import (
+  FOLDER,
+  QUARANTINE,
+  Checkpoints,
+  CorruptError,
+)
 from margin_jax.train.compiled import Counters
 from margin_jax.train.devices import Devices
 from margin_jax.train.spec import StepSpec
@@ -232,8 +238,18 @@ class TrainedRun:
   spec: StepSpec
 
   def restore(self, step: int | None = None) -> PyTree:
-    """Returns the state at a step; None is the last that was saved."""
-    return self.checkpoints.restore(self._state, step)[0]
+    """Returns the state at a step; None is the last that was saved.
+
+    Raises:
+      CorruptError: it cannot be read.
+    """
+    try:
+      return self.checkpoints.restore(self._state, step)[0]
+    except CorruptError as error:
+      raise CorruptError(
+        f'{error}. Without {self.workdir}/result.json the command that trained '
+        'it goes back to the checkpoint before, and on from there'
+      ) from error
 
   def best_step(self) -> int:
     """Returns the step of the highest validation accuracy.
@@ -296,13 +312,33 @@ def open_run(
     yield TrainedRun(place, config, checkpoints, devices, dataset, spec)
 
 
+def find(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the runs of a comparison, by name."""
+  found = (folder / 'runs').glob(f'**/{FOLDER}')
+  return sorted(x.parent for x in found)
+
+
+def find_best(workdir: str | os.PathLike) -> str:
+  """Returns the run of a comparison with the highest accuracy.
+
+  On the validation split, if there is one.
+  """
+
+  def accuracy(folder: pathlib.Path) -> float:
+    result = files.read_json(folder / 'result.json', RESULT, 'move it away')
+    return result.get('validation', result['test'])['accuracy']
+
+  with workdirs.opened(workdir) as place:
+    runs = [x for x in find(place.folder) if (x / 'result.json').exists()]
+    return place.named(str(max(runs, key=accuracy)))
+
+
 def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
   """Opens the run's checkpoints; looking must not create a folder."""
-  none = config_lib.ConfigError(
-    f'workdir={str(workdir)!r} holds no checkpoints: train it first with '
-    'python -m margin_jax.train'
-  )
   workdir.refresh()
+  none = config_lib.ConfigError(
+    f'workdir={str(workdir)!r} holds no checkpoints: {_advice(workdir)}'
+  )
   if not (workdir.folder / FOLDER).is_dir():
     raise none
   checkpoints = Checkpoints(workdir)
@@ -317,6 +353,16 @@ def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
     f'workdir={str(workdir)!r} holds no checkpoint of step(s) {missing}; it '
     f'has {saved}'
   )
+
+
+def _advice(workdir: Workdir) -> str:
+  """Returns what to do about a workdir that is none of a run."""
+  names = [workdir.named(str(x)) for x in find(workdir.folder)]
+  if not names:
+    return 'train it first with ' + commands.line('train')
+  more = [f'and {len(names) - 5} more'] if len(names) > 5 else []
+  names = ', '.join([*names[:5], *more])
+  return f'it is a comparison; name one of its runs: {names}'
 
 
 def _saved_config(
@@ -369,13 +415,7 @@ def _check_registered(saved: dict[str, Any]) -> None:
 
 def register_from(path: str) -> None:
   """Runs a config file, for the models and datasets that it registers."""
-  path = os.path.expanduser(path)
-  if os.path.isdir(path):
-    raise config_lib.ConfigError(f'config={path!r}: it is a folder')
-  try:
-    runpy.run_path(path)
-  except OSError as error:
-    raise config_lib.ConfigError(f'config={path!r}: {error}') from error
+  config_files.run(path.partition(':')[0])
 
 
 def make_folder(out: str) -> pathlib.Path:

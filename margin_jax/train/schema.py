@@ -10,7 +10,8 @@ import copy
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import data, models
+from margin_jax import config_files, data, models
+from margin_jax.checks import did_you_mean, nearest
 from margin_jax.config import (
   FIELDS,
   MEMORY,
@@ -71,11 +72,24 @@ def set_in_vain(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def warnings(config: ml_collections.ConfigDict) -> list[str]:
-  """Returns a line for every field that is set and has no effect."""
+  """Returns a line for all that is set and has no effect."""
   flat = flatten(config)
-  return [
+  lines = [
     f'warning: {name}={flat[name]!r} has no effect: {reason}'
     for name, reason in set_in_vain(config).items()
+  ]
+  return [*lines, *never_reached(config)]
+
+
+def never_reached(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns a line if the run ends before boundaries of its learning rate."""
+  boundaries = tuple(config.optimizer.boundaries)
+  beyond = [x for x in boundaries if x >= config.steps]
+  if not beyond:
+    return []
+  return [
+    f'warning: of optimizer.boundaries={boundaries} {len(beyond)} are never '
+    f'reached in steps={config.steps}'
   ]
 
 
@@ -98,15 +112,15 @@ def effective(
 
 def _check_fields(flat: Flat) -> None:
   for name in sorted({*flat} - {*FIELDS}):
-    raise ConfigError(
-      f'{name}={flat[name]!r} is unknown; the fields are {(*FIELDS,)}'
-    )
+    raise ConfigError(f'{name}={flat[name]!r} {config_files.is_unknown(name)}')
   for name, field in FIELDS.items():
     if name not in flat:
       raise ConfigError(f'{name} is missing; its default is {field.default!r}')
   for name, field in FIELDS.items():
-    check = field.check
-    require(check.holds(flat[name]), name, flat[name], check.allowed())
+    value, check = flat[name], field.check
+    near = nearest(value, check.choices()) if isinstance(value, str) else []
+    meant = did_you_mean(list(map(repr, near)))
+    require(check.holds(value), name, value, check.allowed() + meant)
 
 
 # Fields that contradict each other.

@@ -1,0 +1,110 @@
+"""Downloads a dataset and prepares it in the format the trainer reads.
+
+    python -m margin_jax.prepare cifar10 --data_dir=~/tensorflow_datasets
+
+Needs the network and TensorFlow (`pip install tensorflow-cpu`), once; reading
+needs neither. Behind a firewall, put the archives that TFDS asks for into
+DATA_DIR/downloads/manual, or copy a folder prepared elsewhere into DATA_DIR.
+"""
+
+import importlib.util
+import os
+import sys
+import textwrap
+
+from margin_jax import commands, terminal
+
+# A config that trains on a dataset, where there is one of its own.
+CONFIGS = {
+  'cifar10': 'configs/cifar10_resnet44.py:mms',
+  'cifar100': 'configs/cifar100_wrn28_10.py:mms',
+  'imagenet2012': 'configs/imagenet_mobilenet.py:mmr',
+  'mnist': 'configs/mnist_large_margin.py',
+  'svhn_cropped': 'configs/trimming.py:on,dataset=svhn_cropped',
+}
+
+
+def prepare(name: str, data_dir: str | None) -> str:
+  """Prepares dataset `name` as array_record files and returns their folder."""
+  import tensorflow_datasets as tfds
+
+  from margin_jax.data import glue
+
+  if name in glue.NAMES:
+    glue.register()
+  builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  if not builder.is_prepared():
+    tfds.enable_progress_bar()  # TFDS is silent where CI or a caller said so
+    builder.download_and_prepare()
+  return str(builder.data_path)
+
+
+def names() -> tuple[str, ...]:
+  """Returns the datasets that can be prepared."""
+  from margin_jax.data import glue, imagenet, tfds_images
+
+  return (*tfds_images.NAMES, *imagenet.NAMES, *glue.NAMES)
+
+
+@commands.command
+def main(argv: list[str]) -> None:
+  """Runs the command line: NAME and --data_dir."""
+  parser = commands.Parser('prepare', __doc__, more=_list_names)
+  parser.require('name', metavar='NAME', help='of the dataset')
+  parser.option('--data_dir', metavar='FOLDER', help="default: TFDS's own")
+  args = parser.parse(argv)
+  with terminal.wait('loading TFDS'):
+    known = names()
+  if args.name not in known:
+    near = commands.nearest(args.name, known)
+    parser.error(f'no dataset is called {args.name!r}' + (
+      commands.did_you_mean(near) or f'; there are {", ".join(known)}'
+    ))  # fmt: skip
+  if importlib.util.find_spec('tensorflow') is None:
+    sys.exit(
+      'error: preparing a dataset needs TensorFlow (reading it does not): '
+      'pip install tensorflow-cpu, then run this command again'
+    )
+  try:
+    folder = prepare(args.name, args.data_dir)
+  except Exception as error:  # TFDS's own and the network's are of many kinds
+    where = _folder(args.data_dir)
+    sys.exit(
+      f'error: {args.name} could not be downloaded: {error}\nBehind a '
+      f'firewall, put the archives into {where}/downloads/manual and run this '
+      f'command again, or copy a folder {args.name} prepared elsewhere into '
+      f'{where}.'
+    )
+  commands.finish(folder, next_command(args.name, args.data_dir))
+
+
+def _list_names() -> str:
+  text = f'NAME is one of {", ".join(names())}.'
+  return textwrap.fill(text, 79, break_on_hyphens=False)
+
+
+def _folder(data_dir: str | None) -> str:
+  if data_dir is None:
+    import tensorflow_datasets as tfds
+
+    data_dir = tfds.core.constants.DATA_DIR
+  return os.path.abspath(os.path.expanduser(data_dir))
+
+
+def next_command(name: str, data_dir: str | None) -> str:
+  """Returns a command that trains on the dataset."""
+  config = CONFIGS.get(name, 'configs/digits.py')
+  fields = []
+  if name.startswith('glue/'):
+    config = f'configs/glue_bert.py:{name.removeprefix("glue/")}'
+    fields = ['--config.model.pretrained=google-bert/bert-base-uncased']
+  elif name not in CONFIGS:
+    fields = [f'--config.data.name={name}']
+  if data_dir is not None:
+    fields.append(f'--config.data.data_dir={data_dir}')
+  workdir = f'--workdir=/tmp/{name.replace("/", "_")}'
+  return commands.line('train', f'--config={config}', workdir, *fields)
+
+
+if __name__ == '__main__':
+  main()
