@@ -311,7 +311,7 @@ def test_class_rates_count_all_that_a_pool_feeds():
   # The CNN has no training mode: both forwards see the same margins.
   mms, scoring = metrics['mean_mms'], metrics['mean_mms_scoring']
   np.testing.assert_allclose(scoring, mms * [1, 0, 1, 0], rtol=1e-5)
-  row, _ = metrics_lib.summarize([metrics])
+  row, *_ = metrics_lib.summarize([metrics])
   assert row['mean_mms_scoring'] == pytest.approx(mms[[0, 2]].mean())
   assert 'mms' not in state.buffer
   pools, batches = metrics['pool_classes'], metrics['batch_classes']
