@@ -1148,7 +1148,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config that `as_json` read; fields it lacks are defaults.
 
   Raises:
-    ConfigError: it has a field that does not exist.
+    ConfigError: it has a field that does not exist, or a value of another type.
   """
   config = default()
   known = flatten(config)
@@ -1158,7 +1158,10 @@ def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
         f'{name}={value!r} is unknown; the fields are {tuple(known)}'
       )
     value = tuple(value) if isinstance(value, list) else value
-    config.update_from_flattened_dict({name: value})
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+      raise ConfigError(f'{name}={value!r} is not allowed: {error}') from error
   return config
 
 

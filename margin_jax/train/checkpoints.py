@@ -8,11 +8,13 @@ digest of both: what is read is what was saved, or it is not read at all.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -99,6 +101,22 @@ def _is_passing(error: Exception) -> bool:
     or (isinstance(error, OSError) and error.errno in _PASSING)
     or (several and isinstance(error, jax.errors.JaxRuntimeError))
   )
+
+
+@functools.cache
+def _expect_late_callbacks() -> None:
+  """Leaves out what Python would print of a restore that has failed.
+
+  TensorStore goes on reading the other arrays, and calls back into Orbax's
+  event loop, which is closed by then: a traceback for each.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 class _Best:
@@ -300,6 +318,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds
       if _is_passing(error):
         raise
+      _expect_late_callbacks()
       raise self._corrupt(step, _first_line(error)) from error
 
   def _corrupt(self, step: int, why: str) -> CorruptError:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+import types
 
 import pytest
 
@@ -161,6 +163,21 @@ def test_checkpoints_without_digests_are_read(copy, finished):
     path.write_text(json.dumps(info))
   _, lines = train(copy)
   assert any('starting at step 20' in line for line in lines)
+
+
+def test_late_callbacks_of_a_failed_restore_are_not_printed(monkeypatch):
+  printed = []
+  monkeypatch.setattr(sys, 'unraisablehook', printed.append)
+  checkpoints_lib._expect_late_callbacks.cache_clear()
+  checkpoints_lib._expect_late_callbacks()
+  late, other = (
+    types.SimpleNamespace(exc_value=RuntimeError(text))
+    for text in ('Event loop is closed', 'another')
+  )
+  sys.unraisablehook(late)
+  sys.unraisablehook(other)
+  assert printed == [other]
+  checkpoints_lib._expect_late_callbacks.cache_clear()
 
 
 def test_the_best_and_the_last_two_are_kept(tmp_path):

@@ -43,8 +43,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
     assert stopped.returncode == 128 + signal.SIGTERM, output
     runs.finish(runs.start(tmp_path / 'stopped'))
   assert runs.digest(tmp_path / 'stopped') == runs.digest(tmp_path / 'whole')
-  rows = [runs.rows(tmp_path / x, 'eval.csv') for x in ('stopped', 'whole')]
-  assert rows[0] == rows[1]
+  for name in ('train.csv', 'eval.csv', 'classes.csv'):
+    rows = [runs.rows(tmp_path / x, name) for x in ('stopped', 'whole')]
+    assert rows[0] == rows[1], name
 
 
 def test_the_first_signal_is_remembered_and_handlers_are_given_back():

@@ -115,3 +115,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(small_disk):
   assert runs.digest(workdir, step) == saved
   runs.finish(runs.start(workdir))
   assert runs.digest(workdir)
+  # Nothing that was half written is left.
+  left = [x.name for x in (workdir / 'checkpoints').iterdir()]
+  assert all(name.isdigit() for name in left), left
+  assert [x.name for x in workdir.glob('.*')] == ['.lock']
