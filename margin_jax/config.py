@@ -187,7 +187,8 @@ MMR = Need(
   'mmr.alpha',
 )
 LARGE_MARGIN = _above(0, 'large_margin.weight')
-ATTACK = _equal('attack.name', 'fgsm', 'pgd')
+ATTACK = _equal('attack.name', 'fgsm', 'ifgsm', 'pgd')
+IN_STEPS = _equal('attack.name', 'ifgsm', 'pgd')
 BATCH_NORM = Need('a model with BatchNorm', _any_batch_norm, 'model.name')
 IMAGES = _dataset('uint8 images', _is_images)
 STREAMED = _dataset('a dataset that is streamed', data.STREAMED.__contains__)
@@ -820,13 +821,22 @@ FIELDS: dict[str, Field] = {
   'large_margin.layers': Field(
     ('input',),
     several(string(), order='different', least=1),
-    "Where margins are asked for: 'input', 'features', or paths of submodules.",
+    "Where margins are asked for: 'input', 'features', or paths of submodules. "
+    'Each is measured in units of its layer: at the input in those of '
+    "data.normalization, which are the attack's where that is 'unit'.",
+    needs=[LARGE_MARGIN],
+  ),
+  'large_margin.layer_weights': Field(
+    (),
+    several(POSITIVE),
+    "One for each layer, that its distances are multiplied by: a layer's gamma "
+    'is large_margin.gamma over its weight. () is 1 for each.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.norm': Field(
     'l2',
-    one_of(*linearized.NORMS),
-    'How distances are measured there.',
+    number_or(number(least=1), *linearized.NORMS),
+    'How distances are measured there: by a name, or a number p, the p-norm.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.top_k': Field(
@@ -880,7 +890,7 @@ FIELDS: dict[str, Field] = {
   # Evaluation under an attack.
   'attack.name': Field(
     None,
-    optional(one_of('fgsm', 'pgd')),
+    optional(one_of('fgsm', 'ifgsm', 'pgd')),
     'At the end the test split is evaluated under this l_inf attack too.',
     resumable=True,
   ),
@@ -894,8 +904,25 @@ FIELDS: dict[str, Field] = {
   'attack.steps': Field(
     10,
     integer(1),
-    'Steps of PGD.',
-    needs=[_equal('attack.name', 'pgd')],
+    'Steps of IFGSM and PGD.',
+    needs=[IN_STEPS],
+    resumable=True,
+  ),
+  'attack.step_size': Field(
+    None,
+    optional(number(above=0, most=1)),
+    'How far each of them may change a pixel; None is epsilon over the number '
+    'of steps with IFGSM, and 2.5 times that with PGD.',
+    needs=[IN_STEPS],
+    resumable=True,
+  ),
+  'attack.source': Field(
+    None,
+    optional(string()),
+    'Workdir of another run on the same data, whose network, as last saved, '
+    'the adversarial examples are made on: a black-box attack. None is the '
+    'network itself.',
+    needs=[ATTACK],
     resumable=True,
   ),
 }

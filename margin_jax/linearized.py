@@ -4,7 +4,13 @@ At the last layer the distance to a boundary is exact, and `margins.py` has it.
 At any other layer h a network is not linear, and the distance is that of its
 first-order expansion: a difference of logits over the norm of its gradient by
 the activations of h. Where the distance is measured in the norm `norm`, the
-gradient is in the dual one: l_inf -> l1, l2 -> l2, l1 -> l_inf.
+gradient is in the dual one: l_inf -> l1, l2 -> l2, l1 -> l_inf, and of a number
+p that of q = p / (p - 1).
+
+A distance has the units of its layer. At the input they are those of what the
+model reads: of images that are normalised, 1 is the deviation of a channel, and
+a distance times that is in units of pixels from 0 to 1, as the epsilon of an
+attack is. Images read in [0, 1] need no such factor.
 
 Everything here takes `logits_fn(activations) -> (B, C) logits`. The
 activations are any pytree of arrays (B, ...), one a layer; row i of the logits
@@ -30,9 +36,10 @@ from margin_jax import margins
 
 LogitsFunction = Callable[[PyTree], Float[Array, 'B C']]
 
-# The norm of a distance, and the one of the gradient it is divided by.
-DUAL = {'l1': 'l_inf', 'l2': 'l2', 'l_inf': 'l1'}
-NORMS = tuple(DUAL)
+# The norms that have names; any number from 1 on is another.
+ORDERS = {'l1': 1.0, 'l2': 2.0, 'l_inf': math.inf}
+NORMS = tuple(ORDERS)
+Norm = str | float
 
 # The two layers that are not modules: what the model reads, and what its head
 # reads.
@@ -40,30 +47,64 @@ INPUT, FEATURES = 'input', 'features'
 HEAD = 'head'
 
 
-def check_norm(norm: str) -> None:
-  """Raises unless `norm` is one of `NORMS`."""
-  if norm not in NORMS:
-    raise ValueError(f'norm must be one of {NORMS}, got {norm!r}')
+def check_norm(norm: Norm) -> None:
+  """Raises unless `norm` is one of `NORMS`, or a number p, at least 1."""
+  is_number = isinstance(norm, int | float) and not isinstance(norm, bool)
+  if norm not in NORMS and not (is_number and norm >= 1):
+    raise ValueError(
+      f'norm must be one of {NORMS}, or a number, at least 1, got {norm!r}'
+    )
 
 
-def _dual_norms(gradient: Array, norm: str) -> Array:
+def _dual_norms(gradient: Array, norm: Norm) -> Array:
   """Computes norms dual to `norm`, differentiably: (k, B, ...) -> (B, k)."""
   k, rows, *layer = gradient.shape
   flat = gradient.reshape(k * rows, math.prod(layer))
-  if norm == 'l_inf':
+  p = ORDERS.get(norm, norm)
+  q = math.inf if p == 1 else 1 / (1 - 1 / p)
+  if q == 1:
     norms = jnp.sum(jnp.abs(flat), axis=1)
-  elif norm == 'l1':
+  elif q == math.inf:
     norms = jnp.max(jnp.abs(flat), axis=1)
-  else:
+  elif q == 2:
     norms = margins.row_norms(flat)
+  else:
+    norms = q_norms(flat, q)
   return norms.reshape(k, rows).T
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def q_norms(x: Array, q: float) -> Array:
+  """Computes the q-norms of the rows; the gradient is 0 at a zero row.
+
+  Divided by the largest entry, no power over- or underflows.
+
+  Args:
+    x: (N, D) floating.
+    q: above 1 and finite; static.
+  """
+  scale = jnp.max(jnp.abs(x), axis=1)
+  zero = scale == 0
+  safe = jnp.where(zero, 1, scale)
+  powers = jnp.sum((jnp.abs(x) / safe[:, None]) ** q, axis=1)
+  return jnp.where(zero, 0, scale * powers ** (1 / q))
+
+
+@q_norms.defjvp
+def _q_norms_jvp(
+  q: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+  (x,), (x_dot,) = primals, tangents
+  norm = q_norms(x, q)
+  unit = jnp.abs(x) / jnp.where(norm == 0, 1, norm)[:, None]
+  return norm, jnp.sum(jnp.sign(x) * unit ** (q - 1) * x_dot, axis=1)
 
 
 def gradient_norms(
   values_fn: LogitsFunction,
   activations: PyTree,
   choose: Callable[[Array], tuple[Array, Array]],
-  norm: str,
+  norm: Norm,
 ) -> tuple[Array, PyTree]:
   """Differences of class values, and the norms of their gradients.
 
@@ -98,7 +139,7 @@ def layer_margins(
   activations: PyTree[Float[Array, 'B ...'], ' T'],
   labels: Integer[Array, ' B'] | None = None,
   *,
-  norm: str = 'l2',
+  norm: Norm = 'l2',
 ) -> PyTree[Float32[Array, ' B'], ' T']:
   """Margins linearised at one layer or several.
 
@@ -119,7 +160,8 @@ def layer_margins(
       `at_layers`.
     activations: pytree of arrays (B, ...), one a layer: where to linearise.
     labels: (B,) integers in [0, C), or None.
-    norm: 'l1', 'l2' or 'l_inf': how the distance is measured.
+    norm: 'l1', 'l2', 'l_inf', or a number p, at least 1: how the distance is
+      measured, in the units of the layer.
 
   Returns:
     The pytree with (B,) margins for each leaf: float32, or float64 for float64

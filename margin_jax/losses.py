@@ -164,7 +164,9 @@ def _power_of_two(x: Array, axis_name: str | None) -> Array:
   return jnp.ldexp(jnp.ones_like(largest), exponent)
 
 
-def _check_options(norm: str, difference: str, **positive: float) -> None:
+def _check_options(
+  norm: linearized.Norm, difference: str, **positive: float
+) -> None:
   """Raises unless the options of `large_margin_loss` are good."""
   linearized.check_norm(norm)
   if difference not in DIFFERENCES:
@@ -172,10 +174,12 @@ def _check_options(norm: str, difference: str, **positive: float) -> None:
       f'difference must be one of {DIFFERENCES}, got {difference!r}'
     )
   for name, value in positive.items():
-    if not SMALLEST <= value <= LARGEST:
-      raise ValueError(
-        f'{name} must be in [{SMALLEST}, {LARGEST}], got {value}'
-      )
+    _check_range(name, value)
+
+
+def _check_range(name: str, value: float) -> None:
+  if not SMALLEST <= value <= LARGEST:
+    raise ValueError(f'{name} must be in [{SMALLEST}, {LARGEST}], got {value}')
 
 
 def large_margin_loss(
@@ -185,12 +189,13 @@ def large_margin_loss(
   *,
   gamma: float = 1e4,
   alpha: float = 4.0,
-  norm: str = 'l2',
+  norm: linearized.Norm = 'l2',
   top_k: int = 1,
   worst_case: bool = False,
   difference: str = 'softmax',
   epsilon: float = 1e-6,
   normalize_by_size: bool = False,
+  layer_weights: PyTree[float] | None = None,
   second_order: bool = False,
 ) -> Float32[Array, ' B']:
   """Computes every example's large-margin loss, at one layer or several.
@@ -217,13 +222,17 @@ def large_margin_loss(
     labels: (B,) integers in [0, C). Another label makes its example's loss NaN.
     gamma: the upper bound of d, positive.
     alpha: positive; the lower bound of d is gamma * (1 - alpha).
-    norm: 'l1', 'l2' or 'l_inf': how the distance is measured.
+    norm: 'l1', 'l2', 'l_inf', or a number p, at least 1: how the distance is
+      measured, and so gamma, in the units of the layer.
     top_k: how many wrong classes count, at most C - 1; static.
     worst_case: only the least distance of those counts, not their sum.
     difference: of 'softmax' (the released code) or of 'logits' (the paper).
     epsilon: positive, added to g.
     normalize_by_size: divide g by the number of activations of the layer, as
       the released code does for l_inf, where g is a sum over them.
+    layer_weights: a pytree like `activations` of positive numbers w, which g is
+      divided by, as in the released code: the distances of the layer are
+      multiplied by w, and so its own gamma is gamma / w. None is 1.
     second_order: let the gradient flow through g.
 
   Returns:
@@ -247,6 +256,7 @@ def large_margin_loss(
     -0.6
   """
   _check_options(norm, difference, gamma=gamma, alpha=alpha, epsilon=epsilon)
+  layer_weights = _layer_weights(layer_weights, activations)
   labels = margins.to_array('labels', labels)
   valid = None
 
@@ -272,9 +282,10 @@ def large_margin_loss(
 
   gaps, norms = linearized.gradient_norms(values_fn, activations, choose, norm)
 
-  def loss(gradient_norm: Array, layer: Array) -> Array:
+  def loss(gradient_norm: Array, layer: Array, weight: float) -> Array:
     if normalize_by_size:
       gradient_norm = gradient_norm / math.prod(layer.shape[1:])
+    gradient_norm = gradient_norm / weight
     if not second_order:
       gradient_norm = jax.lax.stop_gradient(gradient_norm)
     distance = gaps / (gradient_norm + epsilon)
@@ -283,11 +294,34 @@ def large_margin_loss(
     # With clip, and not by adding and subtracting gamma, which loses digits.
     return -jnp.sum(jnp.clip(distance, gamma * (1 - alpha), gamma), axis=1)
 
-  losses = jax.tree.leaves(jax.tree.map(loss, norms, activations))
+  losses = jax.tree.leaves(
+    jax.tree.map(loss, norms, activations, layer_weights)
+  )
   if not losses:
     raise ValueError('activations must hold at least one layer, got none')
   mean = sum(losses) / len(losses)
   return jnp.where(valid, mean, jnp.nan)
+
+
+def _layer_weights(
+  weights: PyTree[float] | None, activations: PyTree
+) -> PyTree[float]:
+  """Returns a weight for every layer.
+
+  Raises:
+    ValueError: there is not one for each, or one is out of range.
+  """
+  if weights is None:
+    return jax.tree.map(lambda layer: 1.0, activations)
+  layers = jax.tree.structure(activations)
+  if jax.tree.structure(weights) != layers:
+    raise ValueError(
+      f'layer_weights must have one number for each layer of {layers}, got '
+      f'{weights!r}'
+    )
+  for weight in jax.tree.leaves(weights):
+    _check_range('layer_weights', weight)
+  return weights
 
 
 def trimmed_mean(
@@ -416,11 +450,24 @@ def mmr(outputs: Outputs, **options: object) -> Float32[Array, '']:
 
 
 def large_margin(
-  outputs: Outputs, *, layers: tuple[str, ...], **options: object
+  outputs: Outputs,
+  *,
+  layers: tuple[str, ...],
+  layer_weights: tuple[float, ...] = (),
+  **options: object,
 ) -> Float32[Array, ' b']:
-  """Computes `large_margin_loss` at the named layers."""
+  """Computes `large_margin_loss` at the named layers, each of its weight."""
   logits_fn, perturbations = outputs.linearize(layers)
-  return large_margin_loss(logits_fn, perturbations, outputs.labels, **options)
+  weights = None
+  if layer_weights:
+    weights = dict(zip(layers, layer_weights, strict=True))
+  return large_margin_loss(
+    logits_fn,
+    perturbations,
+    outputs.labels,
+    layer_weights=weights,
+    **options,
+  )
 
 
 LOSSES: dict[str, Loss] = {

@@ -167,7 +167,10 @@ BAD = [
   ('large_margin.layers', (), 'different values'),
   ('large_margin.layers', ('conv1', 'conv1'), 'different values'),
   ('large_margin.layers', (1,), 'different values'),
-  ('large_margin.norm', 2, "('l1', 'l2', 'l_inf')"),
+  ('large_margin.layer_weights', 1.0, 'a tuple'),
+  ('large_margin.layer_weights', (0.0,), ABOVE),
+  ('large_margin.norm', 0.5, "at least 1, or 'l1' or 'l2' or 'l_inf'"),
+  ('large_margin.norm', 'l3', "at least 1, or 'l1'"),
   ('large_margin.top_k', 0, POSITIVE),
   ('large_margin.worst_case', 1, 'True or False'),
   ('large_margin.difference', 'probability', "('softmax', 'logits')"),
@@ -185,6 +188,9 @@ BAD = [
   ('attack.epsilons', (8,), 'above 0 and at most 1'),
   ('attack.epsilons', (0.1, 0.1), 'different values'),
   ('attack.steps', 0, POSITIVE),
+  ('attack.step_size', 0.0, 'above 0 and at most 1'),
+  ('attack.step_size', 8.0, 'above 0 and at most 1'),
+  ('attack.source', '', 'None or a string that is not empty'),
   # Fields that do not exist.
   ('batchsize', 64, 'did you mean batch_size'),
   ('data.augmentation', ('crop',), 'did you mean data.augmentations?'),
@@ -201,6 +207,10 @@ BAD_TOGETHER = [
       'model.name': 'resnet8',
     },
     '0.0 with model.batch_norm_examples',
+  ),
+  (
+    {'large_margin.layer_weights': (1.0, 2.0), 'large_margin.weight': 1.0},
+    "1 values, one for each of ('input',)",
   ),
   ({'loss.weights': (), 'loss.names': ('hinge',)}, 'one for each of'),
   (
@@ -417,6 +427,7 @@ UNUSED = [
   ({'mmr.stop_feature_gradient': True}, 'mmr.alpha or mmr.alpha_end above 0'),
   ({'large_margin.cross_entropy': 0.0}, NO_LARGE_MARGIN),
   ({'large_margin.layers': ('nothing',)}, NO_LARGE_MARGIN),
+  ({'large_margin.layer_weights': (2.0,)}, NO_LARGE_MARGIN),
   ({'large_margin.norm': 'l1'}, NO_LARGE_MARGIN),
   ({'large_margin.top_k': 3}, NO_LARGE_MARGIN),
   ({'large_margin.difference': 'logits'}, NO_LARGE_MARGIN),
@@ -434,8 +445,10 @@ UNUSED = [
   ({'attack.steps': 20}, NO_ATTACK),
   (
     {'attack.steps': 3, 'attack.name': 'fgsm', 'attack.epsilons': (0.1,)},
-    "attack.name='pgd', but attack.name is 'fgsm'",
+    "attack.name='ifgsm' or 'pgd', but attack.name is 'fgsm'",
   ),
+  ({'attack.step_size': 0.01}, NO_ATTACK),
+  ({'attack.source': '/tmp/other'}, NO_ATTACK),
 ]
 # The edges of what is allowed.
 GOOD = [
@@ -484,7 +497,20 @@ GOOD = [
   {'data.name': 'imagenet2012', 'data.workers': 0, 'data.image_size': 160},
   {'large_margin.weight': 1.0, 'large_margin.layers': ('input', 'conv1')},
   {'large_margin.weight': 1.0, 'large_margin.cross_entropy': 0.0, **MMS},
+  {'large_margin.weight': 1.0, 'large_margin.norm': 1},
+  {
+    'large_margin.weight': 1.0,
+    'large_margin.norm': 3.5,
+    'large_margin.layers': ('input', 'conv1'),
+    'large_margin.layer_weights': (1, 0.5),
+  },
   {'attack.name': 'pgd', 'attack.epsilons': (1, 0.1), 'attack.steps': 3},
+  {
+    'attack.name': 'ifgsm',
+    'attack.epsilons': (0.1,),
+    'attack.step_size': 1,
+    'attack.source': '/tmp/other',
+  },
   {'model.name': 'wrn28_10', 'model.dropout': 0.3},
   {'model.name': 'vgg16', 'model.head': 'released', 'model.dropout': 0.5},
   {'model.name': 'densenet121', 'model.stem': 'small'},

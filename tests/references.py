@@ -225,7 +225,8 @@ def _slope(function, size, norm, step=1e-6) -> float:
   """The dual norm of a gradient at zero, by central differences."""
   steps = step * np.eye(size)
   gradient = [(function(e) - function(-e)) / (2 * step) for e in steps]
-  order = {'l1': np.inf, 'l2': 2, 'l_inf': 1}[norm]
+  named = {'l1': np.inf, 'l2': 2, 'l_inf': 1}  # and 1/p + 1/q = 1
+  order = named[norm] if norm in named else 1 / (1 - 1 / norm)
   return float(np.linalg.norm(gradient, order))
 
 
@@ -260,7 +261,7 @@ def layer_margins(weights, inputs, labels, layer, norm) -> np.ndarray:
 
 def large_margin_losses(
   weights, inputs, labels, layers, *, gamma, alpha, norm, top_k, worst_case,
-  difference, epsilon, normalize_by_size, frozen=None,
+  difference, epsilon, normalize_by_size, layer_weights, frozen=None,
 ):  # fmt: skip
   """Elsayed 2018: mean over layers of -sum_k clip(d_k), for each example.
 
@@ -283,6 +284,8 @@ def large_margin_losses(
         slope = _slope(_difference(logits, y, k, values), size, norm)
         if normalize_by_size:
           slope /= size
+        if layer_weights is not None:
+          slope /= layer_weights[layer]
         distances.append((own[y] - own[k]) / (slope + epsilon))
       if worst_case:
         distances = [min(distances)]
@@ -290,6 +293,29 @@ def large_margin_losses(
       per_layer.append(-sum(min(max(d, low), gamma) for d in distances))
     losses.append(sum(per_layer) / len(per_layer))
   return np.array(losses)
+
+
+def attacked(weights, x, label, epsilon, steps, step_size, bounds):
+  """One example after steps along the signs of a gradient by differences.
+
+  Of log sum_{k != y} exp(s_k) - s_y; every step is cut to the ball, and to the
+  bounds.
+  """
+
+  def against(x):
+    logits = network_logits(weights, x)
+    others = np.delete(logits, label)
+    return np.log(np.sum(np.exp(others))) - logits[label]
+
+  start, x = float64(x), float64(x)
+  for _ in range(steps):
+    moves = 1e-6 * np.eye(len(x))
+    slopes = np.array([against(x + e) - against(x - e) for e in moves])
+    x = np.clip(
+      x + step_size * np.sign(slopes), start - epsilon, start + epsilon
+    )
+    x = np.clip(x, *bounds)
+  return x
 
 
 def infobatch(losses, keep_ratio, order):

@@ -3,19 +3,28 @@
 import csv
 import functools
 import pathlib
+import shutil
+import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from margin_jax.train import attacks, evaluation, loop
+from margin_jax import data, register_dataset
+from margin_jax.config import ConfigError
+from margin_jax.train import attacks, evaluation, loop, runs
 from margin_jax.train import setup as setup_lib
-from tests import helpers
+from margin_jax.trained import Trained
+from tests import helpers, references
+from tests.custom import small_network
 from tests.helpers import slow
 
 PGD = functools.partial(attacks.pgd, steps=10)
-each_attack = pytest.mark.parametrize('attack', [attacks.fgsm, PGD])
+IFGSM = functools.partial(attacks.ifgsm, steps=10)
+each_attack = pytest.mark.parametrize('attack', [attacks.fgsm, IFGSM, PGD])
 
 
 def linear(x):
@@ -41,6 +50,31 @@ def test_large_margins_do_not_hide_the_gradient(attack):
   scaled = attack(lambda x: 1000 * linear(x), inputs, labels, 0.1)
   np.testing.assert_allclose(scaled, found, atol=1e-6)
   assert np.abs(np.asarray(found - inputs)).max() > 0.09
+
+
+@pytest.mark.parametrize(
+  ('attack', 'steps', 'step_size'),
+  [
+    (attacks.fgsm, 1, 0.3),
+    (functools.partial(attacks.ifgsm, steps=6), 6, 0.3 / 6),
+    (functools.partial(attacks.ifgsm, steps=5, step_size=0.07), 5, 0.07),
+    (functools.partial(attacks.pgd, steps=6), 6, 2.5 * 0.3 / 6),
+  ],
+)
+def test_attacks_agree_with_oracle(attack, steps, step_size):
+  weights, inputs, labels = references.random_network(seed=2, batch=12)
+  bounds = (-1.5, 1.0)
+  inputs = np.clip(inputs, *bounds)
+  arrays = jax.tree.map(jnp.asarray, weights)
+  found = attack(
+    lambda x: small_network(arrays, x), inputs, labels, 0.3, bounds=bounds
+  )
+  expected = [
+    references.attacked(weights, x, y, 0.3, steps, step_size, bounds)
+    for x, y in zip(inputs, labels, strict=True)
+  ]
+  np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
+  assert len({*np.round(np.abs(found - inputs).ravel(), 4)}) > 2
 
 
 def test_attacks_of_no_step_are_refused():
@@ -135,6 +169,132 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
   assert evaluator('test', this.first)['loss'] < found['loss']
 
 
+def test_a_black_box_attack_equals_its_parts():
+  """Made on another network, with a normalisation of its own."""
+  fields = {'selection.rule': 'uniform'}
+  this, other = helpers.Setup(**fields), helpers.Setup(seed=1, **fields)
+  prepare = data.normalizer(np.zeros((1, 8, 8, 1), np.uint8), 'unit')
+  source = Trained(
+    model=other.spec.model,
+    variables={'params': other.first.params, 'batch_stats': {}},
+    config=other.config,
+    step=0,
+    prepare=prepare,
+    encode=None,
+    input_shape=(8, 8, 1),
+  )
+  evaluator = evaluation.Evaluator(
+    this.spec,
+    this.dataset.chunks(this.devices, ('test',), 101),
+    functools.partial(attacks.ifgsm, steps=2),
+    source,
+  )
+  split = this.dataset.splits['test']
+  pixels = jnp.asarray(split['inputs'], jnp.float32)
+
+  def logits_fn(params, prepare, x):
+    model = this.spec.model
+    return model.apply({'params': params}, prepare(x), train=False)[0]
+
+  def loss_on(*source):
+    seen = functools.partial(logits_fn, *source)
+    moved = pixels
+    if source:
+      moved = attacks.ifgsm(
+        seen, pixels, split['label'], 51.0, steps=2, bounds=(0, 255)
+      )
+    logits = logits_fn(this.first.params, this.dataset.prepare, moved)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, split['label']
+    )
+    return float(losses.mean())
+
+  found = evaluator('test', this.first, 0.2)['loss']
+  assert found == pytest.approx(loss_on(other.first.params, prepare), rel=1e-4)
+  assert found < loss_on(this.first.params, this.dataset.prepare)
+  clean = evaluator('test', this.first)['loss']
+  assert clean == pytest.approx(loss_on(), rel=1e-4)
+
+
+def run_small(workdir, **fields):
+  return loop.train(
+    helpers.small_config(**{'selection.rule': 'uniform', **fields}),
+    str(workdir),
+    log=lambda line: None,
+  )
+
+
+@pytest.mark.slow
+def test_accuracy_falls_and_farther_where_the_attack_sees_the_network(tmp_path):
+  """IFGSM is stronger than FGSM; examples of another network are weaker."""
+  long = {'steps': 150, 'batch_size': 16, 'optimizer.learning_rates': (0.02,)}
+  run_small(tmp_path / 'other', seed=1, **long, **{'model.name': 'mnist_cnn'})
+
+  def attacked(**fields):
+    fields = {f'attack.{name}': value for name, value in fields.items()}
+    epsilons = {'attack.epsilons': (0.05, 0.15)}
+    result = run_small(tmp_path / 'run', **long, **epsilons, **fields)
+    accuracies = {k: x['accuracy'] for k, x in result['attack'].items()}
+    return result['test']['accuracy'], accuracies
+
+  clean, fgsm = attacked(name='fgsm')
+  _, ifgsm = attacked(name='ifgsm', steps=5)
+  source = str(tmp_path / 'other')
+  _, black_box = attacked(name='ifgsm', steps=5, source=source)
+  assert clean > 0.8
+  assert [*black_box] == ['black-box ifgsm 0.05', 'black-box ifgsm 0.15']
+  assert clean > fgsm['fgsm 0.05'] > fgsm['fgsm 0.15']
+  assert ifgsm['ifgsm 0.15'] < fgsm['fgsm 0.15']
+  for epsilon in (0.05, 0.15):
+    assert ifgsm[f'ifgsm {epsilon}'] < black_box[f'black-box ifgsm {epsilon}']
+  assert clean > black_box['black-box ifgsm 0.05']
+  rows = helpers.read_csv(tmp_path / 'run' / 'eval.csv')
+  assert rows[-1]['split'] == 'test under black-box ifgsm 0.15'
+
+
+def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
+  """And nothing is compiled, and no workdir is made."""
+  fields = {'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}
+  run_small(tmp_path / 'digits', steps=1)
+  arrays = np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 2
+  with unittest.mock.patch.dict(data.REGISTERED):
+    register_dataset('tiny_images', train=arrays, test=arrays)
+    tiny = {'data.name': 'tiny_images', 'data.validation_examples': 0}
+    run_small(tmp_path / 'tiny', steps=1, eval_batch_size=40, **tiny)
+  broken = tmp_path / 'broken'
+  shutil.copytree(tmp_path / 'digits', broken)
+  for path in (broken / 'checkpoints' / '1' / 'info').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:-30])
+  foreign = tmp_path / 'foreign'
+  (foreign / 'checkpoints' / '7').mkdir(parents=True)
+  for source, words in (
+    ('nowhere', 'holds no checkpoints'),
+    ('foreign', 'attack.source='),
+    ('broken', 'cannot be used'),
+    ('tiny', "a run on data.name='digits', and it is of one on 'tiny_images'"),
+    ('run', "another run's workdir"),
+  ):
+    path = str(tmp_path / source)
+    with pytest.raises(ConfigError) as caught:
+      run_small(tmp_path / 'run', steps=1, **fields, **{'attack.source': path})
+    message = str(caught.value)
+    assert message.startswith(f'attack.source={path!r}')
+    assert words in message
+    assert '\n' not in message
+    assert not (tmp_path / 'run').exists()
+
+  def load(workdir, data_dir):
+    del workdir, data_dir
+    return types.SimpleNamespace(input_shape=(4, 4, 1))
+
+  monkeypatch.setattr(runs.trained_lib, 'load', load)
+  fields['attack.source'] = str(tmp_path / 'digits')
+  words = r'with inputs of \(8, 8, 1\), and it is of one with \(4, 4, 1\)'
+  with pytest.raises(ConfigError, match=words):
+    run_small(tmp_path / 'run', steps=1, **fields)
+
+
 def test_attacks_are_built_from_the_config():
   make = functools.partial(helpers.small_config, **{'attack.epsilons': (0.1,)})
   assert setup_lib.make_attack(helpers.small_config()) is None
@@ -142,4 +302,8 @@ def test_attacks_are_built_from_the_config():
   found = setup_lib.make_attack(
     make(**{'attack.name': 'pgd', 'attack.steps': 3})
   )
-  assert found.keywords == {'steps': 3}
+  assert (found.func, found.keywords) == (attacks.pgd, {'steps': 3})
+  fields = {'attack.name': 'ifgsm', 'attack.steps': 4, 'attack.step_size': 0.02}
+  found = setup_lib.make_attack(make(**fields))
+  assert found.func is attacks.ifgsm
+  assert found.keywords == {'steps': 4, 'step_size': pytest.approx(5.1)}

@@ -30,7 +30,8 @@ RESUMABLE = {
   'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
   'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
   'data.workers', 'data.undecodable', 'on_nonfinite',
-  'attack.name', 'attack.epsilons', 'attack.steps', 'scale_schedule',
+  'attack.name', 'attack.epsilons', 'attack.steps', 'attack.step_size',
+  'attack.source', 'scale_schedule',
 }  # fmt: skip
 
 

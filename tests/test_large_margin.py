@@ -16,7 +16,9 @@ from tests.helpers import slow
 DEFAULTS = {
   'gamma': 2.0, 'alpha': 3.0, 'norm': 'l2', 'top_k': 1, 'worst_case': False,
   'difference': 'softmax', 'epsilon': 1e-3, 'normalize_by_size': False,
+  'layer_weights': None,
 }  # fmt: skip
+WEIGHTS = {'input': 2.0, 'hidden': 0.3}
 OPTIONS = [
   {},
   {'norm': 'l1', 'top_k': 2},
@@ -24,6 +26,8 @@ OPTIONS = [
   {'norm': 'l_inf', 'difference': 'logits', 'top_k': 3},
   {'norm': 'l2', 'difference': 'logits', 'top_k': 3, 'worst_case': True},
   {'norm': 'l1', 'difference': 'logits', 'gamma': 4.0, 'alpha': 3.5},
+  {'norm': 3, 'difference': 'logits', 'layer_weights': WEIGHTS},
+  {'norm': 1.2, 'top_k': 2, 'layer_weights': WEIGHTS},
 ]
 LAYERS = ('input', 'hidden')
 
@@ -42,6 +46,9 @@ def losses(weights, inputs, labels, layers=LAYERS, **options):
     return small_network(weights, shifted, perturbations.get('hidden', 0))
 
   chosen = {name: perturbations[name] for name in layers}
+  if options['layer_weights'] is not None:
+    weights_of = options['layer_weights']
+    options['layer_weights'] = {name: weights_of[name] for name in layers}
   return large_margin_loss(logits_fn, chosen, labels, **options)
 
 
@@ -108,7 +115,7 @@ def test_the_two_orders_differ():
   assert np.abs(gradient(True) - gradient(False)).max() > 1e-2
 
 
-@pytest.mark.parametrize('norm', ['l2', *slow('l1', 'l_inf')])
+@pytest.mark.parametrize('norm', ['l2', 1.5, *slow('l1', 'l_inf', 4.0)])
 def test_jvp_and_vjp_agree(norm):
   weights, inputs, labels = references.random_network(seed=2)
   with jax.enable_x64(True):
@@ -178,7 +185,7 @@ def test_saturated_and_tied_examples_have_no_nan():
       gamma=10.0, alpha=4.0,
     )  # fmt: skip
 
-  for norm in ('l1', 'l2', 'l_inf'):
+  for norm in ('l1', 'l2', 'l_inf', 1.5, 3.0):
     found = jax.jit(loss, static_argnums=1)(1.0, norm)
     np.testing.assert_allclose(found, [-10, 30, 0], atol=1e-6)
     slope = jax.jit(jax.grad(lambda s, n=norm: jnp.sum(loss(s, n))))(1.0)
@@ -222,7 +229,11 @@ def test_bad_labels_and_nan_logits_give_nan():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'norm': 2}, r"norm must be one of \('l1', 'l2', 'l_inf'\), got 2"),
+    ({'norm': 0.5}, r"norm must be .*'l_inf'\), or .* at least 1, got 0\.5"),
+    ({'norm': 'l3'}, "norm must be .*, got 'l3'"),
+    ({'norm': np.nan}, 'norm must be .*, got nan'),
+    ({'norm': True}, 'norm must be .*, got True'),
+    ({'layer_weights': 0.0}, r'layer_weights must be in \[.*, got 0\.0'),
     ({'difference': 'probability'}, 'difference must be one of'),
     ({'gamma': 0.0}, r'gamma must be in \[1e-12, .*\], got 0\.0'),
     ({'alpha': -1.0}, r'alpha must be in \['),
@@ -238,8 +249,28 @@ def test_bad_options_are_refused(options, message):
     )
 
 
+def test_a_layer_of_weight_w_has_bounds_of_its_own():
+  """Those of gamma / w; what lies between them weighs w."""
+  weights, inputs, labels = references.random_network(seed=1, batch=8)
+  options = DEFAULTS | {'epsilon': 1e-12}
+  for w in (0.3, 2.0):
+    found = losses(
+      weights, inputs, labels, ('hidden',),
+      **options | {'layer_weights': {'hidden': w}},
+    )  # fmt: skip
+    own = losses(
+      weights, inputs, labels, ('hidden',),
+      **options | {'gamma': options['gamma'] / w},
+    )  # fmt: skip
+    np.testing.assert_allclose(found, w * own, 1e-5)
+
+
 def test_bad_shapes_are_refused():
   labels = jnp.array([0, 1])
+  with pytest.raises(ValueError, match='layer_weights must have one number'):
+    large_margin_loss(
+      lambda x: x['a'], {'a': jnp.ones((2, 3))}, labels, layer_weights={'b': 1}
+    )
   with pytest.raises(ValueError, match='at least one layer'):
     large_margin_loss(lambda x: jnp.ones((2, 3)), {}, labels)
   with pytest.raises(ValueError, match=r'labels must have shape \(2,\)'):

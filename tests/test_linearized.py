@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from margin_jax import (
   large_margin_loss,
@@ -59,7 +60,7 @@ def test_at_the_features_the_linear_margins_come_out(name):
     np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', [*NORMS, 1.2, 3, 50.0])
 def test_hidden_layers_agree_with_finite_differences(norm):
   weights, inputs, labels = references.random_network(seed=3)
   arrays = jax.tree.map(jnp.asarray, weights)
@@ -77,9 +78,43 @@ def test_hidden_layers_agree_with_finite_differences(norm):
 def test_the_norm_of_a_linear_network_is_the_dual():
   kernel = jnp.array([[3.0, 0.0], [-4.0, 0.0]])
   inputs = jnp.array([[1.0, -1.0]])
-  for norm, expected in (('l1', 7 / 4), ('l2', 7 / 5), ('l_inf', 7 / 7)):
+  cube = (3**1.5 + 4**1.5) ** (2 / 3)
+  for norm, expected in (
+    ('l1', 7 / 4), (1, 7 / 4), (1 + 1e-9, 7 / 4), ('l2', 7 / 5), (2.0, 7 / 5),
+    (3, 7 / cube), ('l_inf', 7 / 7), (np.inf, 7 / 7), (1e30, 7 / 7),
+  ):  # fmt: skip
     found = layer_margins(lambda x: x @ kernel, inputs, norm=norm)
     np.testing.assert_allclose(found, [expected], 1e-6)
+
+
+@pytest.mark.parametrize('p', [1.01, 1.5, 4, 100])
+@pytest.mark.parametrize('size', [1e-30, 1.0, 1e30])
+def test_no_power_of_a_gradient_over_or_underflows(p, size):
+  kernel = size * np.random.default_rng(0).normal(size=(20, 2))
+  kernel = kernel.astype(np.float32)
+  inputs = np.ones((1, 20), np.float32)
+  found = layer_margins(lambda x: x @ kernel, inputs, norm=p)
+  first, second = references.float64(kernel).T / size  # the ratio is the same
+  difference = first - second
+  expected = abs(difference.sum()) / np.linalg.norm(difference, p / (p - 1))
+  np.testing.assert_allclose(found, [expected], 1e-5)
+
+
+@pytest.mark.parametrize('p', [1.2, 3.0, 50.0])
+def test_the_gradient_of_a_norm_is_its_dual_vector(p):
+  """And 0 at a row of zeros, and for entries of zero."""
+  q = p / (p - 1)
+  rows = np.array([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [1e-3, 2e3, -1.0]])
+  with jax.enable_x64(True):
+    norms = functools.partial(linearized.q_norms, q=q)
+    value, pull = jax.vjp(norms, jnp.asarray(rows))
+    (found,) = pull(jnp.ones(3))
+    np.testing.assert_allclose(value, np.linalg.norm(rows, q, axis=1), 1e-12)
+    check_grads(norms, (jnp.asarray(rows[[0, 2]]) + 0.5,), order=1, rtol=1e-6)
+  norm = np.linalg.norm(rows, q, axis=1, keepdims=True)
+  norm[1] = 1
+  expected = np.sign(rows) * (np.abs(rows) / norm) ** (q - 1)
+  np.testing.assert_allclose(found, expected, 1e-9)
 
 
 def test_edges_of_layer_margins():
@@ -106,7 +141,7 @@ def test_edges_of_layer_margins():
     layer_margins(logits_fn, inputs[:, :0], labels)
 
 
-@pytest.mark.parametrize('norm', ['l1', 'l2', 'l_inf'])
+@pytest.mark.parametrize('norm', ['l1', 'l2', 'l_inf', 3.0])
 def test_of_no_examples_there_is_nothing(norm):
   none, labels = jnp.ones((0, 3)), jnp.zeros(0, jnp.int32)
   assert layer_margins(lambda x: x, none, norm=norm).shape == (0,)

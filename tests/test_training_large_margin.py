@@ -164,6 +164,12 @@ def test_the_released_configuration_is_what_is_built():
   assert attacked.attack.epsilons == (0.2,)
   with pytest.raises(ConfigError, match=r'epsilon=0\.3 needs attack=fgsm'):
     mnist_large_margin.get_config('epsilon=0.3')
+  with pytest.raises(ConfigError, match=r'source=/tmp/x needs attack=fgsm'):
+    mnist_large_margin.get_config('source=/tmp/x')
+  attacked = mnist_large_margin.get_config('attack=ifgsm,source=/tmp/x')
+  assert attacked.attack.source == '/tmp/x'
+  assert config.data.normalization == 'unit'
+  assert config.model.kernel_init == 'glorot'
   control = mnist_large_margin.get_config('loss=cross_entropy')
   assert control.large_margin.weight == 0
 

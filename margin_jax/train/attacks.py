@@ -70,6 +70,39 @@ def pgd(
   return x
 
 
+def ifgsm(
+  logits_fn: Callable[[Array], Array],
+  inputs: Array,
+  labels: Array,
+  epsilon: Array | float,
+  *,
+  steps: int,
+  step_size: Array | float | None = None,
+  bounds: tuple[float, float] = (0.0, 1.0),
+) -> Array:
+  """Attacks by the iterative fast gradient sign method: `pgd` in small steps.
+
+  Also called the basic iterative method.
+
+  Args and returns: those of `pgd`, but where `step_size` is None it is
+    epsilon / steps: the last step may just reach the edge of the ball.
+
+  References:
+    Kurakin et al. 2017, Eq. 2.
+  """
+  if step_size is None:
+    step_size = epsilon / steps
+  return pgd(
+    logits_fn,
+    inputs,
+    labels,
+    epsilon,
+    steps=steps,
+    step_size=step_size,
+    bounds=bounds,
+  )
+
+
 def fgsm(
   logits_fn: Callable[[Array], Array],
   inputs: Array,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,12 @@ from margin_jax import data as data_lib
 from margin_jax import linearized, margins
 from margin_jax.train import devices as devices_lib
 from margin_jax.train.spec import StepSpec
+from margin_jax.trained import Trained
 
 PyTree = Any
+
+# Images are stored as 0, ..., 255; attacks are configured for [0, 1].
+PIXEL = 255
 
 # Relative to the squared norm of activations, of their total variation.
 ROUNDING = 1e-12
@@ -32,10 +37,12 @@ def eval_step(
   spec: StepSpec,
   read: Callable[[PyTree, Array], tuple[Array, Array, Array]],
   attack: Callable | None,
+  source: Trained | None,
   variables: PyTree,
   data: PyTree,
   chunk: Array,
   epsilon: Array,
+  source_variables: PyTree,
 ) -> dict[str, Array]:
   """Sums over the examples of a chunk of a split.
 
@@ -45,10 +52,13 @@ def eval_step(
       the others are padding, or could not be decoded; static.
     attack: (logits_fn, inputs, labels, epsilon, bounds=) -> inputs, applied to
       the images first, or None; static.
+    source: the network that the attack sees; None is the one evaluated. Its
+      variables are not read here; static.
     variables: 'params' and 'batch_stats'.
     data: as `Splits.chunks` yields it.
     chunk: () int32, as `Splits.chunks` yields it.
     epsilon: () float32, how far the attack may go; images are in [0, 1].
+    source_variables: of the source.
 
   Returns:
     Of all devices. 'sums': 'loss' (summed cross-entropy), 'correct' and
@@ -60,16 +70,13 @@ def eval_step(
   """
   inputs, label, real = read(data, chunk)
 
-  def logits_fn(inputs: PyTree) -> Array:
-    logits, _ = spec.model.apply(
-      variables, spec.dataset.prepare(inputs), train=False
-    )
-    return logits.astype(jnp.float32)
-
+  logits_fn = _logits_fn(spec.model, spec.dataset.prepare, variables)
   if attack is not None:
-    # Pixels are stored as 0, ..., 255.
+    seen = logits_fn
+    if source is not None:
+      seen = _logits_fn(source.model, source.prepare, source_variables)
     pixels = inputs.astype(jnp.float32)
-    inputs = attack(logits_fn, pixels, label, 255 * epsilon, bounds=(0, 255))
+    inputs = attack(seen, pixels, label, PIXEL * epsilon, bounds=(0, PIXEL))
   logits = logits_fn(inputs)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   prediction = jnp.argmax(logits, axis=1)
@@ -97,6 +104,18 @@ def eval_step(
     'sums': jax.lax.psum(sums, spec.axis_name),
     'examples': jax.lax.all_gather(examples, spec.axis_name, tiled=True),
   }
+
+
+def _logits_fn(
+  model: nn.Module, prepare: Callable[[PyTree], PyTree], variables: PyTree
+) -> Callable[[PyTree], Array]:
+  """Returns inputs as stored -> logits in evaluation mode."""
+
+  def logits_fn(inputs: PyTree) -> Array:
+    logits, _ = model.apply(variables, prepare(inputs), train=False)
+    return logits.astype(jnp.float32)
+
+  return logits_fn
 
 
 def measure_step(
@@ -225,6 +244,7 @@ class Evaluator:
     spec: StepSpec,
     splits: data_lib.Splits,
     attack: Callable | None = None,
+    source: Trained | None = None,
   ):
     """Compiles nothing yet.
 
@@ -232,10 +252,13 @@ class Evaluator:
       spec: holds the model.
       splits: to evaluate.
       attack: as `eval_step` takes it, for calls with an `epsilon`.
+      source: the network that the attack sees; None is the one evaluated.
     """
     self._splits = splits
     self._spec = spec
     self._attack = attack
+    self._source = source
+    self._copied: PyTree | None = None
     self._programs: dict[Callable | None, _Programs] = {}
 
   def __call__(
@@ -266,16 +289,17 @@ class Evaluator:
     """
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     attack = None if epsilon is None else self._attack
-    epsilon = np.float32(epsilon or 0)
+    source = None if attack is None else self._source
+    rest = np.float32(epsilon or 0), self._source_variables(source)
     if attack not in self._programs:
 
       def make_step(read: Callable) -> Callable:
-        return functools.partial(eval_step, self._spec, read, attack)
+        return functools.partial(eval_step, self._spec, read, attack, source)
 
       self._programs[attack] = _Programs(
-        self._splits, make_step, self._spec.axis_name, variables, epsilon
+        self._splits, make_step, self._spec.axis_name, variables, *rest
       )
-    chunks = self._programs[attack].run(name, variables, epsilon)
+    chunks = self._programs[attack].run(name, variables, *rest)
     total = {
       key: sum(np.float64(x['sums'][key]) for _, x in chunks)
       for key in chunks[0][1]['sums']
@@ -302,6 +326,14 @@ class Evaluator:
     real = examples.pop('real')  # but for images that could not be decoded
     details = {key: values[real] for key, values in examples.items()}
     return result, {'class_accuracy': by_class, **details}
+
+  def _source_variables(self, source: Trained | None) -> PyTree:
+    """Returns the variables of the source on the devices, copied once."""
+    if source is None:
+      return {}
+    if self._copied is None:
+      self._copied = self._splits.devices.replicate(source.variables)
+    return self._copied
 
 
 class Measurer:

@@ -47,6 +47,7 @@ from margin_jax.train.reporting import (
 )
 from margin_jax.train.spec import StepSpec
 from margin_jax.train.workdirs import Workdir
+from margin_jax.trained import Trained
 
 PyTree = Any
 Log = Callable[[str], None]
@@ -179,6 +180,7 @@ def train(
     for line in warnings:
       say(line)
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
+    source = runs.attack_source(config, dataset, place)
     stack.enter_context(runs.lock_workdir(place, devices))
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(place, config.keep_every, writing=True))
@@ -220,7 +222,7 @@ def train(
       pending=info.get('pending'),
       loader=loader,
       program=program,
-      evaluator=_evaluator(config, devices, dataset, spec),
+      evaluator=_evaluator(config, devices, dataset, spec, source),
     )
     say(_opening(run))
 
@@ -368,10 +370,12 @@ def _evaluator(
   devices: devices_lib.Devices,
   dataset: data.Dataset,
   spec: StepSpec,
+  source: Trained | None,
 ) -> evaluation.Evaluator:
   names = tuple(name for name in dataset.counts if name != 'train')
   chunks = dataset.chunks(devices, names, config.eval_batch_size)
-  return evaluation.Evaluator(spec, chunks, setup_lib.make_attack(config))
+  attack = setup_lib.make_attack(config)
+  return evaluation.Evaluator(spec, chunks, attack, source)
 
 
 def _opening(run: Run) -> str:
@@ -619,12 +623,15 @@ def _result(run: Run, evaluations: dict[str, Any]) -> dict[str, Any]:
 def _evaluate_attacked(
   run: Run, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
-  """Evaluates the test split under the attack, by epsilon."""
+  """Evaluates the test split under the attack, by its name and epsilon."""
   config = run.config
   counters = dataclasses.asdict(run.counters)
+  kind = config.attack.name
+  if config.attack.source is not None:
+    kind = f'black-box {kind}'
   results = {}
   for epsilon in config.attack.epsilons:
-    name = f'{config.attack.name} {epsilon}'
+    name = f'{kind} {epsilon}'
     results[name] = run.evaluator('test', run.state, epsilon)
     reporter.evaluation(
       config.steps, f'{ATTACKED}{name}', counters, results[name]

@@ -26,6 +26,7 @@ from margin_jax import (
   selection,
 )
 from margin_jax import config as config_lib
+from margin_jax import trained as trained_lib
 from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
 from margin_jax.train import setup as setup_lib
@@ -39,6 +40,7 @@ from margin_jax.train.compiled import Counters
 from margin_jax.train.devices import Devices
 from margin_jax.train.spec import StepSpec
 from margin_jax.train.workdirs import Workdir
+from margin_jax.trained import Trained
 
 PyTree = Any
 
@@ -411,6 +413,56 @@ def _check_registered(saved: dict[str, Any]) -> None:
         f'{field}={name!r} of the run is registered nowhere: name the file '
         'that registers it by --config'
       )
+
+
+def attack_source(
+  config: ml_collections.ConfigDict, dataset: data.Dataset, workdir: Workdir
+) -> Trained | None:
+  """Loads the network that the attack sees; None is the run's own.
+
+  Args:
+    config: of the run that is attacked.
+    dataset: of that run.
+    workdir: of that run.
+
+  Raises:
+    ConfigError: there is no such network, or it was trained on other data.
+  """
+  source = config.attack.source
+  if source is None:
+    return None
+  try:
+    with workdirs.opened(source) as place:
+      itself = str(place) == str(workdir)
+      name = None if itself else _dataset_of(place)
+    network = None
+    if name == config.data.name:
+      network = trained_lib.load(source, data_dir=config.data.data_dir)
+  except (config_lib.ConfigError, data.DatasetError, CorruptError) as error:
+    raise config_lib.ConfigError(
+      f'attack.source={source!r}: {error}'
+    ) from error
+  config_lib.require(
+    not itself, 'attack.source', source,
+    "another run's workdir; None attacks the network itself",
+  )  # fmt: skip
+  allowed = f'the workdir of a run on data.name={config.data.name!r}'
+  config_lib.require(
+    network is not None, 'attack.source', source,
+    f'{allowed}, and it is of one on {name!r}',
+  )  # fmt: skip
+  config_lib.require(
+    network.input_shape == dataset.input_shape, 'attack.source', source,
+    f'{allowed} with inputs of {dataset.input_shape}, and it is of one with '
+    f'{network.input_shape}',
+  )  # fmt: skip
+  return network
+
+
+def _dataset_of(workdir: Workdir) -> str:
+  """Returns the name of the dataset that a run was trained on."""
+  with contextlib.closing(_checkpoints(workdir, None)) as checkpoints:
+    return dict(checkpoints.info()['config']).get('data.name')
 
 
 def register_from(path: str) -> None:

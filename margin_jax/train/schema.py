@@ -309,6 +309,11 @@ def _check_losses(flat: Flat) -> None:
   risk = flat['loss.risk']
   allowed = f'without {risk!r}, which is the risk'
   require(risk not in names, 'loss.names', names, allowed)
+  layers, weights = (flat[f'large_margin.layer{x}'] for x in ('s', '_weights'))
+  if weights:
+    allowed = f'{len(layers)} values, one for each of {layers}'
+    holds = len(weights) == len(layers)
+    require(holds, 'large_margin.layer_weights', weights, allowed)
   if flat['model.batch_norm_examples'] is not None:
     because = (
       'with model.batch_norm_examples: it holds the statistics of one batch '

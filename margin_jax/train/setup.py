@@ -27,7 +27,13 @@ from margin_jax import (
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import attacks, schema, user_code, vocabulary
+from margin_jax.train import (
+  attacks,
+  evaluation,
+  schema,
+  user_code,
+  vocabulary,
+)
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -534,6 +540,7 @@ def _large_margin_options(
   options = config.large_margin.to_dict()
   del options['weight'], options['cross_entropy']
   options['layers'] = tuple(options['layers'])
+  options['layer_weights'] = tuple(options['layer_weights'])
   shapes = layer_shapes(model, dataset)
   check_layers('large_margin.layers', options['layers'], shapes)
   if options['top_k'] >= dataset.num_classes:
@@ -595,7 +602,11 @@ def make_attack(config: ml_collections.ConfigDict) -> Callable | None:
     return None
   if config.attack.name == 'fgsm':
     return attacks.fgsm
-  return functools.partial(attacks.pgd, steps=config.attack.steps)
+  options = {'steps': config.attack.steps}
+  if config.attack.step_size is not None:
+    options['step_size'] = evaluation.PIXEL * config.attack.step_size
+  attack = {'ifgsm': attacks.ifgsm, 'pgd': attacks.pgd}[config.attack.name]
+  return functools.partial(attack, **options)
 
 
 def steps_per_call(
