@@ -35,7 +35,9 @@ def get_config(argument: str | None = None):
   args = config_lib.parse_arguments(
     argument,
     loss=('large_margin', 'cross_entropy'),
-    norm=('l_inf', 'l1', 'l2'),
+    norm=config_lib.Argument(
+      ('l_inf', 'l1', 'l2'), needs=('loss', ('large_margin',))
+    ),
     small=1.0,
     noisy=0.0,
     **mnist_large_margin.attack_arguments(0.03),

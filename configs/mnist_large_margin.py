@@ -24,7 +24,10 @@ clipped to norm 5. Unlike there, the loss holds the batch's BatchNorm statistics
 fixed while it looks for the nearest boundary: else examples leak into each
 other's gradients.
 
-Expected: nothing yet; not run at full length.
+Expected, with 600 images, 200 steps of 32 and the learning rate lowered to 0.01
+(two seeds, the first 300 test images, benchmarks/attacks_on_mnist.md): 94.3%,
+50.3% under IFGSM of 0.1, and 83.7% where its examples are made on another such
+network; with cross-entropy 95.2%, 40.3% and 88.5%. Not run at full length yet.
 
 Cost, from XLA's FLOP count: 38 GFLOP a step of 256, 1.8 PFLOP for 46,800 steps
 (calculated; 0.01 GPU-hours at 50 TFLOP/s), 2.3 times those of cross-entropy.

@@ -50,8 +50,10 @@ def arguments_of(module, monkeypatch):
 
 
 def refused(argument):
-  """Returns what it says of MMS or MMR where the method has none, or None."""
+  """Returns what it says of what the method or loss has not, or None."""
   parts = dict(x.split('=') for x in filter(None, (argument or '').split(',')))
+  if 'norm' in parts and parts['loss'] == 'cross_entropy':
+    return 'norm=.* needs loss=large_margin'
   if 'method' not in parts:
     return None
   method = parts['method'].split('_')
