@@ -231,10 +231,13 @@ def _load(text: str, fields: dict[str, str]) -> Any:
   with terminal.wait('loading JAX and the config'):
     from margin_jax import config_files
     from margin_jax.config import ConfigError
+    from margin_jax.user_code import UserCodeError
 
     try:
       return config_files.load(text).with_fields(fields)
     except ConfigError as error:
+      if isinstance(error, UserCodeError):
+        print(error.frames, end='', file=sys.stderr)
       sys.exit(f'error: {error}')
 
 

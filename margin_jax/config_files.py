@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from margin_jax import config as config_lib
-from margin_jax import schedules
+from margin_jax import schedules, user_code
 from margin_jax.checks import Check, did_you_mean, nearest, parse_integer
 from margin_jax.config import FIELDS, ConfigError
 
@@ -146,28 +146,42 @@ def _no_file(path: str, shown: str) -> str:
 
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
-  """Says in one line where a config file goes wrong, if that is enough.
+  """Says where a config file goes wrong: in one line, if that is enough.
 
-  Other mistakes in its own code keep their traceback.
+  Of other mistakes in its own code its frames are shown, too.
   """
-  try:
-    yield
-  except SyntaxError as error:
-    raise ConfigError(
-      f'--config: {error.filename}, line {error.lineno}: {error.msg}'
-    ) from error
-  except (AttributeError, KeyError, TypeError) as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [x for x in frames if os.path.samefile(x.filename, path)]
-    if not own or 'ml_collections' not in frames[-1].filename:
-      raise
-    field = re.search(r'config\.([\w.]+)', own[-1].line or '')
-    why = str(error)
-    if field and not isinstance(error, TypeError):
-      why = unknown_field(field[1])
-    raise ConfigError(
-      f'--config: {path}, line {own[-1].lineno}: {why}'
-    ) from error
+  with user_code.named('--config'):
+    try:
+      yield
+    except SyntaxError as error:
+      raise ConfigError(
+        f'--config: {error.filename}, line {error.lineno}: {error.msg}'
+      ) from error
+    except (AttributeError, KeyError, TypeError) as error:
+      frames = traceback.extract_tb(error.__traceback__)
+      path = os.path.realpath(path)
+      own = [x for x in frames if os.path.realpath(x.filename) == path]
+      why = _misuse(error, own[-1].line or '', frames[-1]) if own else None
+      if why is None:
+        raise
+      raise ConfigError(
+        f'--config: {path}, line {own[-1].lineno}: {why}'
+      ) from error
+
+
+def _misuse(
+  error: Exception, line: str, last: traceback.FrameSummary
+) -> str | None:
+  """Returns what is wrong in a line that sets a field, or None."""
+  changed = re.search(r'config\.([\w.]+)\.(append|extend|insert)\(', line)
+  if changed and "'tuple'" in str(error):
+    return f'{changed[1]} is a tuple: write config.{changed[1]} += (VALUE,)'
+  if 'ml_collections' not in last.filename:
+    return None
+  field = re.search(r'config\.([\w.]+)', line)
+  if field and not isinstance(error, TypeError):
+    return unknown_field(field[1])
+  return str(error)
 
 
 # Setting fields.

@@ -23,6 +23,10 @@ _ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
 _YNN = 'xla_cpu_experimental_ynn_fusion_type'
 
 
+class BackendError(ValueError):
+  """JAX has no such backend here."""
+
+
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """Compiles a program, and on CPUs again if XLA computes nonsense in it.
 
@@ -107,8 +111,23 @@ def _keep_pages() -> None:
 
 
 def is_default() -> bool:
-  """Returns whether programs are compiled for CPUs."""
-  return jax.default_backend() == 'cpu'
+  """Returns whether programs are compiled for CPUs; starts JAX's backend.
+
+  Raises:
+    BackendError: JAX_PLATFORMS names what this machine does not have.
+  """
+  try:
+    return jax.default_backend() == 'cpu'
+  except (AssertionError, RuntimeError) as error:
+    platforms = jax.config.jax_platforms
+    if not platforms:
+      raise
+    reason = str(error).partition(' (set JAX_PLATFORMS')[0].rstrip('.')
+    reason = reason or 'JAX finds none'
+    raise BackendError(
+      f'JAX_PLATFORMS={platforms!r} is not allowed: {reason}. Unset, JAX takes '
+      'what there is'
+    ) from error
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):

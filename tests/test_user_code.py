@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 import margin_jax
+from margin_jax import config_files, cpu
 from margin_jax.config import ConfigError
-from margin_jax.train.user_code import UserCodeError
+from margin_jax.train import loop
+from margin_jax.user_code import UserCodeError
 from tests import helpers
 from tests.test_package import ROOT
 
@@ -142,3 +144,62 @@ def test_the_command_shows_frames_and_a_closing_line(tmp_path):
   assert [x for x in frames if 'return scored.nothing' in x]
   assert not any('margin_jax/train' in x for x in frames)
   assert not (tmp_path / 'run').exists()
+
+
+CONFIG_MISTAKES = {
+  'config.data.augmentations.append("crop")': (
+    r'line 8: data.augmentations is a tuple: write config\.data\.augmentations'
+  ),
+  '{}["missing"]': r"--config failed in .*, line 8: KeyError: 'missing'",
+  'margin_jax.register_rule("mms", print)': (
+    r"--config failed in .*, line 8: rule 'mms' is there already"
+  ),
+  'import nothing_of_that_name': r'line 8: ModuleNotFoundError: No module',
+}
+
+
+@pytest.mark.parametrize('line', CONFIG_MISTAKES)
+def test_a_mistake_in_a_config_file_is_a_line(tmp_path, line):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    f"""import margin_jax
+from margin_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+
+  {line}
+  return config
+"""
+  )
+  with pytest.raises(ConfigError, match=CONFIG_MISTAKES[line]) as caught:
+    config_files.load(str(path))
+  assert '\n' not in str(caught.value)
+  if isinstance(caught.value, UserCodeError):
+    assert 'config_files.py' not in caught.value.frames
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (AssertionError(), 'JAX finds none. Unset'),
+    (RuntimeError('none here. (set JAX_PLATFORMS=...)'), 'none here. Unset'),
+  ],
+)
+def test_a_platform_that_is_not_here_is_a_line(monkeypatch, error, reason):
+  def fail():
+    raise error
+
+  assert jax.config.jax_platforms == 'cpu'
+  monkeypatch.setattr(jax, 'default_backend', fail)
+  with pytest.raises(cpu.BackendError, match=f"JAX_PLATFORMS='cpu' .*{reason}"):
+    cpu.is_default()
+
+
+def test_without_jit_nothing_can_be_trained(tmp_path):
+  with (
+    jax.disable_jit(),
+    pytest.raises(ConfigError, match='JAX_DISABLE_JIT is set'),
+  ):
+    loop.train(helpers.small_config(), str(tmp_path))

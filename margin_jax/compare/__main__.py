@@ -67,11 +67,11 @@ def main(argv: list[str]) -> None:
   from margin_jax.train import process, runs
 
   process.silence_libraries()
-  cpu.tune()
-  devices_lib.use_compilation_cache()
   file = args.config_file
   summary = getattr(file.module, 'get_summary', None)
   with process.one_line_errors():
+    cpu.tune()
+    devices_lib.use_compilation_cache()
     experiment.compare(
       file.config,
       args.workdir,

@@ -167,6 +167,7 @@ class Devices:
     Raises:
       ValueError: there are fewer, or `count` does not fit several processes.
     """
+    cpu.is_default()  # starts the backend, or says why not
     available = jax.device_count()
     count = available if count is None else count
     if not 1 <= count <= available:

@@ -14,8 +14,8 @@ import jax
 from absl import logging
 
 from margin_jax import config as config_lib
-from margin_jax import data, files
-from margin_jax.train import checkpoints, guard, user_code
+from margin_jax import cpu, data, files, user_code
+from margin_jax.train import checkpoints, guard
 from margin_jax.train import devices as devices_lib
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -204,6 +204,7 @@ def _explained() -> Iterator[None]:
     _stop(str(error))
   except (
     config_lib.ConfigError,
+    cpu.BackendError,
     files.FileError,
     data.DatasetError,
     guard.NonFiniteError,

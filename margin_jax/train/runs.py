@@ -17,6 +17,7 @@ from margin_jax import (
   checks,
   commands,
   config_files,
+  cpu,
   data,
   files,
   losses,
@@ -301,6 +302,7 @@ def open_run(
       dataset that is registered nowhere.
     DatasetError: the dataset is missing or broken.
   """
+  cpu.is_default()  # starts JAX's backend, or says why not
   with contextlib.ExitStack() as stack:
     place = stack.enter_context(workdirs.opened(workdir))
     checkpoints = stack.enter_context(

@@ -24,16 +24,11 @@ from margin_jax import (
   registry,
   sampling,
   selection,
+  user_code,
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import (
-  attacks,
-  evaluation,
-  schema,
-  user_code,
-  vocabulary,
-)
+from margin_jax.train import attacks, evaluation, schema, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -70,6 +65,12 @@ def load(
   """
   schema.validate(config)
   _check_custom_rule(config, rule)
+  if jax.config.jax_disable_jit:
+    raise ConfigError(
+      'JAX_DISABLE_JIT is set, and steps are compiled before they run: unset '
+      'it. To look into a step, use jax.debug.print in a rule or a loss, or '
+      'call the functions in a loop of your own'
+    )
   try:
     devices = devices_lib.Devices(config.devices)
     if training:

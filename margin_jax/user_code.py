@@ -47,13 +47,13 @@ def named(what: str) -> Iterator[None]:
   except ConfigError:
     raise
   except Exception as error:
-    own = [
-      frame
-      for frame in traceback.extract_tb(error.__traceback__)
-      if not _of_library(frame.filename)
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _of_library(frame.filename)]
     where = f' in {own[-1].filename}, line {own[-1].lineno}' if own else ''
     message = ' '.join(str(error).split())
+    if os.path.realpath(frames[-1].filename).startswith(_LIBRARIES[0]):
+      # We say what is wrong with what we were given: that is enough.
+      raise UserCodeError(f'{what} failed{where}: {message}', '') from error
     raise UserCodeError(
       f'{what} failed{where}: {type(error).__name__}: {message}',
       ''.join(traceback.format_list(own)),
