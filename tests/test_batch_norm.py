@@ -86,19 +86,19 @@ def trained(devices, **fields):
 
 
 @pytest.mark.parametrize(
-  'fields',
+  ('counts', 'fields'),
   [
-    {'model.name': 'resnet8'},
-    *slow({
+    ((1, 2, 8), {'model.name': 'resnet8'}),
+    *slow(((2,), {
       'model.name': 'wrn10_1', 'selection.rule': 'mms',
       'selection.proxy': 'resnet8', 'mmr.alpha': 1e-4,
-    }),
+    })),
   ],
 )  # fmt: skip
-def test_groups_are_what_devices_are(fields):
+def test_groups_are_what_devices_are(counts, fields):
   """Four devices with statistics of their own, or any number with groups."""
   four = trained(4, **fields, **{'model.batch_norm': 'device'})
-  for devices in (1, 2, 8):  # 4 groups, 2 groups, half a group on each
+  for devices in counts:  # 4 groups, 2 groups, half a group on each
     state = trained(devices, **fields, **{GROUPS: 4})
     for name in ('params', 'batch_stats'):
       ours, theirs = getattr(state, name), getattr(four, name)

@@ -35,13 +35,11 @@ MEMORY = (
 )
 
 
-@pytest.mark.parametrize('arguments', [(), MEMORY], ids=['fresh', 'memory'])
-def test_a_killed_process_stops_the_other_and_both_start_again(
-  tmp_path, arguments
-):
-  for process in start_both(tmp_path / 'whole', *arguments):
+def test_a_killed_process_stops_the_other_and_both_start_again(tmp_path):
+  """With a score memory, and an order that is made of it."""
+  for process in start_both(tmp_path / 'whole', *MEMORY):
     runs.finish(process)
-  first, second = start_both(tmp_path / 'killed', *arguments)
+  first, second = start_both(tmp_path / 'killed', *MEMORY)
   try:
     runs.wait_for(first, 'step 20/')
     second.send_signal(signal.SIGKILL)
@@ -53,7 +51,7 @@ def test_a_killed_process_stops_the_other_and_both_start_again(
     assert ours in output or jaxs in output, output
   finally:
     first.kill()
-  for process in start_both(tmp_path / 'killed', *arguments):
+  for process in start_both(tmp_path / 'killed', *MEMORY):
     runs.finish(process)
   assert runs.digest(tmp_path / 'killed') == runs.digest(tmp_path / 'whole')
   for name in ('train.csv', 'eval.csv'):
