@@ -487,10 +487,10 @@ def time_steps(
 # The report.
 
 
-def write_report(
-  args: argparse.Namespace, methods: Mapping[str, Method], base: pathlib.Path
-) -> None:
-  """Writes the table and the picture of the runs that are complete."""
+def read_outcomes(
+  methods: Mapping[str, Method], base: pathlib.Path
+) -> tuple[list[report.Outcome], dict[str, Any]]:
+  """What has come of each method that has run, and the file of the times."""
   path = base.with_suffix('.json')
   times = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
   results = read_results(base.with_suffix('.csv'), methods)
@@ -508,6 +508,14 @@ def write_report(
           timed.get('seconds'),
         )
       )
+  return outcomes, times
+
+
+def write_report(
+  args: argparse.Namespace, methods: Mapping[str, Method], base: pathlib.Path
+) -> None:
+  """Writes the table and the picture of the runs that are complete."""
+  outcomes, times = read_outcomes(methods, base)
   size = SIZES[args.size]
   steps, *boundaries = size.long
   opening = [

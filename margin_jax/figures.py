@@ -166,6 +166,20 @@ def legend(figure: Any, axes: Any, note: str = '') -> None:
   )  # fmt: skip
 
 
+def show(figure: Any, alt: str) -> None:
+  """Shows a figure of pyplot in a notebook, with a text for those who listen.
+
+  Args:
+    figure: is closed, so that the notebook does not show it again.
+    alt: what the picture shows, in a sentence; nbconvert writes it as `alt`.
+  """
+  from IPython.display import display
+  from matplotlib import pyplot
+
+  display(figure, metadata={'image/png': {'alt': alt}})
+  pyplot.close(figure)
+
+
 @contextlib.contextmanager
 def drawing(
   path: pathlib.Path,

@@ -4,9 +4,11 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import jax
@@ -20,9 +22,14 @@ from tests.datasets import VOCAB, write_task
 from tests.helpers import ROOT
 
 NAMES = (
-  'glue_mmr', 'mmr_margins', 'quickstart', 'selection_tour', 'tpu_pod',
+  'does_it_pay', 'glue_mmr', 'mmr_margins', 'quickstart', 'selection_tour',
+  'tpu_pod',
 )  # fmt: skip
-REPOSITORY = 'margin-jax/margin_jax'
+# Whose pictures begin early and have a text.
+DESCRIBED = ('does_it_pay',)
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+ADDRESS = PROJECT['urls']['Repository']
+REPOSITORY = ADDRESS.removeprefix('https://github.com/')
 BADGE = (
   '[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
   f'(https://colab.research.google.com/github/{REPOSITORY}/blob/main/colabs/'
@@ -178,10 +185,70 @@ def test_opens_in_colab_and_installs_what_is_pinned(name):
   assert f'{BADGE}{name}.ipynb)' in notebook.cells[0].source
   install = install_cell(notebook).source
   assert install == install_cell(read('quickstart')).source
-  assert f'{REPOSITORY}@v{margin_jax.__version__}"' in install.replace("'", '"')
+  assert install_cell(notebook).metadata['cellView'] == 'form'
+  assert f"REPOSITORY = '{ADDRESS}'" in install
+  assert f'{{REPOSITORY}}@v{margin_jax.__version__}' in install
   for cell in code_cells(notebook):
     assert 'absl' not in cell.source
     assert 'configs' not in cell.source  # which pip does not install
+    assert cell.source == install or ADDRESS not in cell.source
+  text = '\n'.join(x.source for x in notebook.cells)
+  linked = re.findall(r'https://github.com/[^/]+/[^/\s)\'"]+', text)
+  assert set(linked) == {ADDRESS}
+
+
+@pytest.mark.parametrize('name', DESCRIBED)
+def test_says_in_words_what_its_pictures_show(name):
+  texts = [x.metadata['image/png']['alt'] for x in pictures(read(name))]
+  assert all(len(text) > 30 for text in texts)
+  assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize('name', DESCRIBED)
+def test_shows_a_picture_within_four_cells(name):
+  title, *cells = read(name).cells
+  assert title.source.startswith('# ')
+  assert pictures(nbformat.v4.new_notebook(cells=cells[:4]))
+
+
+def test_asks_for_the_device_that_it_is_for():
+  kinds = {name: read(name).metadata.get('accelerator') for name in NAMES}
+  assert kinds == dict.fromkeys(NAMES) | {'glue_mmr': 'GPU', 'tpu_pod': 'TPU'}
+  pod = read('tpu_pod')
+  kaggle = f'https://kaggle.com/kernels/welcome?src={ADDRESS}/blob/main/colabs/'
+  assert f'({kaggle}tpu_pod.ipynb)' in pod.cells[0].source
+  assert pod.metadata['kaggle']['accelerator'] == 'tpuV5e8'
+
+
+def test_does_it_pay_finds_a_clone_or_says_what_is_missing(
+  tmp_path, monkeypatch
+):
+  """Its own function, where the package is installed without a clone."""
+  (source,) = [
+    cell.source
+    for cell in code_cells(read('does_it_pay'))
+    if 'def find_repository' in cell.source
+  ]
+  (function,) = [
+    x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef)
+  ]
+  package = types.SimpleNamespace(__file__=str(tmp_path / 'lib/x/__init__.py'))
+  scope = {
+    'REPOSITORY': str(tmp_path / 'nowhere'),
+    'margin_jax': package,
+    'pathlib': pathlib,
+    'subprocess': subprocess,
+  }
+  exec(ast.unparse(function), scope)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConnectionError, match='nowhere, which cannot be reached'):
+    scope['find_repository']()
+  table = tmp_path / 'margin_jax/benchmarks/time_to_accuracy.py'
+  table.parent.mkdir(parents=True)
+  table.touch()
+  assert scope['find_repository']() == tmp_path / 'margin_jax'
+  monkeypatch.chdir(table.parent)  # within the clone
+  assert scope['find_repository']() == tmp_path / 'margin_jax'
 
 
 def requirement(package, python):
@@ -193,23 +260,54 @@ def requirement(package, python):
   return version
 
 
-def installs(monkeypatch, python, **there):
-  """What the install cell asks pip for where there are these packages."""
-  dataset = install_cell(read('quickstart')).source
-  dataset = re.sub(r'%pip (.*)', r"pip(r'''\1''')", dataset)
-  asked = []
-  scope = {'pip': asked.append}
+def run_install(monkeypatch, success, python=(3, 12), there=()):
+  """What the install cell runs until margin_jax can be imported.
+
+  Args:
+    success: part of the pip command that makes it importable.
+    python: its version.
+    there: names and versions of packages.
+  """
+  source = install_cell(read('quickstart')).source
+  # IPython fills in variables as an f-string does.
+  source = re.sub(r'[%!](pip|git) (.*)', r"ran.append(f'''\1 \2''')", source)
+  ran = []
+
+  def find_spec(name):
+    """The folder of a clone is found too, without a file of origin."""
+    done = any(x.startswith('pip') and success in x for x in ran)
+    return types.SimpleNamespace(origin='__init__.py' if done else None)
+
   distributions = [
-    types.SimpleNamespace(name=name, version=version)
-    for name, version in there.items()
+    types.SimpleNamespace(name=name, version=version) for name, version in there
   ]
   with monkeypatch.context() as patch:
-    patch.setattr(importlib.util, 'find_spec', lambda name: None)
+    patch.setattr(importlib.util, 'find_spec', find_spec)
     patch.setattr(importlib.metadata, 'distributions', lambda: distributions)
     patch.setattr(sys, 'version_info', python)
-    exec(compile(ast.parse(dataset), 'cell', 'exec'), scope)
-  (line,) = asked
-  return re.findall('"(.*?)"', line.format(**scope))[1:]
+    exec(compile(ast.parse(source), 'cell', 'exec'), {'ran': ran})
+  return ran
+
+
+def installs(monkeypatch, python, **there):
+  """What the install cell asks pip for where there are these packages."""
+  (line,) = run_install(monkeypatch, 'git+', python, there.items())
+  package, *others = re.findall('"(.*?)"', line)
+  address = f'git+{ADDRESS}@v{margin_jax.__version__}'
+  assert package == f'margin-jax @ {address}'
+  return others
+
+
+def test_install_cell_falls_back_to_a_clone(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  clone = tmp_path / 'margin_jax'
+  # Here `git clone` makes no folder.
+  with pytest.raises(ConnectionError, match=f'^{ADDRESS} cannot be reached'):
+    run_install(monkeypatch, str(clone))
+  clone.mkdir()
+  address, local = run_install(monkeypatch, str(clone))
+  assert f'git+{ADDRESS}@' in address
+  assert f'"{clone}" "jax==' in local
 
 
 def test_install_cell_takes_jax_with_its_plugin_and_never_downgrades(
