@@ -27,23 +27,22 @@ SECTIONS = {
 REFERENCE = """# Config fields
 
 Set a field on the command line by its dotted name:
-`--config.selection.rule=mms`. What `margin_jax/config.py` says of each:
+`--config.selection.rule=mms`. `margin_jax/config.py` defines them.
 
 * A value that is not allowed stops the run before anything is compiled
   ([the messages](../bad_inputs.md)).
-* A field with *needs* has no effect without them, and the trainer warns.
-* A field marked *may change* may differ from the run that wrote the checkpoint
-  which is continued.
+* A field marked *needs* has no effect otherwise, and the trainer warns you.
+* You may change a field marked *may change* when you resume a run.
 """
 MESSAGES = """---
 search:
   exclude: true
 ---
 
-# What the trainer says of bad configs
+# What the trainer says about bad configs
 
 Each row is the default config with these fields. A bad config stops the run
-before anything is compiled, and the workdir stays as it is.
+before anything is compiled, and leaves the workdir as it is.
 
 ## A value that is not allowed
 
@@ -55,7 +54,7 @@ TOGETHER = """
 WARNINGS = """
 ## Fields without effect
 
-The run is as it would be without them.
+These fields change nothing in the run.
 
 """
 

@@ -232,55 +232,56 @@ FIELDS: dict[str, Field] = {
   'seed': Field(
     0,
     integer(0, bits=32),
-    'Decides the first parameters, the examples of every step and all else '
-    'that is random.',
+    'Decides everything random: the first parameters, the examples of every '
+    'step, and so on.',
   ),
   'steps': Field(
     1000,
     integer(1),
-    'Steps of the whole run.',
+    'Number of steps of the whole run.',
     resumable=_steps_may_change,
   ),
   'scale_schedule': Field(
     True,
     flag(),
-    'Where the command line sets fewer `steps` than the config file, '
+    'If the command line sets fewer `steps` than the config file, scale '
     'optimizer.boundaries, optimizer.warmup, selection.start and '
-    'selection.stop are scaled to them, but for those that it sets too. A run '
-    'that is made longer keeps them.',
+    'selection.stop with them, unless the command line sets these too. A '
+    'longer run keeps them.',
     resumable=True,
   ),
   'batch_size': Field(
     64,
     integer(1),
-    'Examples that a gradient step sees, b, over all devices.',
+    'Number of examples in a gradient step, b, over all devices.',
   ),
   'pool_size': Field(
     POOL_FACTOR * 64,
     integer(1),
-    'Examples to select a batch from, B, over all devices; ten times '
-    'batch_size, whatever that is, unless it is set.',
+    'Number of examples to select a batch from, B, over all devices. Unless '
+    'it is set, it is ten times batch_size.',
     needs=POOL,
   ),
   'devices': Field(
     None,
     optional(integer(1)),
-    'How many devices to use; None is all that JAX sees.',
+    'How many devices to use; None uses all that JAX sees.',
     resumable=_devices_may_change,
   ),
   'steps_per_call': Field(
     None,
     optional(integer(1)),
-    'Steps compiled into one call; None chooses: 1 on CPU, where XLA is slow '
-    'on gradients of convolutions in loops, and up to 100 on accelerators.',
+    'Steps compiled into one call. None chooses 1 on CPUs, where XLA is '
+    'slow on gradients of convolutions in loops, and up to 100 on '
+    'accelerators.',
     resumable=True,
   ),
   'on_nonfinite': Field(
     'stop',
     one_of('stop', 'skip'),
-    'What to do where a loss, a gradient, an update or a statistic of '
-    "BatchNorm is NaN or infinite: 'stop' the run, or 'skip' the step. A NaN "
-    "score stops the run too; with 'skip' it ranks last.",
+    'What to do if a loss, a gradient, an update or a BatchNorm statistic '
+    "is NaN or infinite: 'stop' the run, or 'skip' the step. A NaN score "
+    "stops the run too; with 'skip' it ranks last.",
     resumable=True,
   ),
   'log_every': Field(
@@ -304,8 +305,8 @@ FIELDS: dict[str, Field] = {
   'keep_every': Field(
     None,
     optional(integer(1)),
-    'Checkpoints at multiples of it are never deleted. The last two and the '
-    'best are kept in any case.',
+    'Never delete checkpoints at multiples of this step. The last two and '
+    'the best are always kept.',
     needs=[
       Need(
         'as many steps',
@@ -318,7 +319,7 @@ FIELDS: dict[str, Field] = {
   'eval_batch_size': Field(
     1000,
     integer(1),
-    'Examples that are evaluated at once, over all devices.',
+    'Number of examples to evaluate at once, over all devices.',
     resumable=True,
   ),
   # The data.
@@ -338,19 +339,19 @@ FIELDS: dict[str, Field] = {
   'data.validation_examples': Field(
     0,
     integer(0),
-    'The last training examples held out for validation: in the original '
-    'order where records tell it (CIFAR, GLUE), else as they are stored.',
+    'How many of the last training examples to hold out for validation. The '
+    'order is the original one where records tell it (CIFAR, GLUE), else '
+    'the stored one.',
   ),
   'data.fraction': Field(
     1.0,
     FRACTION,
-    'Fraction of the other training examples that is used; `seed` decides '
-    'which.',
+    'Fraction of the other training examples to use; `seed` decides which.',
   ),
   'data.label_noise': Field(
     0.0,
     number(least=0, most=1),
-    'Fraction of the examples in use whose labels are replaced by wrong ones; '
+    'Fraction of the used examples whose labels are replaced by wrong ones; '
     '`seed` decides which.',
   ),
   'data.augmentations': Field(
@@ -373,50 +374,50 @@ FIELDS: dict[str, Field] = {
   'data.normalization': Field(
     'dataset',
     one_of(*data.NORMALIZATIONS),
-    "Whose mean and deviation images are normalised with: the training split's "
-    "or ImageNet's, which ImageNet has either way; or none: 'unit' leaves them "
-    'in [0, 1], and distances at the input are in units of pixels, as '
-    'attack.epsilons are.',
+    "Which mean and deviation normalise images: the training split's "
+    "('dataset') or ImageNet's ('imagenet'). ImageNet always has its own. "
+    "'unit' leaves images in [0, 1]; distances at the input are then in "
+    'units of pixels, as attack.epsilons are.',
     needs=[IMAGES],
   ),
   'data.image_size': Field(
     224,
     integer(1),
-    'Side that images of ImageNet are cut to.',
+    "ImageNet's images are cut to squares of this side.",
     needs=[STREAMED],
   ),
   'data.undecodable': Field(
     'stop',
     one_of('stop', 'skip'),
-    "A JPEG that cannot be decoded ends the run ('stop'), or is left out and "
-    "counted ('skip').",
+    "If a JPEG cannot be decoded, end the run ('stop'), or leave it out and "
+    "count it ('skip').",
     needs=[STREAMED],
     resumable=True,
   ),
   'data.workers': Field(
     8,
     integer(0),
-    'Processes that decode JPEGs; 0 is the training process itself.',
+    'Number of processes that decode JPEGs; 0 decodes in the training process.',
     needs=[STREAMED],
     resumable=True,
   ),
   'data.max_length': Field(
     128,
     integer(5),  # [CLS] and, of a pair, a token and [SEP] of each
-    'Most tokens of an example; longer ones of GLUE are cut.',
+    'Largest number of tokens in an example; longer examples of GLUE are cut.',
     needs=[SENTENCES],
   ),
   'data.buckets': Field(
     (32, 64),
     several(integer(3), order='increasing'),
-    'Lengths below data.max_length that shorter examples are padded to. Those '
-    'of one length are a bucket; a step samples from one bucket.',
+    'Shorter lengths to pad examples to, all below data.max_length. '
+    'Examples of one length form a bucket; a step samples from one bucket.',
     needs=[SENTENCES],
   ),
   'data.vocabulary': Field(
     None,
     optional(string()),
-    'A vocab.txt for GLUE; None is the one of model.pretrained.',
+    'A vocab.txt for GLUE; None uses that of model.pretrained.',
     needs=[_dataset('GLUE', data.VOCABULARY_NEEDED.__contains__)],
   ),
   # The model.
@@ -424,35 +425,38 @@ FIELDS: dict[str, Field] = {
   'model.variant': Field(
     'he',
     one_of(*models.VARIANTS),
-    "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code; "
-    "'mms_select' is the latter with the bias folded into the last layer's "
-    'weights, in the norm and under weight decay, as mms-select does.',
+    "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code. "
+    "'mms_select' is the authors' layout, with the bias folded into the "
+    "last layer's weights, so into the norm and weight decay too, as in "
+    'mms-select.',
     needs=[_model('a model with variants', 'variant')],
   ),
   'model.head': Field(
     'linear',
     one_of(*models.HEADS),
-    "What follows VGG's convolutions: the last layer alone, or two hidden "
-    "layers of 4096 before it ('released', as in the MMR authors' code).",
+    "What follows VGG's convolutions: the last layer alone ('linear'), or "
+    "two hidden layers of 4096 before it ('released', as in the MMR "
+    "authors' code).",
     needs=[_model('a model with heads', 'head')],
   ),
   'model.kernel_init': Field(
     'default',
     one_of(*models.KERNEL_INITS),
-    "How kernels start: as the model has it, or as Glorot's, uniform, which is "
-    "that of TensorFlow's layers.",
+    "How kernels start: as the model defines it, or with Glorot's uniform "
+    "distribution, TensorFlow's default.",
   ),
   'model.dtype': Field(
     'float32',
     DTYPE,
-    'Of the computation; parameters and the head stay float32.',
+    'Dtype of the computation; parameters and the head stay float32.',
     needs=[_model('a model with a field dtype', 'dtype')],
   ),
   'model.batch_norm': Field(
     'global',
     one_of('global', 'device'),
-    "Whose examples BatchNorm normalises with: all devices' ('global', which "
-    "does not depend on their number) or each device's own.",
+    'Which examples BatchNorm normalises with: those of all devices '
+    "('global', which does not depend on their number), or each device's "
+    "own ('device').",
     needs=[
       BATCH_NORM,
       Need(
@@ -465,17 +469,18 @@ FIELDS: dict[str, Field] = {
   'model.batch_norm_examples': Field(
     None,
     optional(integer(2)),
-    'BatchNorm normalises groups of so many examples of a training batch, and '
-    'averages the running statistics: as on devices that have so many, with '
-    "model.batch_norm='device', but on any number of them. None has no groups.",
+    'BatchNorm normalises groups of this many examples of a training batch, '
+    'and averages the running statistics. The effect is that of '
+    "model.batch_norm='device' with this many examples on each device, but "
+    'on any number of devices. None makes no groups.',
     needs=[BATCH_NORM],
   ),
   'model.dropout': Field(
     0.0,
     number(least=0, below=1),
-    'Fraction of the activations that is dropped: inside a block of wide '
-    "ResNets; of VGG's hidden layers (released: 0.5), or of its features; of "
-    "BERT's embeddings, sublayers, attention and features (published: 0.1).",
+    'Fraction of the activations to drop: inside a block of wide ResNets; '
+    "in VGG's hidden layers (released: 0.5), or its features; in BERT's "
+    'embeddings, sublayers, attention and features (published: 0.1).',
     needs=[_model('a model with dropout', 'dropout')],
   ),
   'model.stem': Field(
@@ -488,14 +493,15 @@ FIELDS: dict[str, Field] = {
   'model.width': Field(
     1.0,
     POSITIVE,
-    "Multiplier of MobileNet's numbers of channels.",
+    "Multiplies MobileNet's numbers of channels.",
     needs=[_model('a model with a width multiplier', 'width')],
   ),
   'model.pretrained': Field(
     None,
     optional(string()),
-    'A .safetensors or PyTorch file to start from; for BERT a folder in the '
-    'layout of Hugging Face or a name there. None starts at random.',
+    'Weights to start from: a .safetensors or PyTorch file; for BERT, a '
+    "folder in Hugging Face's layout or a name on its hub. None starts from "
+    'random weights.',
   ),
   # The optimizer.
   'optimizer.name': Field(
@@ -506,7 +512,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.learning_rates': Field(
     (0.1,),
     several(number(least=0, most=1e38), least=1),
-    'learning_rates[i] counts from step boundaries[i-1] on.',
+    'Learning rates; learning_rates[i] applies from step boundaries[i-1] on.',
   ),
   'optimizer.boundaries': Field(
     (),
@@ -521,8 +527,8 @@ FIELDS: dict[str, Field] = {
   'optimizer.decay': Field(
     'steps',
     one_of(*optimizers.DECAYS),
-    "Whether the learning rate changes at the boundaries only ('steps'), or "
-    "falls from the end of the warm-up to 0 at the last step: 'linear', or as "
+    "How the learning rate changes: only at the boundaries ('steps'), or "
+    "from the end of the warm-up down to 0 at the last step, 'linear' or as "
     "half a wave of a 'cosine'.",
   ),
   'optimizer.momentum': Field(
@@ -540,14 +546,14 @@ FIELDS: dict[str, Field] = {
   'optimizer.weight_decay': Field(
     0.0,
     AT_LEAST_0,
-    "Coefficient of the L2 penalty; of 'adamw', times the learning rate, the "
-    'fraction of a parameter that a step takes off it.',
+    "Coefficient of the L2 penalty. With 'adamw', a step shrinks the "
+    'parameters by the fraction weight_decay times the learning rate.',
   ),
   'optimizer.weight_decay_mask': Field(
     'kernels',
     one_of(*optimizers.WEIGHT_DECAY_MASKS),
-    'What is decayed: kernels only (and embeddings; no biases, no scales of '
-    'normalization), of those the ones of convolutions only, or all '
+    "What decays: 'kernels' (with embeddings, but without biases and scales "
+    "of normalization), only kernels of 'convolutions', or 'all' "
     'parameters.',
     needs=[_above(0, 'optimizer.weight_decay')],
   ),
@@ -560,74 +566,76 @@ FIELDS: dict[str, Field] = {
   'optimizer.clip_norm': Field(
     None,
     optional(POSITIVE),
-    'Largest L2 norm of the gradient; None does not clip.',
+    'Largest L2 norm of the gradient; None does not clip it.',
   ),
   # Selection of the batch from a pool.
   'selection.rule': Field(
     UNIFORM,
     RULE,
-    'How examples are scored to select the batch from a pool, or to choose an '
-    "epoch's examples (selection.memory); 'uniform' scores nothing.",
+    'The rule that scores examples, to select the batch from a pool or to '
+    "choose an epoch's examples (selection.memory). 'uniform' scores "
+    'nothing.',
   ),
   'selection.scope': Field(
     'global',
     one_of('global', 'device'),
-    'Examples are ranked over all devices, or over those of each device.',
+    "Rank examples over all devices ('global'), or within each ('device').",
     needs=FRESH,
   ),
   'selection.batch_stats': Field(
     'selected',
     one_of('selected', 'pool'),
-    "The model's running BatchNorm statistics follow the selected batches, or "
-    'the pool, which a train-mode forward then scores.',
+    "Whether BatchNorm's running statistics follow the selected batches or "
+    "the pool. With 'pool', scoring runs in training mode.",
     needs=FRESH,
   ),
   'selection.reuse': Field(
     1,
     integer(1),
-    'One scored pool feeds so many steps, best ranks first.',
+    'Number of steps that one scored pool feeds, best ranks first.',
     needs=FRESH,
   ),
   'selection.every': Field(
     1,
     integer(1),
-    'Score at every n-th step; the others are plain.',
+    'Score at every n-th step; the other steps are plain.',
     needs=FRESH,
   ),
   'selection.start': Field(
     0,
     integer(0),
-    'First step that scores; those before are plain.',
+    'First step that scores; earlier steps are plain.',
     needs=FRESH,
   ),
   'selection.stop': Field(
     None,
     optional(integer(1)),
-    'From this step on nothing is scored.',
+    'First step that no longer scores; None scores to the end.',
     needs=FRESH,
   ),
   'selection.score_dtype': Field(
     None,
     optional(DTYPE),
-    "Score in this dtype; None is the model's.",
+    "Dtype of the scoring forward pass; None uses the model's.",
     needs=FRESH,
   ),
   'selection.score_resolution': Field(
     None,
     optional(integer(4)),
-    "Score images of this side; None is the images' own.",
+    'Side to resize images to for scoring; None keeps their own.',
     needs=FRESH,
   ),
   'selection.proxy': Field(
     None,
     optional(MODEL),
-    'Score with this small model, trained along; None is the model itself.',
+    'A small model that trains along and scores; None scores with the model '
+    'itself.',
     needs=FRESH,
   ),
   'selection.proxy_every': Field(
     1,
     integer(1),
-    'The proxy is trained at every n-th step.',
+    'Train the proxy at every n-th step.',
     needs=[
       *FRESH,
       Need(
@@ -641,57 +649,60 @@ FIELDS: dict[str, Field] = {
   'selection.memory': Field(
     False,
     flag(),
-    'No pool is scored: the rule scores each batch by its own training '
-    "forward, and the sampler chooses the next epoch's examples by these "
+    'Score no pool. The rule scores each batch by its own training forward '
+    "pass, and the sampler chooses the next epoch's examples by these "
     'scores.',
     needs=[SCORING],
   ),
   'selection.sampler': Field(
     'prune',
     one_of('pool', 'prune', 'weighted'),
-    "Which examples an epoch has: of small pools the lowest scores ('pool'), "
-    "all but a random part of the easy ones ('prune'), or batches sampled by "
-    "rank, low scores most often ('weighted').",
+    'How to choose the examples of an epoch: the lowest scores of small '
+    "pools ('pool'), all except a random part of the easy examples "
+    "('prune'), or batches sampled by rank, low scores most often "
+    "('weighted').",
     needs=[MEMORY],
   ),
   'selection.warmup': Field(
     1,
     integer(0),
-    'First epochs of all examples, shuffled.',
+    'Number of first epochs that have all examples, shuffled.',
     needs=[MEMORY],
   ),
   'selection.tail': Field(
     0.125,
     number(least=0, most=1),
-    'Last fraction of the steps that samples all examples, shuffled.',
+    'Last fraction of the steps, in which epochs have all examples, shuffled.',
     needs=[MEMORY],
   ),
   'selection.decay': Field(
     0.0,
     number(least=0, below=1),
-    "Of the exponential average of an example's scores; 0 keeps the last.",
+    "Decay of the exponential average of an example's scores; 0 keeps the "
+    'last score.',
     needs=[MEMORY],
   ),
   'selection.explore': Field(
     0.0,
     number(least=0, most=1),
-    'Fraction of the batch that are the examples of the pool trained on '
-    'longest ago.',
+    'Fraction of the batch to fill with those examples of the pool that '
+    'were trained on longest ago.',
     needs=[MEMORY, _equal('selection.sampler', 'pool')],
   ),
   'selection.threshold': Field(
     'share',
     one_of('share', 'mean'),
-    'Which examples are easy: the selection.share of largest scores, or those '
-    "above the mean ('mean'; with the rule loss this is InfoBatch).",
+    'Which examples are easy: the fraction selection.share with the largest '
+    "scores ('share'), or those above the mean ('mean'; with the rule loss, "
+    'this is InfoBatch).',
     needs=[MEMORY, PRUNE],
   ),
   'selection.share': Field(
     0.5,
     number_or(number(least=0, most=1), 'auto'),
-    "Fraction of the examples that is easy. 'auto' follows what is learned: so "
-    'many that an epoch leaves out (1 - sqrt(e))^2 of all examples, where the '
-    'fraction e was misclassified when last seen.',
+    "Fraction of easy examples. 'auto' follows what is learned: an epoch "
+    'leaves out (1 - sqrt(e))^2 of all examples, where e is the fraction '
+    'misclassified when last seen.',
     needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
   ),
   'selection.drop': Field(
@@ -703,24 +714,24 @@ FIELDS: dict[str, Field] = {
   'selection.pressure': Field(
     100.0,
     number(least=1, most=losses.LARGEST),
-    'How many times more often the lowest score is sampled than the largest, '
-    'at first; it falls geometrically to 1.',
+    'How many times more often the lowest score is sampled than the '
+    'largest, at first. It falls geometrically to 1.',
     needs=[MEMORY, _equal('selection.sampler', 'weighted')],
   ),
   'selection.unbiased': Field(
     False,
     flag(),
-    'Weigh examples so that the expected loss is that of all: those of '
-    "'prune' that are easy and stay by 1 / (1 - drop), those of 'weighted' by "
-    'clipped inverse probabilities.',
+    'Weigh examples to make the expected loss that of all examples. With '
+    "'prune', easy examples that stay weigh 1 / (1 - drop); with "
+    "'weighted', examples weigh their clipped inverse probability.",
     needs=[MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(
     0.0,
     AT_LEAST_0,
-    'How much the hard fraction of the batch grows per epoch of pools, the '
-    'rest being random; classes are balanced. 0 is plain hard-negative '
-    "mining; the authors' value is 0.1.",
+    'How much the hard fraction of the batch grows per epoch of pools. The '
+    'rest is random, and classes are balanced. 0 is plain hard-negative '
+    'mining; the authors use 0.1.',
     needs=[*FRESH, _equal('selection.rule', 'loss')],
   ),
   'selection.beta': Field(
@@ -738,52 +749,54 @@ FIELDS: dict[str, Field] = {
   'trimming.first': Field(
     1.0,
     FRACTION,
-    'Fraction of the batch, the largest losses, that counts in the first '
-    'epoch; linear in the epoch. 1 in the first and the last is no trimming.',
+    'Fraction of the batch that counts in the first epoch: its largest '
+    'losses. It changes linearly in the epoch. 1 in the first and the last '
+    'epoch turns trimming off.',
   ),
   'trimming.last': Field(
     1.0,
     FRACTION,
-    'The same in the last epoch; the paper has 1.0 and 0.2.',
+    'The same fraction in the last epoch; the paper has 1.0 and 0.2.',
   ),
   'trimming.backward': Field(
     'all',
     one_of('all', 'kept'),
-    'The backward pass runs on all of the batch, or on the examples that count '
-    'only (for models without BatchNorm).',
+    "Whether the backward pass runs on 'all' of the batch, or only on the "
+    "examples that count ('kept', for models without BatchNorm).",
     needs=[TRIMMING],
   ),
   # The loss.
   'loss.risk': Field(
     'cross_entropy',
     known(lambda: (*RISKS, *losses.REGISTERED)),
-    "The loss of an example: 'cross_entropy', 'hinge' (multi-class), or a "
+    "The loss of each example: 'cross_entropy', 'hinge' (multi-class), or a "
     'registered one.',
   ),
   'loss.names': Field(
     (),
     several(known(lambda: (*RISKS, *losses.REGISTERED)), order='different'),
-    'Losses that are added to the risk, MMR and the large-margin loss, which '
-    'have fields of their own.',
+    'Losses to add to the risk. MMR and the large-margin loss have their '
+    'own fields.',
   ),
   'loss.weights': Field(
     (),
     several(AT_LEAST_0),
-    'Their weights, one for each.',
+    'Weights of loss.names, one for each.',
   ),
   # Multi-margin regularization.
   'mmr.alpha': Field(0.0, AT_LEAST_0, 'Weight of MMR in the loss.'),
   'mmr.alpha_end': Field(
     None,
     optional(AT_LEAST_0),
-    'Weight at the last step, linear in the step; None stays at mmr.alpha.',
+    'Weight of MMR at the last step; it changes linearly in the step. None '
+    'keeps mmr.alpha.',
   ),
   'mmr.schedule': Field(
     'linear',
     one_of('linear', 'released'),
-    "Between them: 'linear' in the step, the paper's, or as in the authors' "
-    'released code: constant in an epoch, linear in its number, 0 in the '
-    'first (theirs: alpha=1e-4, alpha_end=1e-2).',
+    "How the weight changes: 'linear' in the step, as in the paper, or as "
+    "in the authors' 'released' code: constant in each epoch, linear in the "
+    "epoch's number, 0 in the first (they have alpha=1e-4, alpha_end=1e-2).",
     needs=[
       Need(
         'mmr.alpha_end',
@@ -796,21 +809,21 @@ FIELDS: dict[str, Field] = {
   'mmr.reduction': Field(
     'mean_of_squares',
     one_of(*losses.REDUCTIONS),
-    "The paper's mean over the batch, or the square of the mean as in the "
+    "The paper's mean over the batch, or the square of the mean, as in the "
     "authors' later code.",
     needs=[MMR],
   ),
   'mmr.stop_feature_gradient': Field(
     False,
     flag(),
-    'No gradient flows through the norm of the features.',
+    'Stop the gradient through the norm of the features.',
     needs=[MMR],
   ),
   # The large-margin loss.
   'large_margin.weight': Field(
     0.0,
     AT_LEAST_0,
-    'Weight of the large-margin loss in the loss; 0 is none.',
+    'Weight of the large-margin loss in the total loss; 0 turns it off.',
   ),
   'large_margin.cross_entropy': Field(
     1.0,
@@ -821,40 +834,41 @@ FIELDS: dict[str, Field] = {
   'large_margin.layers': Field(
     ('input',),
     several(string(), order='different', least=1),
-    "Where margins are asked for: 'input', 'features', or paths of submodules. "
-    'Each is measured in units of its layer: at the input in those of '
-    "data.normalization, which are the attack's where that is 'unit'.",
+    "Layers at which to widen margins: 'input', 'features', or paths of "
+    'submodules. Each margin is in units of its layer. At the input these '
+    "come from data.normalization; with 'unit' they are the attack's.",
     needs=[LARGE_MARGIN],
   ),
   'large_margin.layer_weights': Field(
     (),
     several(POSITIVE),
-    "One for each layer, that its distances are multiplied by: a layer's gamma "
-    'is large_margin.gamma over its weight. () is 1 for each.',
+    'One weight for each layer, which multiplies its distances. So a '
+    "layer's gamma is large_margin.gamma over its weight. () is 1 for each.",
     needs=[LARGE_MARGIN],
   ),
   'large_margin.norm': Field(
     'l2',
     number_or(number(least=1), *linearized.NORMS),
-    'How distances are measured there: by a name, or a number p, the p-norm.',
+    'Norm of the distances: a name, or a number p for the p-norm.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.top_k': Field(
     1,
     integer(1),
-    'How many wrong classes count.',
+    'Number of wrong classes that count.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.worst_case': Field(
     False,
     flag(),
-    'Of those only the nearest counts.',
+    'Count only the nearest of these classes.',
     needs=[LARGE_MARGIN, _above(1, 'large_margin.top_k')],
   ),
   'large_margin.difference': Field(
     'softmax',
     one_of(*losses.DIFFERENCES),
-    'Of which differences between classes distances are taken.',
+    "Which class differences give the distances: those of the 'softmax' or "
+    "of the 'logits'.",
     needs=[LARGE_MARGIN],
   ),
   'large_margin.gamma': Field(
@@ -872,7 +886,7 @@ FIELDS: dict[str, Field] = {
   'large_margin.epsilon': Field(
     1e-6,
     POSITIVE,
-    'Added to the gradient norm that a distance is divided by.',
+    'Added to the gradient norm in the denominator of a distance.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.normalize_by_size': Field(
@@ -884,44 +898,44 @@ FIELDS: dict[str, Field] = {
   'large_margin.second_order': Field(
     False,
     flag(),
-    'The exact gradient, through the norm of the gradient.',
+    'Use the exact gradient, through the norm of the gradient.',
     needs=[LARGE_MARGIN],
   ),
   # Evaluation under an attack.
   'attack.name': Field(
     None,
     optional(one_of('fgsm', 'ifgsm', 'pgd')),
-    'At the end the test split is evaluated under this l_inf attack too.',
+    'At the end, also evaluate the test split under this l_inf attack.',
     resumable=True,
   ),
   'attack.epsilons': Field(
     (),
     several(number(above=0, most=1), order='different'),
-    'How far the attack may change a pixel; images are in [0, 1].',
+    'Largest changes of a pixel under the attack; images are in [0, 1].',
     needs=[ATTACK],
     resumable=True,
   ),
   'attack.steps': Field(
     10,
     integer(1),
-    'Steps of IFGSM and PGD.',
+    'Number of steps of IFGSM and PGD.',
     needs=[IN_STEPS],
     resumable=True,
   ),
   'attack.step_size': Field(
     None,
     optional(number(above=0, most=1)),
-    'How far each of them may change a pixel; None is epsilon over the number '
-    'of steps with IFGSM, and 2.5 times that with PGD.',
+    'Largest change of a pixel in one such step. None is epsilon over the '
+    'number of steps with IFGSM, and 2.5 times that with PGD.',
     needs=[IN_STEPS],
     resumable=True,
   ),
   'attack.source': Field(
     None,
     optional(string()),
-    'Workdir of another run on the same data, whose network, as last saved, '
-    'the adversarial examples are made on: a black-box attack. None is the '
-    'network itself.',
+    'Workdir of another run on the same data. Its network, as last saved, '
+    'makes the adversarial examples: a black-box attack. None uses the '
+    'attacked network itself.',
     needs=[ATTACK],
     resumable=True,
   ),
