@@ -1,10 +1,10 @@
 """Margins at any layer of a network, linearised, and the layers by name.
 
-At the last layer the distance to a boundary is exact, and `margins.py` has it.
-At any other layer h a network is not linear, and the distance is that of its
+At the last layer the distance to a boundary is exact; `margins.py` computes it.
+At any other layer h the network is not linear, so we take the distance of its
 first-order expansion: a difference of logits over the norm of its gradient by
-the activations of h. Where the distance is measured in the norm `norm`, the
-gradient is in the dual one: l_inf -> l1, l2 -> l2, l1 -> l_inf, and of a number
+the activations of h. The distance is in the norm `norm`, the gradient in the
+dual norm: l_inf -> l1, l2 -> l2, l1 -> l_inf, and of a number
 p that of q = p / (p - 1).
 
 A distance has the units of its layer. At the input they are those of what the
@@ -350,8 +350,8 @@ def at_layers(
   arguments: the gradient by a perturbation, at zero, is that by the
   activations.
 
-  A network of any library is a function that hands the activations of each
-  layer to `add`, with a name, and goes on with what it returns.
+  For a network of another library, pass a function. It hands the activations of
+  each layer to `add`, with a name, and continues with what `add` returns.
 
   Args:
     model: a Flax module `(inputs, train=) -> (logits, features)`, its last

@@ -1,8 +1,8 @@
-"""Losses: what widens margins, and what else a network can be trained on.
+"""Losses that widen margins, and the other training losses.
 
-The public functions take arrays. The trainer's losses are functions of one
-`Outputs`, what the model makes of a batch; `LOSSES` is their table: a new one
-is a function and a line there, or `register_loss`.
+The public functions take arrays. The trainer's losses are functions of
+`Outputs`, the model's outputs for a batch. `LOSSES` lists them. To add one,
+write a function and add a line there, or call `register_loss`.
 """
 
 import math
@@ -39,10 +39,10 @@ def mmr_penalty(
 
       R_i = || w_y - w_m ||^2 * max_k || phi_k ||^2       mmr = mean_i R_i
 
-  m is the competitor of example i. Add `alpha * mmr` to the loss: minimising
-  it widens the margin between label and competitor, relative to the largest
-  feature norm. The bias is in neither factor. With
-  `reduction='square_of_mean'` it is the form of the authors' later code,
+  m is the competitor of example i. Add `alpha * mmr` to the loss. Minimising it
+  widens the margin between label and competitor, relative to the largest
+  feature norm. The bias is in neither factor. `reduction='square_of_mean'`
+  gives the form of the authors' later code,
 
       mmr = (max_k || phi_k || * mean_i || w_y - w_m ||)^2
 
@@ -386,7 +386,7 @@ def _one_integer(name: str, value: object) -> Array:
 
 
 class Outputs(NamedTuple):
-  """What the model makes of this device's shard of the batch, in training mode.
+  """The model's outputs for this device's shard of the batch, in training mode.
 
   Attributes:
     logits: (b, C) float32.

@@ -2,10 +2,10 @@
 
 The last layer computes `logits = features @ kernel + bias`. In feature space
 the boundary between classes p and q is the hyperplane where their logits are
-equal; its normal is the difference of their columns of the kernel, so every
+equal. Its normal is the difference of their columns of the kernel. So every
 distance here is a difference of logits over the norm of a difference of
-columns. The bias moves a boundary and never tilts it: it is in the logits and
-not in the norm.
+columns. The bias moves a boundary but never tilts it, so it is in the logits
+and not in the norm.
 
 Everything is pure, works under `jit`, `vmap`, `grad` and `pmap`, computes in
 float32 (float64 for float64 inputs) and returns the dtype of its inputs.

@@ -25,23 +25,23 @@ def register_rule(
   whole_pool: bool = False,
   distance: bool = False,
 ) -> None:
-  """Makes a function of your own a rule: a `selection.rule`.
+  """Registers your function as a rule: a `selection.rule`.
 
-  Registered again, a name stands for the new function.
+  If you register a name again, it stands for the new function.
 
   Args:
-    name: what no rule here is called.
-    rule: pure and traceable, `scored -> (B,) scores`, the lowest of which are
-      selected; see `selection.Scored` for what it can read.
-    whole_pool: whether it sees the pool, or with `selection.memory` the batch,
-      of all devices at once (with `selection.scope='device'` its device's), so
-      that it can compare examples with each other on any number of devices.
-      Else it sees one device's shard.
-    distance: whether scores are distances between features and boundaries:
-      `selection.memory` divides them by the mean norm of the features.
+    name: one that no built-in rule has.
+    rule: a pure, traceable function `scored -> (B,) scores`; the lowest are
+      selected. `selection.Scored` lists what it can read.
+    whole_pool: whether it sees the pool of all devices at once; with
+      `selection.memory`, the batch; with `selection.scope='device'`, its own
+      device's. It can then compare examples with each other, on any number of
+      devices. Otherwise it sees one device's shard.
+    distance: whether scores are distances between features and boundaries.
+      `selection.memory` divides those by the mean norm of the features.
 
   Raises:
-    TypeError: `rule` is no function of one argument.
+    TypeError: `rule` is not a function of one argument.
     ValueError: the name is taken.
 
   Example:
@@ -72,18 +72,19 @@ def check_rule(name: str, rule: object) -> None:
 
 
 def register_loss(name: str, loss: losses.Loss) -> None:
-  """Makes a function of your own a loss: one of `loss.names`, or `loss.risk`.
+  """Registers your function as a loss: one of `loss.names`, or `loss.risk`.
 
-  Registered again, a name stands for the new function.
+  If you register a name again, it stands for the new function.
 
   Args:
-    name: what no loss here is called.
-    loss: pure and differentiable, of one `losses.Outputs`. It returns (b,), a
-      loss for each example of this device, whose mean is taken; or (), the
-      loss of the batch of all devices. As `loss.risk` it must return (b,).
+    name: one that no built-in loss has.
+    loss: a pure, differentiable function of one `losses.Outputs`. It returns a
+      loss for each example of this device, (b,), and the trainer takes the
+      mean; or the loss of the batch of all devices, (). As `loss.risk` it must
+      return (b,).
 
   Raises:
-    TypeError: `loss` is no function of one argument.
+    TypeError: `loss` is not a function of one argument.
     ValueError: the name is taken.
 
   Example:
@@ -107,18 +108,19 @@ def register_loss(name: str, loss: losses.Loss) -> None:
 def register_optimizer(
   name: str, optimizer: optimizers.Factory | optax.GradientTransformation
 ) -> None:
-  """Makes an optax optimizer of your own an `optimizer.name`.
+  """Registers your optax optimizer as an `optimizer.name`.
 
   `optimizer.weight_decay` and `optimizer.clip_norm` change the gradient before
-  it sees it, as with 'sgd'. Registered again, a name stands for the new one.
+  your optimizer sees it, as with 'sgd'. If you register a name again, it stands
+  for the new one.
 
   Args:
-    name: what no optimizer here is called.
-    optimizer: a function of the learning rate, which is the `optax.Schedule` of
-      the config (`optimizer.learning_rates`, boundaries, warm-up and decay),
-      that returns an `optax.GradientTransformation`; many of optax's are such
-      functions, `optax.lion` say. Or a transformation, which has a rate of its
-      own. Its `update` is given gradient, state and parameters.
+    name: one that no built-in optimizer has.
+    optimizer: a function of the learning rate that returns an
+      `optax.GradientTransformation`, such as `optax.lion`. It gets the config's
+      `optax.Schedule` (`optimizer.learning_rates`, boundaries, warm-up and
+      decay). Or a transformation with its own rate. Its `update` gets gradient,
+      state and parameters.
 
   Raises:
     TypeError: `optimizer` is neither.
@@ -197,21 +199,21 @@ def register_model(
 ) -> None:
   """Registers a Flax module as a model: a `model.name`, or a proxy.
 
-  Registered again, a name stands for the new module.
+  If you register a name again, it stands for the new module.
 
   Args:
-    name: what no model here is called.
+    name: one that no built-in model has.
     module: its class. `__call__(inputs, *, train)` returns logits (B, C) and
       the features (B, D) that its last layer, `nn.Dense(..., name='head')`,
-      reads. It has a field `num_classes`. Of `dtype`, `dropout` and `width` it
-      has those that `model.dtype` (and `selection.score_dtype`),
-      `model.dropout` and `model.width` shall set, and with BatchNorm it has
-      `batch_norm_axis`, to hand on as the `axis_name` of each `nn.BatchNorm`.
-    any_size: whether the same parameters read images of another size, so that
-      `selection.score_resolution` can be used.
+      reads. It has a field `num_classes`. It may have fields `dtype`, `dropout`
+      and `width`; `model.dtype` (and `selection.score_dtype`), `model.dropout`
+      and `model.width` set them. With BatchNorm it has `batch_norm_axis`, and
+      passes it on as the `axis_name` of each `nn.BatchNorm`.
+    any_size: whether the same parameters can read images of another size.
+      `selection.score_resolution` needs this.
 
   Raises:
-    TypeError: `module` is no such class.
+    TypeError: `module` is not such a class.
     ValueError: the name is taken.
 
   Example:
@@ -254,18 +256,18 @@ def register_dataset(
   test: tuple[np.ndarray, np.ndarray],
   num_classes: int | None = None,
 ) -> None:
-  """Makes arrays of your own a dataset: a `data.name`.
+  """Registers your arrays as a dataset: a `data.name`.
 
-  uint8 inputs are images: they are normalised, and can be augmented. Floating
-  ones are handed to the model as they are, in float32. All lie in the memory of
-  every device. Registered again, a name stands for the new arrays.
+  uint8 inputs are images: the trainer normalises them, and can augment them.
+  The model gets floating-point inputs as they are, in float32. Every device
+  holds all arrays in memory. If you register a name again, it stands for the
+  new arrays.
 
   Args:
-    name: what no dataset here is called.
+    name: one that no built-in dataset has.
     train: inputs (N, H, W, channels) uint8 or (N, ...) floating, labels (N,)
-      integers in [0, C) and, if examples shall not all weigh 1 in the losses,
-      weights (N,) floating, at least 0: a loss is the mean of weight times an
-      example's loss.
+      integers in [0, C) and, optionally, weights (N,) floating, at least 0. A
+      loss is then the mean of weight times an example's loss.
     test: inputs and labels of the test split.
     num_classes: C; None is the largest label plus one.
 

@@ -1,10 +1,10 @@
 """Sampling: which examples an epoch has, in which order, by remembered scores.
 
-Every function returns an `Order`. It is made once an epoch, from the scores
-that earlier steps left behind (the score memory): so no example is scored, and
-whoever reads the examples knows the epoch before it begins. As elsewhere, the
-lowest scores are those to train on; the largest are easy. A score of -inf is
-that of an example that was never in a batch.
+Every function returns an `Order`, once per epoch, from the scores that earlier
+steps left in the score memory. So no example needs scoring, and the loader
+knows the whole epoch before it begins. As elsewhere, examples with the lowest
+scores are trained on, and those with the largest are easy. Examples that were
+never in a batch have the score -inf.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Remembered(NamedTuple):
   """What is remembered of every training example.
 
   Attributes:
-    scores: (N,) float32, -inf of an example that was in no batch yet.
+    scores: (N,) float32; -inf for examples that were in no batch yet.
     visited: (N,) int32, the step at which each was in a batch last, -1 for
       none; () if no sampler reads it.
     wrong: (N,) bool, whether each was misclassified then, or was in none; ()
@@ -40,7 +40,7 @@ class Order(NamedTuple):
   """The examples of an epoch, in order.
 
   Attributes:
-    rows: (N,) int32, which examples; what follows the first `count` is unused.
+    rows: (N,) int32, indices of examples; only the first `count` are used.
     count: () int32, the examples of the epoch.
     weights: (N,) float32, of the examples at the same positions; () where all
       weigh 1.
@@ -82,19 +82,18 @@ def prune(
 ) -> Order:
   """Returns an epoch without a part of the easy examples: soft pruning.
 
-  Of the easy examples a random `drop` sits this epoch out. The others, and all
-  that are not easy, are visited once, in random order.
+  The epoch leaves out a random fraction `drop` of the easy examples. It visits
+  all others once, in random order.
 
   Args:
     scores: (N,) floating, the largest are easy. -inf and NaN never are.
     key: decides which are dropped, and the order.
-    share: the fraction of the examples that is easy, those of the largest
-      scores, ties at random; None: easy is what scores above the mean.
+    share: the fraction of easy examples: those with the largest scores, ties at
+      random. With None, examples above the mean score are easy.
     drop: the fraction of the easy examples that is dropped, below 1.
-    least: an epoch has so many examples, even if fewer would be dropped.
-    unbiased: whether the easy examples that stay weigh as much more as there
-      are fewer of them, 1 / (1 - drop) but for rounding, so that the
-      expectation of the epoch's loss is that of all examples.
+    least: an epoch has at least this many examples.
+    unbiased: whether the easy examples that stay weigh 1 / (1 - drop), up to
+      rounding. The expected loss of the epoch is then that of all examples.
 
   Returns:
     The order; its `count` is N - ceil(drop * easy), or `least`.
@@ -164,8 +163,8 @@ def largest(
 def ranks(scores: Scores, key: Key[Array, '']) -> Int32[Array, ' N']:
   """Returns the rank of each score: 0 is the lowest, NaN last, ties by `key`.
 
-  Not by index: where many scores are equal, as they are before the first epoch,
-  the examples' order would decide which are trained on.
+  Ties do not go by index. Before the first epoch many scores are equal, and the
+  order of the examples would decide which are trained on.
 
   Example:
     >>> ranks(jnp.array([0.3, jnp.nan, 0.1]), jax.random.key(0)).tolist()
@@ -292,11 +291,11 @@ def pools(
   batch_size: int,
   explore: float = 0.0,
 ) -> Order:
-  """Returns an epoch of small pools, of each the lowest scores.
+  """Returns an epoch made of the lowest scores of small pools.
 
-  All examples are divided at random into pools of B, but for what fills none.
-  Of each pool the round(explore * b) examples that were trained on longest ago
-  and the lowest scores of the others are a batch.
+  Divides all examples at random into pools of B; a remainder is left out. Each
+  pool gives one batch: the round(explore * b) examples trained on longest ago,
+  and the lowest scores of the others.
 
   Args:
     scores: (N,) floating; NaN ranks last.

@@ -24,7 +24,7 @@ Labels, Scores = Integer[Array, ' B'], Float[Array, ' B']
 
 
 class Scored(NamedTuple):
-  """What is known of the examples to score: of one device's shard, or of all.
+  """The examples to score, of one device's shard or of all devices.
 
   Attributes:
     logits: (B, C) float32, of the scoring forward: evaluation mode, by the
@@ -33,8 +33,8 @@ class Scored(NamedTuple):
     kernel: (D, C) float32, the last layer's weights.
     labels: (B,) int32 in [0, C).
     index: (B,) int32, which training example each is.
-    keys: (B,) one PRNG key an example. What a rule samples for an example by
-      its key does not depend on the device that the example is on.
+    keys: (B,) one PRNG key per example. Samples drawn with it do not depend on
+      the device that holds the example.
   """
 
   logits: Float[Array, 'B C']
@@ -50,7 +50,7 @@ RuleFunction = Callable[[Scored], Scores]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How examples are scored.
+  """A function that scores examples, and its properties.
 
   Attributes:
     score: reads a `Scored` and returns (B,) scores.
@@ -123,9 +123,9 @@ def query(
 ) -> Int32[Array, ' {k}']:
   """Returns what an annotator should label next: the k lowest-scored examples.
 
-  With `mms_scores` those nearest to a decision boundary, with another rule's
-  scores those that the rule would train on; with `layer_margins` without
-  labels those nearest at another layer.
+  Pass `mms_scores` to find the examples nearest a decision boundary, or
+  `layer_margins` without labels to find those nearest at another layer. With
+  another rule's scores, you get the examples that the rule would train on.
 
   Args:
     scores: (N,) floating; ties go by index, NaN ranks last.

@@ -114,7 +114,7 @@ def train(
 ) -> dict[str, Any]:
   """Trains as `config` says, and continues where `workdir` stopped.
 
-  The same call again restores the latest checkpoint and ends with the same
+  If you call it again, it restores the latest checkpoint and ends with the same
   bits as an uninterrupted run. Writes to `workdir`: checkpoints/, train.csv,
   eval.csv, tensorboard/ and, at the end, result.json; with a selection also
   classes.csv (the fraction of each class that was selected) and, on request,
@@ -134,8 +134,8 @@ def train(
       (prefix 'train') and of eval.csv ('validation', 'test', ...), with the
       columns' names and numbers, NaN where there is none; on the first process
       only. For Weights & Biases: `hook=lambda prefix, step, row: wandb.log(
-      {f'{prefix}/{k}': v for k, v in row.items()}, step=step)`. What it raises
-      ends the run; the row is written, and what was saved is kept.
+      {f'{prefix}/{k}': v for k, v in row.items()}, step=step)`. If it raises,
+      the run ends; the row is written, and saved files are kept.
     view: shows training in place of progress lines, `progress.on_terminal()`.
     wait: shows what is loaded or compiled, while it is: `terminal.wait`.
 

@@ -1,8 +1,8 @@
 """The score memory: what every training example scored when last in a batch.
 
-A step scores its own batch by the training-mode forward that it makes anyway,
-so that a score costs nothing. At an epoch's beginning a sampler chooses the
-examples of the epoch by these scores.
+A step scores its own batch with the training forward pass that it makes anyway,
+so a score costs nothing. When an epoch begins, a sampler chooses its examples
+by these scores.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ class Memory(flax.struct.PyTreeNode):
 
   Attributes:
     examples: of each its score, and what else a sampler asks for.
-    feature_norm: () float32, the running mean of the features' norms, which
-      scores that are distances are divided by: features grow while training,
-      and old and new scores could not be compared. 0 before the first batch.
+    feature_norm: () float32, the running mean of the feature norms; 0 before
+      the first batch. Distances are divided by it: features grow during
+      training, and this keeps old and new scores comparable.
   """
 
   examples: sampling.Remembered

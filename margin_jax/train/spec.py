@@ -84,15 +84,16 @@ SampleFunction = Callable[[sampling.Remembered, Array, Array], sampling.Order]
 
 @dataclasses.dataclass(frozen=True)
 class MemorySpec:
-  """What is remembered of every training example, and what that is used for.
+  """What a run remembers of every training example, and how it uses that.
 
   Attributes:
     rule: scores the examples of a batch.
     decay: of the exponential average of an example's scores; 0 keeps the last.
     sample: makes the order of an epoch.
     has_weights: whether that order has weights.
-    visits: whether it is remembered when an example was in a batch.
-    errors: whether it is remembered if it was misclassified then.
+    visits: whether to remember the step at which an example was last in a
+      batch.
+    errors: whether to remember if it was misclassified then.
     warmup: the first epochs, which are shuffled.
     tail_start: the first step of the run's last part, which is shuffled.
   """
@@ -146,7 +147,7 @@ class LossTerm:
 
 
 class Variant(NamedTuple):
-  """What tells the compiled programs of a run apart.
+  """What distinguishes the compiled programs of a run.
 
   Attributes:
     kind: where the batch comes from.

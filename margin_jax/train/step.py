@@ -1,10 +1,10 @@
 """The train step: selective sampling (MMS) and multi-margin regularization.
 
-`train_step` is the algorithm. It runs on every device, and what it calls stands
-below it, in the order in which it is called; at the end stand the first state
-and what else a run needs of a step. `train/devices.py` maps it over the devices
-under one `pmap`, so that forward on the pool, selection and gradient step are
-one program. Nothing here knows how many hosts there are, or where arrays lie.
+`train_step` is the algorithm, and runs on every device. The functions that it
+calls follow, in calling order; the initial state and other helpers come last.
+`train/devices.py` maps it over the devices under one `pmap`: the forward pass
+on the pool, selection and gradient step are one program. Nothing here knows the
+number of hosts, or where arrays are.
 """
 
 import functools
@@ -69,9 +69,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """Samples a pool, scores it, selects the batch and trains on it.
 
-  Steps that score nothing sample their batch: from the shuffled examples, or
-  from an order that is made of remembered scores. These score the batch, for
-  later orders, by the forward that they train on.
+  Steps that score no pool sample their batch, from the shuffled examples or
+  from an order made of remembered scores. With remembered scores, the training
+  forward pass also scores the batch, for later orders.
 
   Args:
     spec: what to do; static.
@@ -163,8 +163,8 @@ def selected_batch(
 ) -> Sampled:
   """Samples B examples, scores them, and selects the lowest reuse * b.
 
-  The first b of them are the batch. With reuse the buffer keeps them all: the
-  next steps train on the others.
+  The first b of them form the batch. With reuse, the buffer keeps all of them,
+  and the next steps train on the others.
   """
   rule_key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   sampler, pool = sample(spec, state, data, spec.selection.pool_size, key)
@@ -239,8 +239,8 @@ def score(
 ) -> tuple[selection.Scored, PyTree]:
   """Runs the scoring forward on this device's shard of the pool.
 
-  It is in evaluation mode and leaves the running statistics alone, unless they
-  are to follow the pool.
+  It runs in evaluation mode and leaves the running statistics alone, unless
+  these follow the pool.
 
   Returns:
     What the rule reads, and the model's batch_stats.
