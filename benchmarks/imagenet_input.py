@@ -28,7 +28,7 @@ BATCH = 64
 
 def decoded(data_dir: str, images: int) -> Iterator[float]:
   """The decoder alone, in this process: when each batch was done."""
-  records, _ = imagenet.load('imagenet2012', data_dir)
+  records = imagenet.load('imagenet2012', data_dir).records
   encoded = [x['image'] for x in records['train'].__getitems__(range(64))]
   rng = np.random.default_rng(0)
   yield time.perf_counter()

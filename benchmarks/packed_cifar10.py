@@ -41,7 +41,8 @@ def expand(stored: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 def pack(folder: pathlib.Path, data_dir: str) -> list[int]:
   """Writes the parts, and returns their sizes in bytes."""
-  train, test, _ = tfds_images.load(NAME, data_dir)
+  splits, _ = tfds_images.load(NAME, data_dir, side=32)
+  train, test = splits['train'], splits['test']
   inputs = np.concatenate([train['inputs'], test['inputs']])
   label = np.concatenate([train['label'], test['label']])
   (info,) = (

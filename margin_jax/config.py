@@ -37,7 +37,7 @@ from margin_jax.checks import (
   several,
   string,
 )
-from margin_jax.data import augment
+from margin_jax.data import augment, kinds
 
 # A config by dotted names: {'data.name': 'digits', ...}.
 Flat = dict[str, Any]
@@ -48,8 +48,8 @@ UNIFORM = 'uniform'
 # The papers' B / b.
 POOL_FACTOR = 10
 
-# Not a field, but saved with them: of which arrays a registered dataset was.
-DIGEST = 'data.digest'
+# No fields, but saved with them: digests of what two fields name.
+DIGESTS = {'data.name': 'data.digest', 'data.labels': 'data.labels_digest'}
 
 
 class ConfigError(ValueError):
@@ -108,6 +108,7 @@ def _above(least: int, field: str) -> Need:
 
 
 def _dataset(words: str, met: Callable[[str], bool]) -> Need:
+  """What the name of the dataset decides."""
   return Need(words, lambda config: met(config['data.name']), 'data.name')
 
 
@@ -142,11 +143,6 @@ def samples_pools(config: Flat) -> bool:
   if config['selection.rule'] == UNIFORM:
     return False
   return scores_pools(config) or config['selection.sampler'] == 'pool'
-
-
-def _is_images(name: str) -> bool:
-  registered = data.REGISTERED.get(name)
-  return registered.pixels if registered else name in data.IMAGES
 
 
 SCORING = Need(
@@ -190,9 +186,16 @@ LARGE_MARGIN = _above(0, 'large_margin.weight')
 ATTACK = _equal('attack.name', 'fgsm', 'ifgsm', 'pgd')
 IN_STEPS = _equal('attack.name', 'ifgsm', 'pgd')
 BATCH_NORM = Need('a model with BatchNorm', _any_batch_norm, 'model.name')
-IMAGES = _dataset('uint8 images', _is_images)
-STREAMED = _dataset('a dataset that is streamed', data.STREAMED.__contains__)
-SENTENCES = _dataset('sentences', data.SENTENCES.__contains__)
+IMAGES = _dataset('uint8 images', kinds.is_images)
+STREAMED = Need(
+  'a dataset that is streamed',
+  lambda config: kinds.is_streamed(
+    config['data.name'], config['data.streamed']
+  ),
+  'data.streamed',
+)
+ANY_SIZE = _dataset('images without a common size', kinds.may_be_resized)
+SENTENCES = _dataset('sentences', kinds.is_sentences)
 
 
 def _steps_may_change(config: Flat) -> bool:
@@ -219,7 +222,9 @@ POSITIVE = number(least=losses.SMALLEST, most=losses.LARGEST)
 FRACTION = number(above=0, most=1)
 # Losses by name; MMR and the large-margin loss have fields of their own.
 RISKS = tuple(x for x in losses.LOSSES if x not in ('mmr', 'large_margin'))
-DATASET = known(lambda: (*data.NAMES, *data.REGISTERED))
+DATASET = dataclasses.replace(
+  string(), allowed=kinds.allowed, choices=kinds.names
+)
 RULE = known(lambda: (*selection.RULES, UNIFORM, *selection.REGISTERED))
 MODEL = Check(
   lambda name: models.find(name) is not None,
@@ -323,17 +328,19 @@ FIELDS: dict[str, Field] = {
     resumable=True,
   ),
   # The data.
-  'data.name': Field('digits', DATASET, 'The dataset.'),
+  'data.name': Field(
+    'digits',
+    DATASET,
+    'The dataset. folder:PATH is a folder of images with a folder for each '
+    'class; csv:PATH is a CSV file of sentences, or a folder with train.csv and '
+    'test.csv.',
+  ),
   'data.data_dir': Field(
     None,
     optional(string()),
-    "Where TFDS has prepared datasets; None is TFDS's own folder.",
-    needs=[
-      _dataset(
-        'a dataset that is read from a folder',
-        lambda name: name in data.NAMES and name not in data.GENERATED,
-      )
-    ],
+    "Where TFDS has prepared datasets; None is TFDS's own folder. Where the "
+    'PATH of folder:PATH or csv:PATH begins, unless it is absolute.',
+    needs=[_dataset('a dataset that is read from a folder', kinds.is_read)],
     resumable=True,
   ),
   'data.validation_examples': Field(
@@ -347,6 +354,14 @@ FIELDS: dict[str, Field] = {
     1.0,
     FRACTION,
     'Fraction of the other training examples to use; `seed` decides which.',
+  ),
+  'data.labels': Field(
+    None,
+    optional(string()),
+    'A .npy file with labels of your own for all N training examples, (N,) '
+    'integers. `data.validation_examples` and `data.fraction` divide the '
+    'examples afterwards. A resumed run may read the same labels elsewhere.',
+    resumable=True,  # its digest is compared
   ),
   'data.label_noise': Field(
     0.0,
@@ -383,13 +398,21 @@ FIELDS: dict[str, Field] = {
   'data.image_size': Field(
     224,
     integer(1),
-    "ImageNet's images are cut to squares of this side.",
-    needs=[STREAMED],
+    'Images that have no common size are cut to squares of this side: those of '
+    'ImageNet, of a folder, and of some other datasets of TFDS.',
+    needs=[ANY_SIZE],
+  ),
+  'data.streamed': Field(
+    False,
+    flag(),
+    'Read such images while training, in worker processes, if they do not fit '
+    "into the memory of a device. ImageNet's are always read so.",
+    needs=[ANY_SIZE],
   ),
   'data.undecodable': Field(
     'stop',
     one_of('stop', 'skip'),
-    "If a JPEG cannot be decoded, end the run ('stop'), or leave it out and "
+    "If an image cannot be decoded, end the run ('stop'), or leave it out and "
     "count it ('skip').",
     needs=[STREAMED],
     resumable=True,
@@ -397,14 +420,15 @@ FIELDS: dict[str, Field] = {
   'data.workers': Field(
     8,
     integer(0),
-    'Number of processes that decode JPEGs; 0 decodes in the training process.',
+    'Number of processes that decode images; 0 decodes in the training process.',
     needs=[STREAMED],
     resumable=True,
   ),
   'data.max_length': Field(
     128,
     integer(5),  # [CLS] and, of a pair, a token and [SEP] of each
-    'Largest number of tokens in an example; longer examples of GLUE are cut.',
+    'Largest number of tokens in an example; longer examples of GLUE and of a '
+    'CSV file are cut.',
     needs=[SENTENCES],
   ),
   'data.buckets': Field(
@@ -417,8 +441,8 @@ FIELDS: dict[str, Field] = {
   'data.vocabulary': Field(
     None,
     optional(string()),
-    'A vocab.txt for GLUE; None uses that of model.pretrained.',
-    needs=[_dataset('GLUE', data.VOCABULARY_NEEDED.__contains__)],
+    'A vocab.txt for GLUE or a CSV file; None uses that of model.pretrained.',
+    needs=[_dataset('GLUE or a CSV file', kinds.needs_vocabulary)],
   ),
   # The model.
   'model.name': Field('cnn', MODEL, 'The model.'),
@@ -978,7 +1002,7 @@ def preset(name: str, dataset: str) -> Flat:
   """
   if name not in PRESETS:
     raise ConfigError(f'preset {name!r} must be one of {PRESETS}')
-  small = 'bert2_128_2' if dataset in data.SENTENCES else 'resnet8'
+  small = 'bert2_128_2' if kinds.is_sentences(dataset) else 'resnet8'
   memory = {
     'selection.rule': 'signed_margin',
     'selection.memory': True,

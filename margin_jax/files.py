@@ -7,6 +7,7 @@ what fits a schema, or raise a `FileError` of one line.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -35,6 +36,12 @@ def cache_dir() -> pathlib.Path:
   if not os.path.isabs(base):  # as the XDG specification demands
     base = os.path.expanduser('~/.cache')
   return pathlib.Path(base) / 'margin_jax'
+
+
+def digest(path: str | os.PathLike) -> str:
+  """Returns a digest of what a file holds."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
 class FileError(ValueError):

@@ -28,11 +28,13 @@ def prepare(name: str, data_dir: str | None) -> str:
   """Prepares dataset `name` as array_record files and returns their folder."""
   import tensorflow_datasets as tfds
 
-  from margin_jax.data import glue
+  from margin_jax.data import glue, tfds_images
 
   if name in glue.NAMES:
     glue.register()
   builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  if name not in names():
+    tfds_images.check_features(builder)
   if not builder.is_prepared():
     tfds.enable_progress_bar()  # TFDS is silent where CI or a caller said so
     builder.download_and_prepare()
@@ -40,7 +42,7 @@ def prepare(name: str, data_dir: str | None) -> str:
 
 
 def names() -> tuple[str, ...]:
-  """Returns the datasets that can be prepared."""
+  """Returns the datasets that are known without asking TFDS."""
   from margin_jax.data import glue, imagenet, tfds_images
 
   return (*tfds_images.NAMES, *imagenet.NAMES, *glue.NAMES)
@@ -55,18 +57,23 @@ def main(argv: list[str]) -> None:
   args = parser.parse(argv)
   with terminal.wait('loading TFDS'):
     known = names()
-  if args.name not in known:
+    is_known = args.name in known or _is_known(args.name)
+  if not is_known:
     near = commands.nearest(args.name, known)
-    parser.error(f'no dataset is called {args.name!r}' + (
-      commands.did_you_mean(near) or f'; there are {", ".join(known)}'
-    ))  # fmt: skip
+    others = f'; there are {", ".join(known)}, and others of TFDS'
+    meant = commands.did_you_mean(near) or others
+    parser.error(f'no dataset is called {args.name!r}{meant}')
   if importlib.util.find_spec('tensorflow') is None:
     sys.exit(
       'error: preparing a dataset needs TensorFlow (reading it does not): '
       'pip install tensorflow-cpu, then run this command again'
     )
+  from margin_jax.data import DatasetError
+
   try:
     folder = prepare(args.name, args.data_dir)
+  except DatasetError as error:  # it is not of images
+    sys.exit(f'error: {error}')
   except Exception as error:  # TFDS's own and the network's are of many kinds
     where = _folder(args.data_dir)
     sys.exit(
@@ -78,8 +85,17 @@ def main(argv: list[str]) -> None:
   commands.finish(folder, next_command(args.name, args.data_dir))
 
 
+def _is_known(name: str) -> bool:
+  from margin_jax.data import tfds_images
+
+  return tfds_images.is_known(name, None)
+
+
 def _list_names() -> str:
-  text = f'NAME is one of {", ".join(names())}.'
+  text = (
+    f'NAME is one of {", ".join(names())}, or what TFDS calls another dataset '
+    'of images with one label each.'
+  )
   return textwrap.fill(text, 79, break_on_hyphens=False)
 
 
@@ -93,7 +109,7 @@ def _folder(data_dir: str | None) -> str:
 
 def next_command(name: str, data_dir: str | None) -> str:
   """Returns a command that trains on the dataset."""
-  config = CONFIGS.get(name, 'configs/digits.py')
+  config = CONFIGS.get(name, 'configs/images.py')
   fields = []
   if name.startswith('glue/'):
     config = f'configs/glue_bert.py:{name.removeprefix("glue/")}'

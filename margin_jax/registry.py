@@ -280,7 +280,7 @@ def register_dataset(
     >>> config = config_lib.default()
     >>> config.data.name = 'corners'
   """
-  if name in data.NAMES:
+  if name in data.NAMES or ':' in name:
     raise ValueError(f'dataset {name!r} is there already; take another name')
   registered.REGISTERED[name] = registered.from_arrays(
     name, train=train, test=test, num_classes=num_classes

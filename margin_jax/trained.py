@@ -30,9 +30,10 @@ class Trained:
     step: that the checkpoint is of.
     prepare: what the dataset stores -> what the model reads: images as uint8
       pixels are normalised.
-    encode: of sentences, or tuples of two, -> what the dataset stores; None of
-      other data.
+    encode: of sentences, or tuples of two, or the paths of images -> what the
+      dataset stores; None of other data.
     input_shape: of one example's inputs as stored; None where it may vary.
+    class_names: of the classes, None where they are not known.
   """
 
   model: nn.Module
@@ -42,6 +43,7 @@ class Trained:
   prepare: Callable[[Any], Any]
   encode: Callable[[Sequence[Any]], np.ndarray] | None
   input_shape: tuple[int, ...] | None
+  class_names: tuple[str, ...] | None
 
   def apply(self, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits and the features of examples.
@@ -49,7 +51,8 @@ class Trained:
     Args:
       inputs: as the dataset stores them, any number: images (N, H, W, channels)
         uint8, or what a registered dataset has. Of sentences also a list of
-        strings, or of tuples of two.
+        strings, or of tuples of two; of a folder of images also a list of
+        paths.
 
     Returns:
       Logits (N, C) and features (N, D), float32.
@@ -124,8 +127,7 @@ def load(
   """
   # The trainer imports much that nobody needs who only wants `mms_scores`.
   from margin_jax import config as config_lib
-  from margin_jax import data
-  from margin_jax.data import tokenization
+  from margin_jax.data import images, kinds, tokenization
   from margin_jax.train import runs, vocabulary
 
   step = checkpoint if isinstance(checkpoint, int) else None
@@ -140,7 +142,11 @@ def load(
     state = run.restore(step)
     encode = None
     path = vocabulary.find(run.config, str(run.workdir.folder))
-    if run.config.data.name in data.VOCABULARY_NEEDED and path is not None:
+    if run.config.data.name.startswith(kinds.FOLDER):
+      encode = functools.partial(
+        images.read_files, side=run.config.data.image_size
+      )
+    if path is not None:
       encode = functools.partial(
         tokenization.encode,
         vocab=tokenization.read_vocab(path),
@@ -157,4 +163,5 @@ def load(
       prepare=run.dataset.prepare,
       encode=encode,
       input_shape=shape,
+      class_names=run.dataset.class_names,
     )

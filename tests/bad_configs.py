@@ -41,6 +41,8 @@ BAD = [
   ('eval_batch_size', 0, POSITIVE),
   ('keep_every', 0, POSITIVE),
   ('data.name', 'cifar', "'cifar10'"),
+  ('data.name', 'folder:', "'folder:PATH'"),
+  ('data.name', '../digits', "'csv:PATH'"),
   ('data.name', None, "'digits'"),
   # as_json could not store it.
   ('data.data_dir', pathlib.PurePosixPath('/data'), 'None or a string'),
@@ -49,6 +51,7 @@ BAD = [
   ('data.validation_examples', 0.1, NATURAL),
   ('data.fraction', 0.0, 'above 0 and at most 1'),
   ('data.fraction', 1.5, 'above 0 and at most 1'),
+  ('data.labels', 3, 'None or a string'),
   ('data.label_noise', -0.1, REAL),
   ('data.label_noise', 1.1, 'at most 1'),
   ('data.augmentations', ('crop', 'mixup'), "('crop', 'flip', 'cutout', "),
@@ -57,6 +60,7 @@ BAD = [
   ('data.crop_padding', False, NATURAL),
   ('data.cutout_size', 0, POSITIVE),
   ('data.image_size', 0, POSITIVE),
+  ('data.streamed', 1, 'True or False'),
   ('data.workers', -1, NATURAL),
   ('data.workers', 1.5, NATURAL),
   ('data.undecodable', 'ignore', "('stop', 'skip')"),
@@ -328,7 +332,8 @@ NO_POOL = "a selection.rule other than 'uniform', but selection.rule is"
 NO_ATTACK = 'but attack.name is None'
 NO_LARGE_MARGIN = 'large_margin.weight above 0, but large_margin.weight is 0.0'
 NO_SENTENCES = "sentences, but data.name is 'digits'"
-NO_STREAM = "a dataset that is streamed, but data.name is 'mnist'"
+NO_STREAM = 'a dataset that is streamed, but data.streamed is False'
+ONE_SIZE = "images without a common size, but data.name is 'mnist'"
 # Fields of which the first has no effect, and the reason.
 UNUSED = [
   ({'pool_size': 128}, NO_POOL),
@@ -344,7 +349,8 @@ UNUSED = [
     },
     "uint8 images, but data.name is 'entailment'",
   ),
-  ({'data.image_size': 32, 'data.name': 'mnist'}, NO_STREAM),
+  ({'data.image_size': 32, 'data.name': 'mnist'}, ONE_SIZE),
+  ({'data.streamed': True, 'data.name': 'mnist'}, ONE_SIZE),
   ({'data.undecodable': 'skip', 'data.name': 'mnist'}, NO_STREAM),
   ({'data.workers': 0, 'data.name': 'mnist'}, NO_STREAM),
   ({'data.max_length': 8}, NO_SENTENCES),
@@ -355,7 +361,7 @@ UNUSED = [
       'data.name': 'entailment',
       'model.name': 'bert2_32_2',
     },
-    "GLUE, but data.name is 'entailment'",
+    "GLUE or a CSV file, but data.name is 'entailment'",
   ),
   ({'model.variant': 'authors'}, "variants, but model.name is 'cnn'"),
   (

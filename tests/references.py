@@ -396,3 +396,23 @@ def released_alphas(start, end, steps, steps_per_epoch) -> list[float]:
       alpha = start + epoch * ((end - start) / epochs)
     alphas += [alpha] * steps_per_epoch
   return alphas[:steps]
+
+
+def resized_square(pixels, side):
+  """The central square of an image (H, W, C), by an antialiased triangle.
+
+  Each pixel of the result is the mean of those under a triangle as wide as two
+  of its own, or of the image's where these are wider; float64.
+  """
+  height, width, _ = pixels.shape
+  length = min(height, width)
+  weights = []
+  for extent in (height, width):
+    start, scale = (extent - length) / 2, length / side
+    reach = max(scale, 1)
+    centers = start + (np.arange(side) + 0.5) * scale
+    distance = np.abs(np.arange(extent) + 0.5 - centers[:, None])
+    triangle = np.maximum(1 - distance / reach, 0)
+    weights.append(triangle / triangle.sum(axis=1, keepdims=True))
+  rows, columns = weights
+  return np.einsum('ih,jw,hwc->ijc', rows, columns, pixels.astype(np.float64))

@@ -29,7 +29,7 @@ FIELDS = tuple(config_lib.flatten(config_lib.default()))
 RESUMABLE = {
   'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
   'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
-  'data.workers', 'data.undecodable', 'on_nonfinite',
+  'data.labels', 'data.workers', 'data.undecodable', 'on_nonfinite',
   'attack.name', 'attack.epsilons', 'attack.steps', 'attack.step_size',
   'attack.source', 'scale_schedule',
 }  # fmt: skip

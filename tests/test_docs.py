@@ -129,6 +129,7 @@ def check_config(given, folder):
 def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
   """In their order, in one folder; those marked `parsed` are only checked."""
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
   space = {'__name__': 'page'}
   for language, title, parsed, text in blocks(path):
     if language == 'bash':

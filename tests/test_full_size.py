@@ -68,7 +68,7 @@ def made_up(config, rows):
     config.model.batch_norm_examples = 2
   schema.validate(config)
   rng = np.random.default_rng(0)
-  if config.data.name in data.SENTENCES:
+  if data.kinds.is_sentences(config.data.name):
     dataset = sentences(config, rng, rows)
     return config, dataset, setup_lib.make_spec(config, dataset, 1)
   shape, classes = SHAPES[config.data.name]

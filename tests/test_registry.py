@@ -120,7 +120,7 @@ def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
   registry.register_dataset('rings', train=rings(5), test=rings(1, 100))
   with pytest.raises(config.ConfigError, match=r'data\.digest: '):
     run(made, tmp_path)
-  with pytest.raises(config.ConfigError, match='stands for other arrays'):
+  with pytest.raises(config.ConfigError, match='stands for other data'):
     analyze.analyze(str(tmp_path))
   MODELS.clear()
   with pytest.raises(config.ConfigError, match=r"model\.name='mlp'.*--config"):

@@ -92,7 +92,7 @@ def _words(run: runs.TrainedRun) -> tuple[str, ...]:
   """Returns the tokens of a dataset of sentences, by id."""
   if run.dataset.vocabulary is None:
     return ()
-  path = vocabulary.find(run.config, run.workdir)
+  path = vocabulary.find(run.config, str(run.workdir.folder))
   return entailment.VOCAB if path is None else tokenization.read_vocab(path)
 
 

@@ -1,8 +1,6 @@
 """ImageNet (ILSVRC 2012) as TFDS prepares it; its JPEGs stay encoded."""
 
-from typing import Any
-
-from margin_jax.data import tfds_images
+from margin_jax.data import images, tfds_images
 from margin_jax.data.dataset import DatasetError
 
 NAMES = ('imagenet2012',)
@@ -11,16 +9,12 @@ NAMES = ('imagenet2012',)
 SPLITS = {'train': 'train', 'test': 'validation'}
 
 
-def load(name: str, data_dir: str | None) -> tuple[dict[str, Any], int]:
+def load(name: str, data_dir: str | None) -> images.Source:
   """Opens the records of the training and the test split.
 
   Args:
     name: one of `NAMES`.
     data_dir: the folder that TFDS prepares datasets in, or None for its own.
-
-  Returns:
-    For each split a random-access dataset of `{'image': JPEG bytes, 'label'}`,
-    and the number of classes.
 
   Raises:
     DatasetError: the dataset is not there, broken, or in another format.
@@ -42,4 +36,7 @@ def load(name: str, data_dir: str | None) -> tuple[dict[str, Any], int]:
       f'dataset {name!r} in {builder.data_path} is broken ({error}). Remove it '
       f'and prepare it again with: {command}'
     ) from error
-  return records, builder.info.features['label'].num_classes
+  classes = builder.info.features['label'].num_classes
+  return images.Source(
+    records, classes, tfds_images.class_names(name, data_dir)
+  )

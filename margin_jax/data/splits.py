@@ -86,3 +86,24 @@ def label_shift(
   shift = np.zeros(examples, np.int32)
   shift[wrong] = rng.integers(1, num_classes, count)
   return shift
+
+
+def hold_out(labels: np.ndarray) -> dict[str, np.ndarray]:
+  """Splits examples that have no test split of their own.
+
+  Of every class a fifth, rounded, and at least one of two or more, is the test
+  split: random examples, by a fixed seed, whatever the seed of the run.
+
+  Args:
+    labels: (N,) of all examples.
+
+  Returns:
+    The rows of 'train' and of 'test', in their order.
+  """
+  rng = np.random.default_rng(0)
+  test = np.zeros(len(labels), bool)
+  for label in np.unique(labels):
+    rows = np.flatnonzero(labels == label)
+    count = max(round(len(rows) / 5), min(len(rows) - 1, 1))
+    test[rng.choice(rows, count, replace=False)] = True
+  return {'train': np.flatnonzero(~test), 'test': np.flatnonzero(test)}

@@ -1,4 +1,4 @@
-"""Datasets too large for memory: JPEGs, read and decoded by Grain workers.
+"""Datasets too large for memory: images, read and decoded by Grain workers.
 
 What a step samples is a pure function of (seed, step), as it is for arrays on
 the device, unless a sampler orders the epochs by remembered scores (`Ordered`):
@@ -22,7 +22,7 @@ from jax import Array
 from PIL import Image
 
 from margin_jax.data import augment as augment_lib
-from margin_jax.data import in_memory
+from margin_jax.data import images, in_memory
 from margin_jax.data import workers as workers_lib
 from margin_jax.data.dataset import (
   DatasetError,
@@ -33,6 +33,7 @@ from margin_jax.data.dataset import (
   chunk_size,
 )
 
+Decode = Callable[[bytes, int, np.random.Generator | None], np.ndarray]
 # In evaluation the shorter side is this many times the image that is read.
 EVALUATION_SCALE = 256 / 224
 # So many in a row that cannot be decoded are no accident.
@@ -89,6 +90,14 @@ def decode(
   return np.asarray(resized)
 
 
+def decode_whole(
+  encoded: bytes, size: int, rng: np.random.Generator | None
+) -> np.ndarray:
+  """Decodes an image to (size, size, 3) uint8, the same every time."""
+  del rng
+  return images.resize(encoded, size)
+
+
 def epoch_positions(sizes: Sequence[int], examples: int) -> np.ndarray:
   """Returns where in the endless epochs each step samples.
 
@@ -138,8 +147,12 @@ class _Reader:
     num_classes: int,
     image_size: int,
     skip: bool,
+    decode: Decode,
+    labels: np.ndarray | None,
   ):
     self._skip = skip
+    self._decode = decode
+    self._labels = labels
     self._records = records
     self._rows = rows
     self._shift = shift
@@ -157,13 +170,12 @@ class _Reader:
         f'[0, {self._num_classes})'
       )
     try:
-      return decode(record['image'], self._image_size, rng)
-    except (OSError, Image.DecompressionBombError) as error:
-      # Pillow's, of what is no image, half of one, or far too large.
+      return self._decode(record['image'], self._image_size, rng)
+    except images.UNDECODABLE as error:
       if self._skip:
         return None
       raise DatasetError(
-        f'the JPEG of record {row} cannot be decoded ({error}); '
+        f'{images.name_of(record, row)} cannot be decoded ({error}); '
         "data.undecodable='skip' goes on without it"
       ) from error
 
@@ -197,13 +209,15 @@ class _Reader:
       if image is None:
         if substitute:
           raise DatasetError(
-            f'{MOST_SUBSTITUTES + 1} JPEGs in a row, from record '
+            f'{MOST_SUBSTITUTES + 1} images in a row, from record '
             f'{self._rows[position]} on, cannot be decoded'
           )
         image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
       inputs.append(image)
-      label = record['label'] + self._shift[current]
-      labels.append(label % self._num_classes)
+      label = record['label']
+      if self._labels is not None:
+        label = self._labels[current]
+      labels.append((label + self._shift[current]) % self._num_classes)
       index.append(current)
       undecodable.append(first is None)
     return {
@@ -334,10 +348,13 @@ class Streaming:
     rows: for each split, which of the records it has.
     shift: for each split and row, what is added to its label, modulo C: 0 but
       for labels made wrong on purpose.
+    labels: for each split that has labels of the user's own, these, by row.
     image_size: side of the images that the model reads.
     workers: processes that decode; 0 decodes in the training process.
     augment: (key, image) -> image, for one training example, in the step.
     prepare: batch of inputs as stored -> what the model reads.
+    decode: the bytes of an image, its side, what decides its crop or None ->
+      its pixels.
     skip: whether an image that cannot be decoded is left out: in training the
       next one takes its place, and evaluation does not count it. Else it ends
       the run.
@@ -353,6 +370,8 @@ class Streaming:
   workers: int
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
+  labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  decode: Decode = decode
   skip: bool = False
   class_names: tuple[str, ...] | None = None
 
@@ -452,6 +471,8 @@ class Streaming:
       self.num_classes,
       self.image_size,
       self.skip,
+      self.decode,
+      self.labels.get(split),
     )
 
   def training(

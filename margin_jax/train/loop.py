@@ -606,11 +606,13 @@ def _result(run: Run, evaluations: dict[str, Any]) -> dict[str, Any]:
   if not evaluations:  # stopped between the last checkpoint and result.json
     evaluations = {name: run.evaluator(name, run.state) for name in run.splits}
     evaluations |= _mean_of_tests(evaluations)
+  names = run.dataset.class_names
   return {
     **evaluations,
     'best': run.best,
     'steps': run.config.steps,
     'seed': run.config.seed,
+    'classes': names and [*names],
     **dataclasses.asdict(run.counters),
     'compile_seconds': run.program.compile_seconds,
     'host_cores': os.cpu_count(),

@@ -28,6 +28,7 @@ from margin_jax import (
 )
 from margin_jax import config as config_lib
 from margin_jax import trained as trained_lib
+from margin_jax.data import kinds
 from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
 from margin_jax.train import setup as setup_lib
@@ -131,9 +132,14 @@ def to_save(
   saved = config_lib.as_json(schema.effective(config))
   if rule is not None:
     saved['selection.rule'] = f'custom: {registry.name_of(rule)}'
-  if config.data.name in data.REGISTERED:
-    saved[config_lib.DIGEST] = data.REGISTERED[config.data.name].digest
-  return saved
+  return saved | _digests(config)
+
+
+def _digests(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns those of the data that the config names."""
+  fields = config.data
+  found = data.digests(fields.name, fields.data_dir, fields.labels)
+  return {config_lib.DIGESTS[name]: digest for name, digest in found.items()}
 
 
 def trained(
@@ -377,7 +383,7 @@ def _saved_config(
   What trained the model (rules, losses, an optimizer) does not matter any more.
   """
   saved = dict(info['config'])
-  digest = saved.pop(config_lib.DIGEST, None)
+  digests = {x: saved.pop(x, None) for x in config_lib.DIGESTS.values()}
   rule = str(saved.get('selection.rule'))
   known = (*selection.RULES, *selection.REGISTERED, config_lib.UNIFORM)
   if rule not in known:
@@ -393,19 +399,21 @@ def _saved_config(
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine
   _check_registered(saved)
-  if digest and data.REGISTERED[saved['data.name']].digest != digest:
-    raise config_lib.ConfigError(
-      f'data.name={saved["data.name"]!r} stands for other arrays than the '
-      'run had'
-    )
-  return config_lib.from_json(saved)
+  config = config_lib.from_json(saved)
+  now = _digests(config)
+  for field, name in config_lib.DIGESTS.items():
+    if digests[name] not in (None, now.get(name)):
+      raise config_lib.ConfigError(
+        f'{field}={saved[field]!r} stands for other data than the run had'
+      )
+  return config
 
 
 def _check_registered(saved: dict[str, Any]) -> None:
   """Raises if the run's dataset or models are known to another program only."""
-  datasets = (*data.NAMES, *data.REGISTERED)
+  data_dir = saved.get('data.data_dir')
   for field, known in (
-    ('data.name', lambda name: name in datasets),
+    ('data.name', lambda name: kinds.is_known(name, data_dir)),
     ('model.name', models.find),
     ('selection.proxy', models.find),
   ):

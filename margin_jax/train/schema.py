@@ -21,6 +21,7 @@ from margin_jax.config import (
   flatten,
   require,
 )
+from margin_jax.data import imagenet, kinds
 from margin_jax.models import bert
 
 
@@ -167,11 +168,14 @@ def _check_optimizer(flat: Flat) -> None:
 def _check_data(flat: Flat) -> None:
   """Checks that the options fit the kind of data."""
   name, augmentations = flat['data.name'], flat['data.augmentations']
+  meant = did_you_mean(list(map(repr, nearest(name, kinds.names()))))
+  known = kinds.is_known(name, flat['data.data_dir'])
+  require(known, 'data.name', name, kinds.allowed() + meant)
   if not config_lib.IMAGES.met(flat):
     because = f'with data.name={name!r}, whose inputs are not uint8 images'
     names = ('data.augmentations', 'selection.score_resolution', 'attack.name')
     _forbid(flat, names, because)
-  if name in data.STREAMED:
+  if name in imagenet.NAMES:
     allowed = "without 'random_resized_crop': images are read as such crops"
     holds = 'random_resized_crop' not in augmentations
     require(holds, 'data.augmentations', augmentations, allowed)
@@ -179,7 +183,7 @@ def _check_data(flat: Flat) -> None:
     padding = flat['data.crop_padding']
     allowed = 'above 0 with the augmentation crop, or it does nothing'
     require(padding > 0, 'data.crop_padding', padding, allowed)
-  if name in data.SENTENCES:
+  if kinds.is_sentences(name):
     longest, buckets = flat['data.max_length'], flat['data.buckets']
     allowed = f'at most {bert.MAX_LENGTH}, the positions that BERT has'
     holds = longest <= bert.MAX_LENGTH
@@ -192,7 +196,7 @@ def _check_data(flat: Flat) -> None:
 def _check_models(flat: Flat) -> None:
   """Checks that the model and the proxy read such data."""
   name, model = flat['data.name'], flat['model.name']
-  kind = 'sentences' if name in data.SENTENCES else 'images'
+  kind = 'sentences' if kinds.is_sentences(name) else 'images'
   registered = data.REGISTERED.get(name)
   for field in ('model.name', 'selection.proxy'):
     if flat[field] is not None:
@@ -363,7 +367,7 @@ def validate_data(
       config.steps > epoch, 'steps', config.steps,
       f"above {epoch}, one epoch, with mmr.schedule='released': it has no MMR",
     )  # fmt: skip
-  if config.data.name in data.SENTENCES:
+  if kinds.is_sentences(config.data.name):
     return  # what remains is about images
   _check_sides(config, image_shape)
 

@@ -6,8 +6,8 @@ import shutil
 
 import ml_collections
 
-from margin_jax import data, files
-from margin_jax.data import tokenization
+from margin_jax import files
+from margin_jax.data import kinds, tokenization
 from margin_jax.models import bert_weights
 from margin_jax.train.checkpoints import FOLDER
 
@@ -24,7 +24,7 @@ def find(config: ml_collections.ConfigDict, workdir: str | None) -> str | None:
     PretrainedError: the weights' folder is missing.
     DatasetError: one cannot be read, or the weights are of cased words.
   """
-  if config.data.name not in data.VOCABULARY_NEEDED:
+  if not kinds.needs_vocabulary(config.data.name):
     return None
   named, weights = config.data.vocabulary, config.model.pretrained
   copy = _copy(workdir)
