@@ -226,7 +226,7 @@ MISTAKES = [
   ),
   ('prepare', (), 'NAME must be given'),
   ('prepare', ('cifar',), 'did you mean cifar10 or cifar100?'),
-  ('prepare', ('coco',), "no dataset is called 'coco'; there are "),
+  ('prepare', ('kokos',), "no dataset is called 'kokos'; there are "),
   ('prepare', ('cifar10', '--dir=/tmp'), 'unknown flag --dir'),
 ]  # fmt: skip
 
