@@ -332,8 +332,8 @@ FIELDS: dict[str, Field] = {
     'digits',
     DATASET,
     'The dataset. folder:PATH is a folder of images with a folder for each '
-    'class; csv:PATH is a CSV file of sentences, or a folder with train.csv and '
-    'test.csv.',
+    'class; csv:PATH is a CSV file of sentences, or a folder with train.csv '
+    'and test.csv.',
   ),
   'data.data_dir': Field(
     None,
@@ -420,7 +420,8 @@ FIELDS: dict[str, Field] = {
   'data.workers': Field(
     8,
     integer(0),
-    'Number of processes that decode images; 0 decodes in the training process.',
+    'Number of processes that decode images; 0 decodes in the training '
+    'process.',
     needs=[STREAMED],
     resumable=True,
   ),
