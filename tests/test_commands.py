@@ -174,6 +174,12 @@ MISTAKES = [
     "--process_id: must be an integer, got 'one'",
   ),
   ('train', (DIGITS, '--workdir={folder}/file'), "/file': [Errno 17]"),
+  (
+    'train',
+    ('--config=configs/cifar10_resnet44.py:mms', WORKDIR,
+     '--config.data.data_dir={folder}'),
+    'margin_jax.prepare cifar10',
+  ),
   ('compare', (DIGITS,), '--workdir must be given'),
   ('compare', (*STARTED, '--budget=hours'), "invalid choice: 'hours'"),
   ('compare', (*STARTED, '--seeds=three'), "an integer, got 'three'"),

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -14,7 +12,7 @@ from margin_jax import files
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import guard, loop
 from tests import helpers
-from tests.helpers import ROOT, Interrupted, read_csv, saved_state, slow, train
+from tests.helpers import Interrupted, read_csv, saved_state, slow, train
 
 
 @pytest.fixture(scope='module')
@@ -190,49 +188,6 @@ def test_without_validation_there_is_no_best(tmp_path):
   result, _ = train(tmp_path, **{'data.validation_examples': 0}, steps=5)
   assert result['best'] is None
   assert 'validation' not in result
-
-
-@pytest.mark.slow
-def test_command_line_errors_are_one_line(tmp_path):
-  def error_of(*arguments):
-    process = subprocess.run(
-      [sys.executable, '-m', 'margin_jax.train', *arguments],
-      cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert process.returncode != 0
-    assert 'Traceback' not in process.stderr
-    return process.stderr
-
-  workdir = f'--workdir={tmp_path}'
-  message = error_of(
-    '--config=configs/digits.py', workdir, '--config.model.name=resnet9'
-  )
-  assert "error: model.name='resnet9' is not allowed" in message
-  digits = '--config=configs/digits.py'
-  message = error_of('--config=tests/helpers.py', workdir)
-  assert message.startswith('error: --config: ')
-  assert message.endswith('tests/helpers.py has no get_config\n')
-  message = error_of(digits, workdir, '--config.workdir=x')
-  assert "'workdir' is no config field" in message
-  message = error_of(digits, workdir, '--config.stepz=3')
-  assert "'stepz' is no config field" in message
-  assert 'did you mean steps' in message
-  message = error_of(digits, workdir, '--config.selektion.rule=mms')
-  assert "'selektion.rule' is no config field" in message
-  assert 'did you mean selection.rule?' in message
-  message = error_of(digits, workdir, '--config.optimizer.lr=0.1')
-  assert 'did you mean optimizer.learning_rates?' in message
-  message = error_of(digits, workdir, '--batch_size=3')
-  assert (
-    'unknown flag --batch_size; did you mean --config.batch_size' in message
-  )
-  message = error_of('--config=configs/cifar10_resnet44.py:mmx', workdir)
-  assert "method='mmx' must be one of" in message
-  message = error_of(
-    '--config=configs/cifar10_resnet44.py:mms', workdir,
-    f'--config.data.data_dir={tmp_path}',
-  )  # fmt: skip
-  assert 'margin_jax.prepare cifar10' in message
 
 
 @pytest.mark.slow
