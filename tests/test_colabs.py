@@ -26,7 +26,7 @@ NAMES = (
   'tpu_pod',
 )  # fmt: skip
 # Whose pictures begin early and have a text.
-DESCRIBED = ('does_it_pay', 'quickstart', 'selection_tour')
+DESCRIBED = tuple(name for name in NAMES if name != 'tpu_pod')
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 ADDRESS = PROJECT['urls']['Repository']
 REPOSITORY = ADDRESS.removeprefix('https://github.com/')
