@@ -25,8 +25,6 @@ NAMES = (
   'does_it_pay', 'glue_mmr', 'mmr_margins', 'quickstart', 'selection_tour',
   'tpu_pod',
 )  # fmt: skip
-# Whose pictures begin early and have a text.
-DESCRIBED = tuple(name for name in NAMES if name != 'tpu_pod')
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 ADDRESS = PROJECT['urls']['Repository']
 REPOSITORY = ADDRESS.removeprefix('https://github.com/')
@@ -197,14 +195,14 @@ def test_opens_in_colab_and_installs_what_is_pinned(name):
   assert set(linked) == {ADDRESS}
 
 
-@pytest.mark.parametrize('name', DESCRIBED)
+@pytest.mark.parametrize('name', NAMES)
 def test_says_in_words_what_its_pictures_show(name):
   texts = [x.metadata['image/png']['alt'] for x in pictures(read(name))]
   assert all(len(text) > 30 for text in texts)
   assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize('name', DESCRIBED)
+@pytest.mark.parametrize('name', NAMES)
 def test_shows_a_picture_within_four_cells(name):
   title, *cells = read(name).cells
   assert title.source.startswith('# ')
