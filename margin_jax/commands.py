@@ -205,7 +205,8 @@ class Parser(argparse.ArgumentParser):
     elif self._fields:
       near = [x for x in near if x != '--help'] or near
     near = [f'{x}{equals}{value}' for x in near]
-    return f'unknown flag --{name}{did_you_mean(near)}'
+    hint = did_you_mean(near) or f'; there are {", ".join(flags)}'
+    return f'unknown flag --{name}{hint}'
 
 
 def _take_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -233,7 +233,10 @@ MISTAKES = [
   ('prepare', (), 'NAME must be given'),
   ('prepare', ('cifar',), 'did you mean cifar10 or cifar100?'),
   ('prepare', ('kokos',), "no dataset is called 'kokos'; there are "),
-  ('prepare', ('cifar10', '--dir=/tmp'), 'unknown flag --dir'),
+  (
+    'prepare', ('cifar10', '--dir=/tmp'),
+    'unknown flag --dir; there are --data_dir, --help',
+  ),
 ]  # fmt: skip
 
 
