@@ -17,6 +17,7 @@ SECTIONS = {
   'data': 'The data',
   'model': 'The model',
   'optimizer': 'The optimizer',
+  'ema': 'The average of the weights',
   'selection': 'Selection of the batch from a pool',
   'trimming': 'Mini-batch trimming',
   'loss': 'The loss',

@@ -593,6 +593,14 @@ FIELDS: dict[str, Field] = {
     optional(POSITIVE),
     'Largest L2 norm of the gradient; None does not clip it.',
   ),
+  # The average of the weights.
+  'ema.decay': Field(
+    0.0,
+    number(least=0, below=1),
+    'Of the exponential moving average of parameters and BatchNorm statistics, '
+    'over the last 1 / (1 - decay) steps, which is evaluated and loaded in '
+    'their place, and exported; 0 is none. Without a bias to the first steps.',
+  ),
   # Selection of the batch from a pool.
   'selection.rule': Field(
     UNIFORM,

@@ -52,7 +52,7 @@ def export(
     folder = runs.make_folder(out)
     bert_weights.write(
       folder,
-      {'params': state.params},
+      {'params': state.evaluated['params']},
       bert_weights.sizes_of(run.spec.model),
       vocabulary.find(run.config, str(run.workdir.folder)),
     )

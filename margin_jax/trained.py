@@ -25,7 +25,8 @@ class Trained:
   Attributes:
     model: the Flax module; `model.apply(variables, prepare(inputs),
       train=False)` returns logits (B, C) and features (B, D).
-    variables: 'params' and 'batch_stats', as NumPy arrays.
+    variables: 'params' and 'batch_stats', as NumPy arrays; the averaged ones
+      of a run with `ema.decay`.
     config: of the run.
     step: that the checkpoint is of.
     prepare: what the dataset stores -> what the model reads: images as uint8
@@ -154,10 +155,9 @@ def load(
       )
     sentences = run.dataset.vocabulary is not None
     shape = None if sentences else run.dataset.input_shape
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
     return Trained(
       model=run.spec.model,
-      variables=jax.device_get(variables),
+      variables=jax.device_get(state.evaluated),
       config=run.config,
       step=int(state.step),
       prepare=run.dataset.prepare,

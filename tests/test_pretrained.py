@@ -260,7 +260,7 @@ def test_a_run_starts_from_the_file_or_from_its_checkpoint(path, monkeypatch):
     setup_lib.step_lib,
     'init_state',
     lambda *args: setup_lib.step_lib.TrainState(
-      step=0, seed=0, sampler=(), buffer={}, proxy={}, memory={},
+      step=0, seed=0, sampler=(), buffer={}, proxy={}, memory={}, ema={},
       counts=(), opt_state=(), nonfinite=0, **zeros,
     ),
   )  # fmt: skip

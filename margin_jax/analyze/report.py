@@ -74,9 +74,7 @@ def analyze(
     report = Report(run.dataset, layer_names, _words(run))
     for step in sorted({*(steps or run.checkpoints.steps())}):
       state = run.restore(step)
-      variables = run.devices.replicate(
-        {'params': state.params, 'batch_stats': state.batch_stats}
-      )
+      variables = run.devices.replicate(state.evaluated)
       with wait(f'measuring step {step:,}', line=False):
         accuracy = {
           split: report.add(step, split, measure(split, variables))

@@ -216,10 +216,10 @@ class Checkpoints:
     Raises:
       SaveError: this one or the one before could not be written.
     """
-    host = _without_mark(jax.tree.map(np.array, jax.device_get(state)))
+    host = _stored(jax.tree.map(np.array, jax.device_get(state)))
     info = {**info, _ACCURACY: accuracy}
     info[_DIGESTS] = {'arrays': _digest(host), 'info': _digest_info(info)}
-    step = int(host.step)
+    step = int(host['step'])
     self._note(step, accuracy)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(host), info=ocp.args.JsonSave(info)
@@ -257,14 +257,14 @@ class Checkpoints:
     with self._read(step):
       if target.opt_state is None:
         host = self._with_opt_state(host, step)
-      args = ocp.args.StandardRestore(_without_mark(host))
+      args = ocp.args.StandardRestore(_stored(host))
       state = self._manager.restore(
         step, args=ocp.args.Composite(state=args)
       ).state
     digest = self.digests(step).get('arrays')
     if digest not in (None, _digest(state)):
       raise self._corrupt(step, 'its arrays are not those that were saved')
-    return state.replace(nonfinite=np.int32(0)), info
+    return target.replace(**state | {'nonfinite': np.int32(0)}), info
 
   def _with_opt_state(self, target: PyTree, step: int) -> PyTree:
     """Returns the target with states of optimizers as the checkpoint has them.
@@ -381,6 +381,11 @@ class Checkpoints:
       ) from error
 
 
-def _without_mark(state: PyTree) -> PyTree:
-  """Returns the state without `nonfinite`, which is 0 in whatever is saved."""
-  return state.replace(nonfinite=())
+def _stored(state: PyTree) -> dict[str, PyTree]:
+  """Returns what is saved of a state, field by field.
+
+  That is all but `nonfinite`, which is 0 in whatever is saved, and an `ema`
+  that is empty, which checkpoints of older versions do not have.
+  """
+  fields = {**vars(state), 'nonfinite': ()}
+  return {k: x for k, x in fields.items() if k != 'ema' or x}

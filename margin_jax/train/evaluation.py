@@ -287,7 +287,7 @@ class Evaluator:
     The arrays are 'class_accuracy', (C,), NaN for a class without examples, and
     'margin' (signed) and 'mms', (N,).
     """
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = state.evaluated
     attack = None if epsilon is None else self._attack
     source = None if attack is None else self._source
     rest = np.float32(epsilon or 0), self._source_variables(source)

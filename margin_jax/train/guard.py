@@ -74,8 +74,8 @@ def guard(
   pool can be sampled again. A NaN score counts.
 
   'skip' passes over the step's examples: the step is done, and so are samples
-  and counts of steps; parameters, statistics, the optimizer's averages and
-  remembered scores stay. A NaN score does not count: it ranks last, and
+  and counts of steps; parameters, statistics, averages (the optimizer's too)
+  and remembered scores stay. A NaN score does not count: it ranks last, and
   `nan_scores` tells.
 
   Args:
@@ -108,6 +108,7 @@ def guard(
       batch_stats=before.batch_stats,
       opt_state=_averages(before.opt_state, after.opt_state),
       proxy=_averages(before.proxy, after.proxy),
+      ema=before.ema,
       memory=before.memory,
     )
   metrics = {**metrics, 'nonfinite': code}

@@ -28,7 +28,7 @@ from margin_jax import (
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import attacks, evaluation, schema, vocabulary
+from margin_jax.train import attacks, ema, evaluation, schema, vocabulary
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -169,6 +169,7 @@ def make_spec(
     trimming=_trimming(config, dataset.counts['train'], device_count),
     proxy=proxy,
     proxy_every=config.selection.proxy_every,
+    ema_decay=config.ema.decay,
     risk=losses.find(config.loss.risk),
     risk_weight=config.large_margin.cross_entropy if has_large_margin else None,
     terms=_loss_terms(config, alpha, model, dataset),
@@ -697,5 +698,8 @@ def init_state(
     variables['params'] = models.glorot(state.params, key)
   if weights is not None:
     variables = pretrained.put(variables, weights)
-  opt_state = spec.optimizer.init(variables['params'])
-  return state.replace(opt_state=opt_state, **variables)
+  return state.replace(
+    opt_state=spec.optimizer.init(variables['params']),
+    ema=ema.create(spec.ema_decay, **variables),
+    **variables,
+  )

@@ -177,6 +177,7 @@ class StepSpec:
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
     proxy_every: it is trained at every n-th step.
+    ema_decay: of the average of the model's variables; 0 is none.
     risk: the loss of an example: cross-entropy or hinge.
     risk_weight: of the risk in the total; None is 1.
     terms: the other losses, added in this order.
@@ -200,6 +201,7 @@ class StepSpec:
   trimming: Trimming | None
   proxy: nn.Module | None
   proxy_every: int
+  ema_decay: float
   risk: losses.Loss
   risk_weight: float | None
   terms: tuple[LossTerm, ...]

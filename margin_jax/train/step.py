@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from margin_jax import linearized, losses, margins, selection
-from margin_jax.train import batch_norm, dropout, guard
+from margin_jax.train import batch_norm, dropout, ema, guard
 from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
@@ -44,6 +44,7 @@ class TrainState(flax.struct.PyTreeNode):
     params, batch_stats: the model's variables.
     opt_state: the optimizer's.
     proxy: the same three of the proxy model; {} without one.
+    ema: the average of the model's variables; {} without one.
     memory: the scores of all training examples; {} where none are remembered.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
@@ -59,9 +60,16 @@ class TrainState(flax.struct.PyTreeNode):
   batch_stats: PyTree
   opt_state: PyTree
   proxy: PyTree
+  ema: PyTree
   memory: PyTree
   counts: PyTree
   nonfinite: Array
+
+  @property
+  def evaluated(self) -> dict[str, PyTree]:
+    """The variables to evaluate and predict with: averaged, if they are."""
+    source = self.ema or self
+    return {'params': source.params, 'batch_stats': source.batch_stats}
 
 
 def train_step(
@@ -97,13 +105,15 @@ def train_step(
   updates, opt_state = spec.optimizer.update(
     gradient, state.opt_state, state.params
   )
+  params = optax.apply_updates(state.params, updates)
   proxy, proxy_metrics = train_proxy(spec, state, batch)
   state = state.replace(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     batch_stats=batch_stats,
     opt_state=opt_state,
     proxy=proxy,
+    ema=ema.update(spec.ema_decay, state.ema, params, batch_stats),
     memory=memory,
     counts=count(spec, state.counts, batch),
   )
@@ -673,6 +683,7 @@ def init_state(
     ),
     buffer=empty_buffer(spec, inputs),
     proxy=proxy,
+    ema=ema.create(spec.ema_decay, model['params'], model['batch_stats']),
     memory=memory_lib.create(spec.memory, spec.dataset.counts['train']),
     counts=() if counted is None else jnp.zeros(counted, jnp.int32),
     nonfinite=jnp.int32(0),
