@@ -215,6 +215,14 @@ def _devices_may_change(config: Flat) -> bool:
   )
 
 
+def _parts_may_change(config: Flat) -> bool:
+  """Unless BatchNorm, or what is selected, depends on how they are divided."""
+  by_parts = models.find(config['model.name']).batch_norm and (
+    config['model.batch_norm_examples'] is None
+  )
+  return not by_parts and config['trimming.backward'] == 'all'
+
+
 # From 0, and so that nothing is infinite in float32.
 AT_LEAST_0 = number(least=0, most=losses.LARGEST)
 # Not 0 in float32 either.
@@ -259,6 +267,14 @@ FIELDS: dict[str, Field] = {
     64,
     integer(1),
     'Number of examples in a gradient step, b, over all devices.',
+  ),
+  'accumulate': Field(
+    1,
+    integer(1),
+    'Differentiate the batch in so many equal parts, one after the other: the '
+    'same gradient, but for rounding, with less memory. BatchNorm normalises '
+    'each part by itself, unless model.batch_norm_examples says otherwise.',
+    resumable=_parts_may_change,
   ),
   'pool_size': Field(
     POOL_FACTOR * 64,

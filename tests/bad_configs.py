@@ -29,6 +29,8 @@ BAD = [
   ('scale_schedule', None, 'True or False'),
   ('batch_size', 0, POSITIVE),
   ('batch_size', 64.0, POSITIVE),
+  ('accumulate', 0, POSITIVE),
+  ('accumulate', 2.0, POSITIVE),
   ('pool_size', -640, POSITIVE),
   ('pool_size', INF, POSITIVE),
   ('devices', 0, POSITIVE),

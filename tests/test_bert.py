@@ -64,9 +64,11 @@ def test_weight_decay_as_in_pretraining():
 def apply(inputs, train=False, key=0, device=0, **fields):
   """Logits and features, in training with the masks of the train step."""
   model = bert.Bert(**{**TINY, **fields})
+  rows = jax.tree.leaves(inputs)[0].shape[0]
+  positions = device * rows + jnp.arange(rows)
 
   def forward(variables, inputs, key):
-    with nn.intercept_methods(dropout_lib.by_position(device)):
+    with nn.intercept_methods(dropout_lib.by_position(positions)):
       return model.apply(variables, inputs, train=train, rngs={'dropout': key})
 
   forward = jax.jit(forward) if train else forward

@@ -31,7 +31,7 @@ RESUMABLE = {
   'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
   'data.labels', 'data.workers', 'data.undecodable', 'on_nonfinite',
   'attack.name', 'attack.epsilons', 'attack.steps', 'attack.step_size',
-  'attack.source', 'scale_schedule',
+  'attack.source', 'scale_schedule', 'accumulate',
 }  # fmt: skip
 
 
@@ -292,6 +292,8 @@ def test_a_change_is_a_difference_unless_a_run_may_make_it(name):
   [
     # alpha's slope is (alpha_end - alpha) / steps.
     ('steps', 2000, {'mmr.alpha_end': 1e-3}),
+    # Each part normalises with its own examples.
+    ('accumulate', 2, {'model.name': 'resnet8'}),
     # Each device normalises with its own examples.
     ('devices', 2, {'model.batch_norm': 'device'}),
     # Each device ranks its own examples.

@@ -136,7 +136,7 @@ def test_scores_do_not_depend_on_the_chunk_size(large):
   inputs = helpers.digits().splits['train']['inputs'][:96]
   logits = [
     logits_of(spec, large.first, inputs)
-    for spec in (large.spec, large.spec.unchunked())
+    for spec in (large.spec, large.spec.without_loops())
   ]
   np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
@@ -154,7 +154,7 @@ def test_a_shard_has_the_scores_that_it_has_in_the_whole():
 def test_all_that_is_scored_is_counted(large):
   """XLA counts the body of a loop once."""
   whole = compiled_lib.Program(
-    large.spec.unchunked(),
+    large.spec.without_loops(),
     large.devices,
     large.loader,
     large.devices.replicate(large.first),

@@ -158,7 +158,7 @@ def step_flops(name, argument=None):
   devices = devices_lib.Devices(1)
   state = jax.eval_shape(lambda: setup_lib.init_state(config, dataset, spec))
   batch = dataset.loader(devices, spec.sizes(1), 0, 0)(0)
-  step = functools.partial(step_lib.train_step, spec.unchunked())
+  step = functools.partial(step_lib.train_step, spec.without_loops())
   return devices.flops(step, state, batch), config.steps
 
 

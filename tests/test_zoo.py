@@ -381,7 +381,8 @@ class Dropping(nn.Module):
 def drop(x, device=0, deterministic=False, **options):
   """What two layers return with the masks of the train step."""
   options = {'rate': 0.25, 'deterministic': deterministic, **options}
-  with nn.intercept_methods(dropout_lib.by_position(device)):
+  positions = device * len(x) + jnp.arange(len(x))
+  with nn.intercept_methods(dropout_lib.by_position(positions)):
     return Dropping(options).apply({}, x, rngs={'dropout': jax.random.key(3)})
 
 

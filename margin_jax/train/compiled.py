@@ -99,13 +99,12 @@ class Program:
         step(spec, variant, steps_per_call), state, data, donate_first=True
       )
     # XLA counts the body of a loop once: a program of many steps has the FLOPs
-    # of one, and one that scores in chunks too few. Of a switch it cannot tell
-    # which branch runs.
-    whole = spec.unchunked()
+    # of one, and one that scores in chunks, or differentiates in parts, too
+    # few. Of a switch it cannot tell which branch runs.
+    whole = spec.without_loops()
     self._flops = {
       variant: devices.flops(step(whole, variant, 1), state, data)
-      if self._switches
-      or (whole is not spec and variant.kind == StepKind.SCORE)
+      if self._switches or spec.has_loops(variant.kind)
       else self._programs[variant].flops
       for variant, data in examples.items()
     }

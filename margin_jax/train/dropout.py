@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def by_position(device: Array) -> Callable:
+def by_position(positions: Array) -> Callable:
   """Gives each example a dropout mask by its position in the batch.
 
   So the masks, like the batch, do not depend on the number of devices. A layer
@@ -17,19 +17,19 @@ def by_position(device: Array) -> Callable:
   the same on all devices.
 
   Args:
-    device: () int32, the index of this device.
+    positions: (n,) int32, where the examples are in the batch of all devices.
 
   Returns:
     An interceptor of `nn.Dropout`, for `nn.intercept_methods`. The layer's key
-    must be the same on all devices. What it drops from has a device's examples
-    on its first axis, or a multiple of them in their order.
+    must be the same on all devices. What it drops from has these examples on
+    its first axis, or a multiple of them in their order.
   """
 
   def intercept(next_function, args, kwargs, context):
     module = context.module
     if not isinstance(module, nn.Dropout) or context.method_name != '__call__':
       return next_function(*args, **kwargs)
-    return _drop(module, device, next_function, *args, **kwargs)
+    return _drop(module, positions, next_function, *args, **kwargs)
 
   return intercept
 
@@ -44,7 +44,7 @@ def off(next_function, args, kwargs, context):
 
 def _drop(
   module: nn.Dropout,
-  device: Array,
+  positions: Array,
   next_function: Callable,
   inputs: Array,
   deterministic: bool | None = None,
@@ -57,8 +57,9 @@ def _drop(
     return next_function(inputs, deterministic, rng)
   # Of the layer: make_rng folds the layer's path into the step's key.
   key = module.make_rng(module.rng_collection) if rng is None else rng
-  rows = inputs.shape[0]  # of examples, or of their tokens
-  positions = device * rows + jnp.arange(rows)
+  rows = inputs.shape[0] // len(positions)  # 1, or an example's tokens
+  if rows > 1:
+    positions = (positions[:, None] * rows + jnp.arange(rows)).ravel()
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
   shape = [1 if i in shared else n for i, n in enumerate(inputs.shape)]
   level = max(round((1 - module.rate) * 2**16), 1)  # of 65,536

@@ -410,6 +410,9 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
   for name in names:
     holds = config[name] % devices == 0
     require(holds, name, config[name], f'divisible by {devices} devices')
+  own, parts = config.batch_size // devices, config.accumulate
+  allowed = f'a divisor of {own}, the examples of a batch on each device'
+  require(own % parts == 0, 'accumulate', parts, allowed)
   if config.model.batch_norm_examples is not None:
     _check_groups(config, devices)
 
@@ -417,6 +420,13 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
 def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
   """Checks that BatchNorm's groups and the devices divide the examples."""
   size = config.model.batch_norm_examples
+  if config.accumulate > 1:
+    part = config.batch_size // devices // config.accumulate
+    allowed = (
+      f'a divisor of {part}, the examples of a part on each device, with '
+      f'accumulate={config.accumulate}'
+    )
+    require(part % size == 0, 'model.batch_norm_examples', size, allowed)
   places = {'': config.batch_size}
   if config.selection.batch_stats == 'pool':
     places[' in a pool'] = config.pool_size

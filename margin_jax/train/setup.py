@@ -28,7 +28,14 @@ from margin_jax import (
 )
 from margin_jax.config import UNIFORM, ConfigError, require
 from margin_jax.models import pretrained
-from margin_jax.train import attacks, ema, evaluation, schema, vocabulary
+from margin_jax.train import (
+  accumulation,
+  attacks,
+  ema,
+  evaluation,
+  schema,
+  vocabulary,
+)
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import step as step_lib
 from margin_jax.train.spec import (
@@ -162,11 +169,14 @@ def make_spec(
     optimizer=optimizer,
     dataset=dataset,
     batch_size=config.batch_size,
+    accumulate=config.accumulate,
     selection=_selection(
       config, rule, proxy or model, dataset.num_classes, device_count
     ),
     memory=_memory(config, rule),
-    trimming=_trimming(config, dataset.counts['train'], device_count),
+    trimming=_trimming(
+      config, dataset.counts['train'], device_count * config.accumulate
+    ),
     proxy=proxy,
     proxy_every=config.selection.proxy_every,
     ema_decay=config.ema.decay,
@@ -179,6 +189,7 @@ def make_spec(
     average_batch_stats=not _synchronized(config),
     batch_norm_examples=config.model.batch_norm_examples,
     on_nonfinite=config.on_nonfinite,
+    unrolled=cpu.is_default(),
   )
   _try_registered(config, spec, rule, device_count)
   return spec
@@ -283,6 +294,8 @@ def _try_registered(
       what = f'the loss {name!r}'
       found = _outline(spec, spec.model, rows, what, term.loss)
       _check_returned(what, found, ((), (rows,)))
+      if spec.accumulate > 1 and not found.shape:
+        _outline(spec, spec.model, rows, what, _of_all_parts(term.loss))
 
 
 def _outline(
@@ -323,6 +336,13 @@ def _outline(
   )  # fmt: skip
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), found
+  )
+
+
+def _of_all_parts(loss: losses.Loss) -> losses.Loss:
+  """Returns a loss of the batch that sees the outputs of all its parts."""
+  return lambda outputs: loss(
+    outputs._replace(linearize=accumulation.no_linearize)
   )
 
 
@@ -488,7 +508,7 @@ def _sampler(
 
 
 def _trimming(
-  config: ml_collections.ConfigDict, examples: int, device_count: int
+  config: ml_collections.ConfigDict, examples: int, shards: int
 ) -> Trimming | None:
   """Returns the schedule r = max(round(p * M), 1), p linear in the epoch."""
   size = config.batch_size
@@ -500,9 +520,9 @@ def _trimming(
   keep = tuple(max(round(float(p) * size), 1) for p in fractions)
   backward_sizes = None
   if config.trimming.backward == 'kept':
-    # A few sizes, each with a program of its own, that the devices divide.
+    # A few sizes, each with its own program; devices and parts divide them.
     multiples = [
-      math.ceil(size * i / BACKWARD_SIZES / device_count) * device_count
+      math.ceil(size * i / BACKWARD_SIZES / shards) * shards
       for i in range(1, BACKWARD_SIZES + 1)
     ]
     backward_sizes = tuple(min(x for x in multiples if x >= k) for k in keep)

@@ -171,6 +171,8 @@ class StepSpec:
     optimizer: applied to the mean gradient over devices.
     dataset: samples the examples, and prepares them for the model.
     batch_size: b, over all devices.
+    accumulate: in how many parts the batch is differentiated, one after the
+      other.
     selection: how the batch is selected from a pool that is scored; None is
       plain training.
     memory: how scores of earlier steps are remembered and used; or None.
@@ -189,6 +191,8 @@ class StepSpec:
     batch_norm_examples: BatchNorm normalises groups of so many examples; None
       is all that it sees.
     on_nonfinite: what a step does where a number is not finite.
+    unrolled: whether the parts of the batch are so many copies in the program,
+      and not a loop.
     variant: the only variant to compile; None compiles a switch between all.
   """
 
@@ -196,6 +200,7 @@ class StepSpec:
   optimizer: optax.GradientTransformation
   dataset: Dataset
   batch_size: int
+  accumulate: int
   selection: Selection | None
   memory: MemorySpec | None
   trimming: Trimming | None
@@ -211,21 +216,28 @@ class StepSpec:
   average_batch_stats: bool
   batch_norm_examples: int | None = None
   on_nonfinite: str = guard.STOP
+  unrolled: bool = False
   variant: Variant | None = None
 
   def specialize(self, variant: Variant | None) -> 'StepSpec':
     """Returns the spec of the steps of this variant alone."""
     return dataclasses.replace(self, variant=variant)
 
-  def unchunked(self) -> 'StepSpec':
-    """Returns the spec that scores all examples at once, to the same results.
+  def without_loops(self) -> 'StepSpec':
+    """Returns the spec of a step without loops, to the same results.
 
-    Its FLOPs are those of the pool: XLA counts the body of a loop once.
+    It scores the pool at once, and its FLOPs are those of pool and batch: XLA
+    counts the body of a loop once.
     """
-    if self.selection is None or self.selection.chunk_size is None:
-      return self
-    whole = dataclasses.replace(self.selection, chunk_size=None)
-    return dataclasses.replace(self, selection=whole)
+    whole = self.selection
+    if whole is not None:
+      whole = dataclasses.replace(whole, chunk_size=None)
+    return dataclasses.replace(self, selection=whole, unrolled=True)
+
+  def has_loops(self, kind: StepKind) -> bool:
+    """Returns whether there is a loop in the program of a step of this kind."""
+    chunked = kind == StepKind.SCORE and self.selection.chunk_size is not None
+    return chunked or (self.accumulate > 1 and not self.unrolled)
 
   def checked(self) -> tuple[str, ...]:
     """Returns the metrics that must be finite: not of losses only measured."""

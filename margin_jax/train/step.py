@@ -8,7 +8,7 @@ number of hosts, or where arrays are.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from margin_jax import linearized, losses, margins, selection
-from margin_jax.train import batch_norm, dropout, ema, guard
+from margin_jax.train import accumulation, batch_norm, dropout, ema, guard
 from margin_jax.train import memory as memory_lib
 from margin_jax.train import metrics as metrics_lib
 from margin_jax.train import proxy as proxy_lib
@@ -317,8 +317,7 @@ def scored_examples(
   key: Array,
 ) -> selection.Scored:
   """Returns what is known of this device's examples; `key` is the step's."""
-  rows = logits.shape[0]
-  positions = jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
+  positions = own_positions(spec, logits.shape[0])
   return selection.Scored(
     logits=logits.astype(jnp.float32),
     features=features,
@@ -472,24 +471,9 @@ def gradient_of(
   keep: Array | None,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
   """Differentiates the loss of the batch; see `batch_gradient`."""
-
-  def loss_function(params: PyTree):
-    outputs, batch_stats = training_forward(spec, params, state, batch, key)
-    risks = spec.risk(outputs)
-    total = mean_risk(spec, weigh(risks, outputs.weights), keep)
-    if spec.risk_weight is not None:
-      total = spec.risk_weight * total
-    means = {'loss': jnp.mean(risks)}
-    for term in spec.terms:
-      means[term.metric] = value = mean_loss(term, outputs)
-      if term.weight is not None:
-        total = total + term.weight(state.step) * value
-    forward = (batch_stats, outputs.logits, outputs.features)
-    return total, (*forward, risks, means)
-
-  gradient, (batch_stats, logits, features, risks, means) = jax.grad(
-    loss_function, has_aux=True
-  )(state.params)
+  differentiate = at_once if spec.accumulate == 1 else in_parts
+  gradient, made = differentiate(spec, state, batch, key, keep)
+  batch_stats, logits, features, risks, means = made
   gradient = jax.lax.pmean(gradient, spec.axis_name)
   if spec.average_batch_stats:
     batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
@@ -505,19 +489,196 @@ def gradient_of(
   return gradient, batch_stats, memory, metrics
 
 
+class Made(NamedTuple):
+  """What the forward passes of a gradient made, on this device.
+
+  Attributes:
+    batch_stats: the model's new ones.
+    logits, features, risks: of the examples.
+    means: of the losses.
+  """
+
+  batch_stats: PyTree
+  logits: Array
+  features: Array
+  risks: Array
+  means: Metrics
+
+
+def at_once(
+  spec: StepSpec,
+  state: TrainState,
+  batch: PyTree,
+  key: Array,
+  keep: Array | None,
+) -> tuple[PyTree, Made]:
+  """Differentiates the loss of this device's shard of the batch."""
+  positions = own_positions(spec, batch['label'].shape[0])
+
+  def loss_function(params: PyTree):
+    outputs, batch_stats = training_forward(
+      spec, params, state, batch, positions, key
+    )
+    total, risks, means = total_loss(spec, state, outputs, keep, spec.terms)
+    made = outputs.logits, outputs.features, risks, means
+    return total, Made(batch_stats, *made)
+
+  return jax.grad(loss_function, has_aux=True)(state.params)
+
+
+def in_parts(
+  spec: StepSpec,
+  state: TrainState,
+  batch: PyTree,
+  key: Array,
+  keep: Array | None,
+) -> tuple[PyTree, Made]:
+  """Differentiates as `at_once` does, but a part of the batch at a time.
+
+  So only the activations of a part are in memory. A loss that is a mean over
+  examples is the mean of those of the parts. Another is of the whole batch: MMR
+  with its largest norm, trimming with its ranks. That is differentiated by the
+  logits and features of all, which a forward without a gradient makes, and the
+  backward of each part goes on from there (Gao et al. 2021).
+  """
+  positions = own_positions(spec, batch['label'].shape[0])
+  parts = accumulation.split(spec, (batch, positions))
+  in_turn = accumulation.unrolled if spec.unrolled else jax.lax.scan
+
+  def forward(params: PyTree, part: PyTree) -> tuple[losses.Outputs, PyTree]:
+    return training_forward(spec, params, state, *part, key)
+
+  example_terms, batch_terms = divide_terms(
+    spec, lambda part: forward(state.params, part)[0], parts
+  )
+
+  def batch_loss(logits: Array, features: Array, kernel: Array):
+    outputs = batch_outputs(spec, batch, logits, features, kernel)
+    total, _, means = total_loss(
+      spec, state, outputs, keep, batch_terms, adds_risk=keep is not None
+    )
+    return total, means
+
+  kernel = head_kernel(state.params)
+  slopes = ()
+  weighted = [term for term in batch_terms if term.weight is not None]
+  if weighted or keep is not None:
+
+    def outputs_of(carry: None, part: PyTree):
+      outputs, _ = forward(state.params, part)
+      return carry, (outputs.logits, outputs.features)
+
+    _, outputs = in_turn(outputs_of, None, parts)
+    *slopes, kernel_slope = jax.grad(batch_loss, (0, 1, 2), has_aux=True)(
+      *accumulation.merge(spec, outputs), kernel
+    )[0]
+    slopes = accumulation.split(spec, slopes)
+
+  def loss_function(params: PyTree, part: PyTree, slopes: PyTree):
+    outputs, batch_stats = forward(params, part)
+    total, risks, means = total_loss(
+      spec, state, outputs, None, example_terms, adds_risk=keep is None
+    )
+    total = total / spec.accumulate
+    made = outputs.logits, outputs.features
+    for slope, output in zip(slopes, made[: len(slopes)], strict=True):
+      total = total + jnp.sum(slope * output)
+    return total, Made(batch_stats, *made, risks, means)
+
+  def add(gradient: PyTree, xs: PyTree):
+    more, made = jax.grad(loss_function, has_aux=True)(state.params, *xs)
+    return jax.tree.map(jnp.add, gradient, more), made
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  gradient, made = in_turn(add, zeros, (parts, slopes))
+  if slopes:
+    head = gradient['head']
+    total = head['kernel'] + kernel_slope.astype(head['kernel'].dtype)
+    gradient = {**gradient, 'head': {**head, 'kernel': total}}
+  batch_stats, means = jax.tree.map(
+    lambda x: jnp.mean(x, axis=0), (made.batch_stats, made.means)
+  )
+  of_examples = accumulation.merge(
+    spec, (made.logits, made.features, made.risks)
+  )
+  means = batch_loss(*of_examples[:2], kernel)[1] | means
+  return gradient, Made(batch_stats, *of_examples, means)
+
+
+def divide_terms(
+  spec: StepSpec, outputs_of: Callable, parts: PyTree
+) -> tuple[list[LossTerm], list[LossTerm]]:
+  """Returns the losses that are means over examples, and those of a batch."""
+  part = jax.tree.map(lambda x: x[0], parts)
+
+  def values(part: PyTree) -> list[Array]:
+    outputs = outputs_of(part)
+    return [jnp.asarray(term.loss(outputs)) for term in spec.terms]
+
+  shapes = jax.eval_shape(values, part)
+  example_terms, batch_terms = [], []
+  for term, value in zip(spec.terms, shapes, strict=True):
+    (example_terms if value.ndim else batch_terms).append(term)
+  return example_terms, batch_terms
+
+
+def batch_outputs(
+  spec: StepSpec, batch: PyTree, logits: Array, features: Array, kernel: Array
+) -> losses.Outputs:
+  """Returns the outputs of all parts as those of one forward."""
+  return losses.Outputs(
+    logits=logits,
+    features=features,
+    kernel=kernel,
+    labels=batch['label'],
+    index=batch['index'],
+    weights=batch.get('weights'),
+    linearize=accumulation.no_linearize,
+    axis_name=spec.axis_name,
+  )
+
+
+def total_loss(
+  spec: StepSpec,
+  state: TrainState,
+  outputs: losses.Outputs,
+  keep: Array | None,
+  terms: Sequence[LossTerm],
+  adds_risk: bool = True,
+) -> tuple[Array, Array, Metrics]:
+  """Returns the sum of weighted losses, the risks, and the losses' means."""
+  risks = spec.risk(outputs)
+  means = {'loss': jnp.mean(risks)}
+  total = jnp.float32(0)
+  if adds_risk:
+    total = mean_risk(spec, weigh(risks, outputs.weights), keep)
+    if spec.risk_weight is not None:
+      total = spec.risk_weight * total
+  for term in terms:
+    means[term.metric] = value = mean_loss(term, outputs)
+    if term.weight is not None:
+      total = total + term.weight(state.step) * value
+  return total, risks, means
+
+
+def own_positions(spec: StepSpec, rows: int) -> Array:
+  """Returns where this device's rows are in the batch, or pool, of all."""
+  return jax.lax.axis_index(spec.axis_name) * rows + jnp.arange(rows)
+
+
 def training_forward(
   spec: StepSpec,
   params: PyTree,
   state: TrainState,
   batch: PyTree,
+  positions: Array,
   key: Array,
 ) -> tuple[losses.Outputs, PyTree]:
   """Runs the model in training mode; returns its outputs and batch_stats."""
   variables = {'params': params, 'batch_stats': state.batch_stats}
   inputs = spec.dataset.prepare(batch['inputs'])
   key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
-  device = jax.lax.axis_index(spec.axis_name)
-  masks = dropout.by_position(device)
+  masks = dropout.by_position(positions)
   groups = batch_norm.in_groups(spec.batch_norm_examples, spec.axis_name)
   with nn.intercept_methods(masks), nn.intercept_methods(groups):
     (logits, features), updates = spec.model.apply(
