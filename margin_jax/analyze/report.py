@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from margin_jax import data, files, linearized, signatures, terminal
 from margin_jax.analyze import plots
@@ -31,7 +32,7 @@ def analyze(
   out: str | None = None,
   log: Callable[[str], None] = print,
   wait: terminal.Wait = terminal.do_not_show,
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
   """Measures the margins of a trained run; writes tables and figures.
 
   Args:
@@ -70,7 +71,9 @@ def analyze(
       ),
       {name: shapes[name] for name in layer_names},
     )  # fmt: skip
-    folder = runs.make_folder(out or run.workdir.folder / 'analysis')
+    folder = stack.enter_context(
+      runs.output(out, run.workdir.child('analysis'))
+    )
     report = Report(run.dataset, layer_names, _words(run))
     for step in sorted({*(steps or run.checkpoints.steps())}):
       state = run.restore(step)
@@ -82,8 +85,8 @@ def analyze(
         }
       text = ', '.join(f'{accuracy[split]:.2%} of {split}' for split in splits)
       log(f'step {step:,}: accuracy {text}')
-  report.write(folder)
-  return folder
+    report.write(folder.folder)
+  return folder.path
 
 
 def _words(run: runs.TrainedRun) -> tuple[str, ...]:

@@ -196,7 +196,7 @@ class Costs:
       cost = self._measure(trial, periods)
       measured = self._measured[key] = {'cost': cost, 'config': config}
       files.write_json(self._path, self._measured)
-      self._workdir.commit()
+      self._workdir.publish()
     return measured['cost']
 
   def _measure(self, trial: Trial, periods: Periods) -> float:

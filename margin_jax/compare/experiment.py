@@ -111,6 +111,7 @@ def compare(
           place.folder, outcome.runs, outcome.results, baseline,
           [*below, *notes, *_failures(outcome)], split,
         )  # fmt: skip
+        place.publish()
         text = '\n\n'.join([text, *lines])
   if text is not None:
     log(text)

@@ -1,5 +1,6 @@
 """The runs of a comparison: each is trained once, whatever interrupts it."""
 
+import contextlib
 import copy
 import dataclasses
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from margin_jax import files, terminal
+from margin_jax.buckets import BucketError
 from margin_jax.compare.methods import Trial, named_errors
 from margin_jax.train import loop, schema
 from margin_jax.train import runs as runs_lib
@@ -151,4 +153,10 @@ def _train(run: Run) -> Result:
       file.write(f'{line}\n')
       file.flush()
 
-    return loop.train(run.config, str(run.workdir), log=log)
+    try:
+      result = loop.train(run.config, str(run.workdir), log=log)
+    finally:
+      with contextlib.suppress(BucketError):  # of the log only
+        run.workdir.publish()
+  run.workdir.refresh()
+  return result

@@ -25,12 +25,10 @@ import orbax.checkpoint as ocp
 from margin_jax import checks, files
 from margin_jax.train import devices as devices_lib
 from margin_jax.train.compiled import Counters
-from margin_jax.train.workdirs import Workdir
+from margin_jax.train.workdirs import FOLDER, QUARANTINE, Workdir
 
 PyTree = Any
 
-FOLDER = 'checkpoints'
-QUARANTINE = 'corrupt_checkpoints'
 _ACCURACY, _DIGESTS = 'accuracy', 'sha256'
 _FRACTION = checks.number(least=0, most=1)
 _COUNTERS = checks.numbers(
@@ -189,6 +187,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=writing,
+        multiprocessing_options=self._processes(),
       ),
     )
     for step in self.steps():
@@ -196,6 +195,22 @@ class Checkpoints:
         self._note(step, self.info(step).get(_ACCURACY))
       except CorruptError:
         self._unknown.add(step)
+
+  def _processes(self) -> ocp.options.MultiprocessingOptions:
+    """Says which processes share the folder: all, or none with another."""
+    if not self._workdir.remote or not devices_lib.several_processes():
+      return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+      primary_host=own,
+      active_processes={own},
+      barrier_sync_key_prefix=f'process_{own}',
+    )
+
+  @property
+  def shared(self) -> bool:
+    """Whether all processes of the run read and write the same files."""
+    return not self._workdir.remote
 
   def _note(self, step: int, accuracy: float | None) -> None:
     if accuracy is not None:
@@ -216,6 +231,8 @@ class Checkpoints:
     Raises:
       SaveError: this one or the one before could not be written.
     """
+    if not self.shared and jax.process_index() != 0:
+      return  # the first process saves for all
     host = _stored(jax.tree.map(np.array, jax.device_get(state)))
     info = {**info, _ACCURACY: accuracy}
     info[_DIGESTS] = {'arrays': _digest(host), 'info': _digest_info(info)}
@@ -328,6 +345,7 @@ class Checkpoints:
 
   def quarantine(self, step: int) -> pathlib.Path:
     """Moves a step's folder out of the way, and says where it is now."""
+    self._workdir.fetch(step)
     folder = self._folder.with_name(QUARANTINE)
     folder.mkdir(exist_ok=True)
     names = itertools.chain(

@@ -235,8 +235,9 @@ def train(
 
     # Save. A result beside an older checkpoint would be of another network.
     checkpoints.wait()
-    if devices.is_main_process:
+    if main:
       _write_result(run, result)
+      place.publish()
     say(
       f'{_headline(result)} after {config.steps:,} steps, '
       f'{run.counters.seconds:.1f} s of training'
@@ -327,7 +328,7 @@ def _restore(
       continue
     for bad, error in corrupt:
       log(f'warning: {error}; going back to step {step:,}')
-      if devices.is_main_process:
+      if devices.is_main_process or not checkpoints.shared:
         log(f'warning: it is now {checkpoints.quarantine(bad)}')
     if corrupt:
       devices.barrier('quarantine')
@@ -488,7 +489,7 @@ def _run_steps(
           evaluations, accuracy, improved = _evaluate(run, reporter, step)
           save = save or improved
         if save or stop:
-          _save(run, step, accuracy)
+          _save(run, reporter, step, accuracy)
         started += _clock(run) - paused
       if stop:
         run.checkpoints.wait()
@@ -556,8 +557,12 @@ def _tests(results: dict[str, Any]) -> dict[str, float]:
   return reported
 
 
-def _save(run: Run, step: int, accuracy: float | None) -> None:
+def _save(
+  run: Run, reporter: Reporter, step: int, accuracy: float | None
+) -> None:
   """Saves a checkpoint of the state, which is at `step`."""
+  if run.workdir.remote:
+    reporter.next_file(step)
   info = {
     'step': step,
     'config': run.saved_config,

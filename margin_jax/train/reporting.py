@@ -132,8 +132,9 @@ class Reporter:
     self._classes = _Table(folder / 'classes.csv', after)
     for table in (self._train, self._eval, self._classes):
       table.begin()
+    self._board_folder = str(folder / 'tensorboard')
     self._board = tensorboardX.SummaryWriter(
-      str(folder / 'tensorboard'), purge_step=after + 1
+      self._board_folder, purge_step=after + 1
     )
     self._class_names = class_names
     self._begin_session(config or {}, splits)
@@ -277,6 +278,16 @@ class Reporter:
       if not math.isnan(value):
         self._board.add_scalar(f'{prefix}/{name}', value, step)
 
+  def next_file(self, step: int) -> None:
+    """Ends TensorBoard's file and begins another, which starts after a step.
+
+    What is in a bucket cannot be appended to, and its writer is behind.
+    """
+    self._board.close()
+    self._board = tensorboardX.SummaryWriter(
+      self._board_folder, filename_suffix=f'.{step:09}'
+    )
+
   def close(self) -> None:
     """Ends the view; flushes and closes the files."""
     try:
@@ -299,6 +310,9 @@ class Silent(Reporter):
     """Does nothing."""
 
   def histogram(self, *args: Any) -> None:
+    """Does nothing."""
+
+  def next_file(self, *args: Any) -> None:
     """Does nothing."""
 
   def close(self) -> None:

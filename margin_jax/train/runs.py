@@ -28,6 +28,7 @@ from margin_jax import (
 )
 from margin_jax import config as config_lib
 from margin_jax import trained as trained_lib
+from margin_jax.buckets import BucketError
 from margin_jax.data import kinds
 from margin_jax.models import bert_weights
 from margin_jax.train import schema, workdirs
@@ -107,11 +108,13 @@ def lock_workdir(
           workdir.folder,
           lambda name: name in names or _EXAMPLES.fullmatch(name),
         )
-    except (OSError, files.FileError) as error:
+    except (OSError, BucketError, files.FileError) as error:
       problem = error
     failed = problem is not None
     if devices is not None:
       failed = devices.sum(failed)
+    if isinstance(problem, BucketError):
+      raise problem
     if failed:
       raise config_lib.ConfigError(
         f'workdir={str(workdir)!r}: {problem or "see the other processes"}'
@@ -480,8 +483,26 @@ def register_from(path: str) -> None:
   config_files.run(path.partition(':')[0])
 
 
+@contextlib.contextmanager
+def output(out: str | None, default: Workdir) -> Iterator[Workdir]:
+  """Creates the folder to write to; copies to its bucket at the end."""
+  with contextlib.ExitStack() as stack:
+    place = default
+    if out is not None and workdirs.is_url(out):
+      place = stack.enter_context(workdirs.opened(out))
+    elif out is not None:
+      place = Workdir(out)
+    make_folder(str(place.folder))
+    yield place
+    place.publish()
+
+
 def make_folder(out: str) -> pathlib.Path:
   """Creates the folder to write to, before anything is measured."""
+  if workdirs.is_url(out):
+    raise config_lib.ConfigError(
+      f'out={out!r} is not allowed: it must be a folder of this machine'
+    )
   folder = pathlib.Path(out).expanduser()
   try:
     folder.mkdir(parents=True, exist_ok=True)

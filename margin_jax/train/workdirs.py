@@ -1,17 +1,37 @@
 """Where a run writes: a folder of this machine, or one of a bucket."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Self
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
 
+from etils import epath
+
+from margin_jax import buckets, files
 from margin_jax import config as config_lib
-from margin_jax import files
+from margin_jax.buckets import Bucket, Lock
+
+# Of a workdir.
+FOLDER = 'checkpoints'
+QUARANTINE = 'corrupt_checkpoints'
+RESULT = 'result.json'
+# What is copied to a bucket besides checkpoints and the files of the workdir.
+TREES = ('tensorboard', QUARANTINE)
+# Orbax's own mark of a whole checkpoint in a bucket.
+MARK = 'commit_success.txt'
 
 # One letter is a drive of Windows.
-_SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):/')
+_SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
+_PART = r'(?!\.{1,2}(/|$))[^/*?\[\]#]+'
+_URL = re.compile(rf'({"|".join(buckets.SCHEMES)})://{_PART}(/{_PART})*')
+_SCRATCH = 'margin_jax-'
 
 
 class Workdir:
@@ -31,6 +51,11 @@ class Workdir:
   def __str__(self) -> str:
     """Returns the name that the user knows."""
     return str(self.folder)
+
+  @property
+  def path(self) -> pathlib.Path | epath.Path:
+    """The folder, to be shown and opened."""
+    return self.folder
 
   def child(self, name: str) -> Self:
     """Returns a folder in this one."""
@@ -63,9 +88,275 @@ class Workdir:
   def wait(self) -> None:
     """Waits for `commit`."""
 
+  def publish(self) -> None:
+    """Copies what is new to where it stays."""
+    self.commit()
+    self.wait()
+
   def named(self, text: str) -> str:
     """Returns a text with the names of files as the user knows them."""
     return text
+
+
+class BucketWorkdir(Workdir):
+  """A folder of a bucket, and a copy of it on this machine.
+
+  The run reads and writes the copy. Each checkpoint is followed by the tables
+  and TensorBoard's files as they were when it was saved, then by its `MARK`: a
+  checkpoint without it is not there. So the bucket always has all of some
+  checkpoint, with all rows up to it.
+  """
+
+  remote = True
+
+  def __init__(self, bucket: Bucket, folder: pathlib.Path):
+    """Copies nothing yet."""
+    self.folder = folder
+    self._bucket = bucket
+    self._lock: Lock | None = None
+    # The objects that were copied, by name, and the files that were, in either
+    # direction: what tells whether they have changed.
+    self._objects: dict[str, Any] = {}
+    self._files: dict[str, Any] = {}
+    self._steps: set[int] = set()
+    self._thread: threading.Thread | None = None
+    self._error: Exception | None = None
+
+  def __str__(self) -> str:
+    """Returns the URL."""
+    return self._bucket.url
+
+  @property
+  def path(self) -> epath.Path:
+    """The folder, to be shown and opened."""
+    return epath.Path(self._bucket.url)
+
+  def child(self, name: str) -> Self:
+    """Returns a folder in this one."""
+    return type(self)(self._bucket.child(name), self.folder / name)
+
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Keeps other programs out of the folder.
+
+    Raises:
+      OSError: another program uses it.
+      BucketError: the store fails.
+    """
+    lock = Lock(self._bucket)
+    with lock.held():
+      self._lock = lock
+      try:
+        self._remove_unfinished()
+        yield
+        self.publish()
+      except BaseException:
+        with contextlib.suppress(Exception):  # of two errors, the first
+          self.publish()
+        raise
+      finally:
+        self._lock = None
+
+  def refresh(self) -> None:
+    """Copies what has changed, of checkpoints all but the arrays."""
+    found = self._bucket.find()
+    self._steps = _marked(found)
+    wanted = {
+      name: _tag(about)
+      for name, about in found.items()
+      if _is_top_level(name) or self._describes_checkpoint(name)
+    }
+    for step in _steps(self.folder) - self._steps:
+      shutil.rmtree(self.folder / FOLDER / str(step))
+    for name in {*self._objects} - {*wanted}:
+      (self.folder / name).unlink(missing_ok=True)
+    changed = [
+      name for name, tag in wanted.items() if tag != self._objects.get(name)
+    ]
+    self._bucket.download(self.folder, changed)
+    self._objects = wanted
+    self._files |= {name: _stamp(self.folder / name) for name in changed}
+
+  def _remove_unfinished(self) -> None:
+    """Removes what killed saves left: checkpoints without a mark."""
+    found = self._bucket.find(FOLDER)
+    known = {None, *_marked(found)}
+    self._bucket.remove([name for name in found if _step(name) not in known])
+
+  def _describes_checkpoint(self, name: str) -> bool:
+    """Returns whether a file is of a checkpoint, but not of its arrays."""
+    step = _step(name)
+    return step in self._steps and not name.startswith(f'{FOLDER}/{step}/state')
+
+  def fetch(self, step: int) -> None:
+    """Copies the arrays of a checkpoint."""
+    found = self._bucket.find(f'{FOLDER}/{step}')
+    missing = [name for name in found if not (self.folder / name).exists()]
+    self._bucket.download(self.folder, missing)
+
+  def commit(self, busy: Callable[[], bool] = lambda: False) -> None:
+    """Begins to copy to the bucket what is new.
+
+    Args:
+      busy: whether a checkpoint is still being written.
+    """
+    self.wait()
+    tables = {
+      path.name: (_stamp(path), path.read_bytes())
+      for path in _top_level_files(self.folder)
+      if _stamp(path) != self._files.get(path.name)
+    }
+
+    def run() -> None:
+      try:
+        while busy():
+          time.sleep(0.02)
+        self._upload(tables)
+      except Exception as error:
+        self._error = error
+
+    self._thread = threading.Thread(target=run, daemon=True)
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Waits for `commit`.
+
+    Raises:
+      BucketError: it failed.
+    """
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def _upload(self, tables: Mapping[str, tuple[Any, bytes]]) -> None:
+    """Copies to the bucket; in this order, whenever it is cut short."""
+    self._check_owner()
+    saved = _steps(self.folder)
+    for step in saved - self._steps:
+      self._upload_checkpoint(step)
+    for tree in TREES:
+      self._upload_changed(tree)
+    for name, (stamp, content) in tables.items():
+      if name != RESULT:
+        self._write(name, stamp, content)
+    self._check_owner()
+    for step in saved - self._steps:
+      self._bucket.write(f'{FOLDER}/{step}/{MARK}', b'')
+    for step in self._steps - saved:
+      self._remove_checkpoint(step)
+    self._steps = saved
+    if RESULT in tables:
+      self._write(RESULT, *tables[RESULT])
+    self._remove_lost()
+
+  def _check_owner(self) -> None:
+    if self._lock is not None:
+      self._lock.check()
+
+  def _upload_checkpoint(self, step: int) -> None:
+    """Copies all but the mark, and clears what a killed save has left there."""
+    names = _files_below(self.folder, f'{FOLDER}/{step}')
+    before = self._bucket.find(f'{FOLDER}/{step}')
+    self._bucket.remove([name for name in before if name not in names])
+    mark = f'{FOLDER}/{step}/{MARK}'
+    self._bucket.upload(self.folder, [name for name in names if name != mark])
+
+  def _remove_checkpoint(self, step: int) -> None:
+    names = self._bucket.find(f'{FOLDER}/{step}')
+    mark = f'{FOLDER}/{step}/{MARK}'
+    self._bucket.remove([mark, *(name for name in names if name != mark)])
+
+  def _upload_changed(self, tree: str) -> None:
+    stamps = {
+      name: _stamp(self.folder / name)
+      for name in _files_below(self.folder, tree)
+    }
+    changed = [x for x, stamp in stamps.items() if stamp != self._files.get(x)]
+    self._bucket.upload(self.folder, changed)
+    self._files |= stamps
+
+  def _write(self, name: str, stamp: Any, content: bytes) -> None:
+    self._bucket.write(name, content)
+    self._files[name] = stamp
+
+  def _remove_lost(self) -> None:
+    """Removes the objects of files that the run has removed."""
+    here = {path.name for path in _top_level_files(self.folder)}
+    lost = [x for x in self._files if _is_top_level(x) and x not in here]
+    self._bucket.remove(lost)
+    for name in lost:
+      del self._files[name]
+
+  def named(self, text: str) -> str:
+    """Returns a text with URLs where it names files of the copy."""
+    return text.replace(str(self.folder), self._bucket.url)
+
+
+def _step(name: str) -> int | None:
+  """Returns the step of the checkpoint that an object is of."""
+  folder, step, *rest = (*name.split('/'), '')
+  return int(step) if folder == FOLDER and step.isdigit() and rest else None
+
+
+def _marked(names: Iterable[str]) -> set[int]:
+  """Returns the steps whose checkpoints are whole."""
+  marks = {name for name in names if name.endswith(f'/{MARK}')}
+  steps = {_step(name) for name in marks} - {None}
+  return {step for step in steps if f'{FOLDER}/{step}/{MARK}' in marks}
+
+
+def _is_top_level(name: str) -> bool:
+  """Returns whether a file is one that runs read again."""
+  return '/' not in name and not name.startswith('.')
+
+
+def _top_level_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  if not folder.is_dir():
+    return []
+  paths = sorted(folder.iterdir())
+  return [x for x in paths if x.is_file() and _is_top_level(x.name)]
+
+
+def _files_below(folder: pathlib.Path, name: str) -> list[str]:
+  paths = sorted((folder / name).rglob('*'))
+  return [x.relative_to(folder).as_posix() for x in paths if x.is_file()]
+
+
+def _steps(folder: pathlib.Path) -> set[int]:
+  paths = (folder / FOLDER).glob('*')
+  return {int(path.name) for path in paths if path.name.isdigit()}
+
+
+def _tag(about: Mapping[str, Any]) -> tuple[Any, ...] | object:
+  """Returns what changes with an object; never the same if nobody knows."""
+  tags = [about.get(x) for x in ('ETag', 'etag', 'generation', 'mtime')]
+  return (about['size'], *tags) if any(tags) else object()
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+  """Returns what changes with a file."""
+  stat = path.stat()
+  return stat.st_size, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[pathlib.Path]:
+  """Yields a new folder, and removes those of processes that were killed."""
+  base = pathlib.Path(tempfile.gettempdir())
+  for left in base.glob(f'{_SCRATCH}*/.owner'):
+    with contextlib.suppress(OSError):
+      if buckets.is_gone(left.read_bytes()):
+        shutil.rmtree(left.parent)
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=base))
+  try:
+    owner = json.dumps(buckets.this_process())
+    (folder / '.owner').write_text(owner, encoding='utf-8')
+    yield folder
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -73,12 +364,36 @@ def opened(workdir: str | os.PathLike) -> Iterator[Workdir]:
   """Opens a workdir to be read; see `Workdir.locked` to write.
 
   Args:
-    workdir: a folder, which need not exist; "~" is expanded.
+    workdir: a folder, which need not exist; "~" is expanded. Or
+      'gs://BUCKET/FOLDER', or 's3://BUCKET/FOLDER'.
 
   Raises:
     ConfigError: it is empty, of no user, or a URL of a kind that is not known.
+    BucketError: there is no access to the bucket.
   """
   name = os.fspath(workdir)
+  _check_name(name)
+  if not is_url(name):
+    yield Workdir(name)
+    return
+  bucket = Bucket(name.rstrip('/'))
+  with _scratch() as folder:
+    place = BucketWorkdir(bucket, folder)
+    try:
+      yield place
+    except Exception as error:
+      if error.args and isinstance(error.args[0], str):
+        error.args = (place.named(error.args[0]), *error.args[1:])
+      raise
+
+
+def is_url(name: str) -> bool:
+  """Returns whether a name begins with a scheme; 'C:/' is a drive."""
+  return _SCHEME.match(name) is not None
+
+
+def _check_name(name: str) -> None:
+  """Raises a ConfigError where a name can be no workdir's."""
   if not name:
     raise config_lib.ConfigError(
       "workdir='' is not allowed: it names no folder"
@@ -89,8 +404,8 @@ def opened(workdir: str | os.PathLike) -> Iterator[Workdir]:
       f'workdir={name!r} is not allowed: there is no user {user[1:]!r}; '
       f'./{name} is a folder of that name'
     )
-  if _SCHEME.match(name):
+  if is_url(name) and not _URL.fullmatch(name.rstrip('/')):
     raise config_lib.ConfigError(
-      f'workdir={name!r} is not allowed: it must be a folder of this machine'
+      f'workdir={name!r} is not allowed: it must be a folder, '
+      'gs://BUCKET/FOLDER or s3://BUCKET/FOLDER'
     )
-  yield Workdir(name)
