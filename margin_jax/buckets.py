@@ -26,7 +26,7 @@ from margin_jax.config import ConfigError
 Value = TypeVar('Value')
 
 # How long a store may be silent at the start.
-ANSWER_SECONDS = 6
+ANSWER_SECONDS = 5
 # How often an owner writes that it lives, and how long others believe it.
 BEAT_SECONDS = 10
 STALE_SECONDS = 60
@@ -81,6 +81,9 @@ class Bucket:
     self.url = url
     name = url.partition('://')[0]
     scheme = SCHEMES[name]
+    # gcsfs asks what kind of bucket it is, by another client: folders are not
+    # needed here.
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     try:
       client = fsspec.get_filesystem_class(name)
     except ImportError as error:
@@ -89,10 +92,9 @@ class Bucket:
         f"pip install 'margin_jax[{scheme.extra}]'"
       ) from error
     self._login = f'log in with {scheme.login}'
+    self._root = client._strip_protocol(url)
     with self._explained():
-      self._fs = client(use_listings_cache=False)
-      self._root = self._fs._strip_protocol(url)
-      self._in_time(self._check)
+      self._fs = _in_time(lambda: self._connect(client))
 
   def child(self, name: str) -> Self:
     """Returns a folder of this one."""
@@ -101,33 +103,13 @@ class Bucket:
     other._root = f'{self._root}/{name}'
     return other
 
-  def _check(self) -> None:
+  def _connect(self, client: type) -> fsspec.AbstractFileSystem:
+    """Returns a client that has seen the bucket."""
+    fs = client(use_listings_cache=False)
     bucket = self._root.partition('/')[0]
-    if not self.find() and not self._fs.exists(bucket):
+    if not _find(fs, self._root) and not fs.exists(bucket):
       raise FileNotFoundError(f'there is no bucket {bucket!r} that you may see')
-
-  def _in_time(self, ask: Callable[[], Value]) -> Value:
-    """Returns what a function returns, or raises what it raises, in time.
-
-    Clients without a network or credentials try again for minutes.
-    """
-    answer: list[Value] = []
-    problem: list[Exception] = []
-
-    def run() -> None:
-      try:
-        answer.append(ask())
-      except Exception as error:
-        problem.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if problem:
-      raise problem[0]
-    if not answer:
-      raise TimeoutError(f'no answer within {ANSWER_SECONDS} s')
-    return answer[0]
+    return fs
 
   def _path(self, name: str) -> str:
     return f'{self._root}/{name}'
@@ -135,10 +117,7 @@ class Bucket:
   def find(self, under: str = '') -> dict[str, dict[str, Any]]:
     """Returns the objects below a folder, and what is known of each."""
     with self._explained():
-      try:
-        found = self._fs.find(self._path(under).rstrip('/'), detail=True)
-      except FileNotFoundError:
-        return {}
+      found = _find(self._fs, self._path(under).rstrip('/'))
     start = len(self._root) + 1
     return {path[start:]: about for path, about in found.items()}
 
@@ -212,6 +191,37 @@ class Bucket:
         f'{self.url}: {_first_line(error)}; {self._login}, unless the network '
         'is at fault'
       ) from error
+
+
+def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+  try:
+    return fs.find(path, detail=True)
+  except FileNotFoundError:
+    return {}
+
+
+def _in_time(ask: Callable[[], Value]) -> Value:
+  """Returns what a function returns, or raises what it raises, in time.
+
+  Clients without a network or credentials try again for minutes.
+  """
+  answer: list[Value] = []
+  problem: list[Exception] = []
+
+  def run() -> None:
+    try:
+      answer.append(ask())
+    except Exception as error:
+      problem.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(ANSWER_SECONDS)
+  if problem:
+    raise problem[0]
+  if not answer:
+    raise TimeoutError(f'no answer within {ANSWER_SECONDS} s')
+  return answer[0]
 
 
 def _first_line(error: Exception) -> str:

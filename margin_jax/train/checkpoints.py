@@ -182,11 +182,13 @@ class Checkpoints:
       keep.append(policies.EveryNSteps(keep_every))
     self._workdir = workdir
     self._folder = workdir.folder / FOLDER
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=writing,
+        create=False,  # Orbax would not, for a process of several
         multiprocessing_options=self._processes(),
       ),
     )

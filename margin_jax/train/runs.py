@@ -325,25 +325,23 @@ def open_run(
     yield TrainedRun(place, config, checkpoints, devices, dataset, spec)
 
 
-def find(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the runs of a comparison, by name."""
-  found = (folder / 'runs').glob(f'**/{FOLDER}')
-  return sorted(x.parent for x in found)
-
-
 def find_best(workdir: str | os.PathLike) -> str:
   """Returns the run of a comparison with the highest accuracy.
 
   On the validation split, if there is one.
   """
 
-  def accuracy(folder: pathlib.Path) -> float:
-    result = files.read_json(folder / 'result.json', RESULT, 'move it away')
+  def accuracy(run: Workdir) -> float:
+    path = run.folder / 'result.json'
+    result = files.read_json(path, RESULT, 'move it away')
     return result.get('validation', result['test'])['accuracy']
 
   with workdirs.opened(workdir) as place:
-    runs = [x for x in find(place.folder) if (x / 'result.json').exists()]
-    return place.named(str(max(runs, key=accuracy)))
+    runs = place.runs()
+    for run in runs:
+      run.refresh()
+    finished = [x for x in runs if (x.folder / 'result.json').exists()]
+    return str(max(finished, key=accuracy))
 
 
 def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
@@ -370,7 +368,7 @@ def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
 
 def _advice(workdir: Workdir) -> str:
   """Returns what to do about a workdir that is none of a run."""
-  names = [workdir.named(str(x)) for x in find(workdir.folder)]
+  names = [str(run) for run in workdir.runs()]
   if not names:
     return 'train it first with ' + commands.line('train')
   more = [f'and {len(names) - 5} more'] if len(names) > 5 else []

@@ -22,6 +22,8 @@ from margin_jax.buckets import Bucket, Lock
 FOLDER = 'checkpoints'
 QUARANTINE = 'corrupt_checkpoints'
 RESULT = 'result.json'
+# Of a comparison.
+RUNS = 'runs'
 # What is copied to a bucket besides checkpoints and the files of the workdir.
 TREES = ('tensorboard', QUARANTINE)
 # Orbax's own mark of a whole checkpoint in a bucket.
@@ -60,6 +62,12 @@ class Workdir:
   def child(self, name: str) -> Self:
     """Returns a folder in this one."""
     return type(self)(self.folder / name)
+
+  def runs(self) -> list[Self]:
+    """Returns the runs of a comparison, by name."""
+    found = (self.folder / RUNS).glob(f'**/{FOLDER}')
+    names = sorted(x.parent.relative_to(self.folder).as_posix() for x in found)
+    return [self.child(name) for name in names]
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
@@ -135,6 +143,12 @@ class BucketWorkdir(Workdir):
     """Returns a folder in this one."""
     return type(self)(self._bucket.child(name), self.folder / name)
 
+  def runs(self) -> list[Self]:
+    """Returns the runs of a comparison, by name."""
+    found = (x.partition(f'/{FOLDER}/') for x in self._bucket.find(RUNS))
+    names = sorted({run for run, separator, _ in found if separator})
+    return [self.child(name) for name in names]
+
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
     """Keeps other programs out of the folder.
@@ -180,8 +194,10 @@ class BucketWorkdir(Workdir):
   def _remove_unfinished(self) -> None:
     """Removes what killed saves left: checkpoints without a mark."""
     found = self._bucket.find(FOLDER)
-    known = {None, *_marked(found)}
-    self._bucket.remove([name for name in found if _step(name) not in known])
+    marked = _marked(found)
+    self._bucket.remove(
+      [x for x in found if _is_of_save(x) and _step(x) not in marked]
+    )
 
   def _describes_checkpoint(self, name: str) -> bool:
     """Returns whether a file is of a checkpoint, but not of its arrays."""
@@ -260,7 +276,9 @@ class BucketWorkdir(Workdir):
     """Copies all but the mark, and clears what a killed save has left there."""
     names = _files_below(self.folder, f'{FOLDER}/{step}')
     before = self._bucket.find(f'{FOLDER}/{step}')
-    self._bucket.remove([name for name in before if name not in names])
+    self._bucket.remove(
+      [x for x in before if _is_of_save(x) and x not in names]
+    )
     mark = f'{FOLDER}/{step}/{MARK}'
     self._bucket.upload(self.folder, [name for name in names if name != mark])
 
@@ -299,6 +317,12 @@ def _step(name: str) -> int | None:
   """Returns the step of the checkpoint that an object is of."""
   folder, step, *rest = (*name.split('/'), '')
   return int(step) if folder == FOLDER and step.isdigit() and rest else None
+
+
+def _is_of_save(name: str) -> bool:
+  """Returns whether an object is one that a save writes, not a user."""
+  parts = name.partition(f'{FOLDER}/{_step(name)}/')[2].split('/')
+  return parts[0] in ('info', 'state', '_CHECKPOINT_METADATA')
 
 
 def _marked(names: Iterable[str]) -> set[int]:

@@ -1,6 +1,6 @@
 """An object store in a folder, and commands that take it for gs:// and s3://.
 
-    python -m tests.faults.object_store margin_jax.train --workdir=gs://b/run ...
+    python -m tests.faults.object_store margin_jax.train --workdir=gs://b/r ...
 
 An object is a file whose name is its quoted key: no folders, no appending, no
 renaming. `STORE` names the folder; at call number `KILL_AT` that writes or

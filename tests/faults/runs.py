@@ -1,18 +1,19 @@
 """Real training processes of a second or two, to be disturbed."""
 
+import contextlib
 import csv
 import os
 import pathlib
 import subprocess
 import sys
 
+from margin_jax.train import workdirs
 from margin_jax.train.checkpoints import Checkpoints
-from margin_jax.train.workdirs import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
-COMMAND = (
-  sys.executable, '-m', 'margin_jax.train', '--config=configs/digits.py',
+ARGUMENTS = (
+  'margin_jax.train', '--config=configs/digits.py',
   f'--config.steps={STEPS}', '--config.eval_every=20',
   '--config.log_every=5', '--config.checkpoint_every=5',
   '--config.batch_size=8', '--config.pool_size=32',
@@ -20,11 +21,23 @@ COMMAND = (
 )  # fmt: skip
 
 
-def start(workdir, *arguments, devices=1, **environment) -> subprocess.Popen:
-  """Starts a run; its output is one stream of text."""
+COMMAND = (sys.executable, '-m', *ARGUMENTS)
+
+
+def start(
+  workdir, *arguments, devices=1, through=(), **environment
+) -> subprocess.Popen:
+  """Starts a run, by a module if need be; its output is one stream of text."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
-    [*COMMAND, f'--workdir={workdir}', *arguments],
+    [
+      sys.executable,
+      '-m',
+      *through,
+      *ARGUMENTS,
+      f'--workdir={workdir}',
+      *arguments,
+    ],
     cwd=ROOT,
     env={
       **os.environ,
@@ -58,17 +71,18 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 
 def digest(workdir, step: int = STEPS) -> str:
   """Of the state that a checkpoint holds."""
-  checkpoints = Checkpoints(Workdir(workdir))
-  try:
-    return checkpoints.digests(step)['arrays']
-  finally:
-    checkpoints.close()
+  with workdirs.opened(workdir) as place:
+    place.refresh()
+    with contextlib.closing(Checkpoints(place)) as checkpoints:
+      return checkpoints.digests(step)['arrays']
 
 
 def rows(workdir, name: str) -> list[tuple[str, ...]]:
   """A CSV file without what no two runs share."""
-  with pathlib.Path(workdir, name).open(newline='') as file:
-    found = list(csv.DictReader(file))
+  with workdirs.opened(workdir) as place:
+    place.refresh()
+    with (place.folder / name).open(newline='') as file:
+      found = list(csv.DictReader(file))
   varying = {
     'seconds', 'data_wait', 'data_wait_share', 'steps_per_second',
     'memory_bytes', 'memory_peak_bytes',
