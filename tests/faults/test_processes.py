@@ -104,11 +104,12 @@ def test_a_process_that_hangs_ends_the_other(tmp_path):
   try:
     runs.wait_for(first, 'step 20/')
     second.send_signal(signal.SIGSTOP)
-    first.communicate(timeout=2 * devices.HEARTBEAT_SECONDS)
+    first.communicate(timeout=5 * devices.HEARTBEAT_SECONDS)
     assert first.returncode not in (0, None)
   finally:
-    first.kill()
-    second.kill()
+    for process in (first, second):
+      process.kill()
+      process.communicate()
 
 
 @pytest.mark.parametrize('process', [0, 1])
