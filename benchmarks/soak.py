@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ EVERY = 500  # steps between two rows
 # saved more than once.
 SETTLED = 2_000
 CONFIG = pathlib.Path(__file__).parent.parent / 'configs/digits.py'
+COUNTED = 'files', 'threads'
 COLUMNS = ('process', 'step', 'memory', 'files', 'threads', 'steps_per_second')
 
 
@@ -87,28 +89,25 @@ def report(workdir: pathlib.Path, steps: int) -> str:
     rows = [
       {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)
     ]
-  lines = []
-  growth = []
+  lines, grown = [], []
   for process in dict.fromkeys(row['process'] for row in rows):
     mine = [row for row in rows if row['process'] == process]
     settled = [x for x in mine if x['step'] >= mine[0]['step'] + SETTLED]
     if len(settled) < 3:
       continue
-    step, memory = (
-      np.array([row[name] for row in settled]) for name in ('step', 'memory')
-    )
-    slope = np.polyfit(step, memory / 2**20, 1)[0] * 10_000
-    growth.append(slope)
-    ends = settled[0], settled[-1]
-    lines.append(
-      f'| {int(mine[0]["step"]):,} to {int(mine[-1]["step"]):,} | '
-      + ' | '.join(f'{x["memory"] / 2**20:.0f}' for x in ends)
-      + f' | {slope:+.1f} | '
-      + ' | '.join(f'{x["files"]:.0f}' for x in ends)
-      + ' | '
-      + ' | '.join(f'{x["threads"]:.0f}' for x in ends)
-      + ' |'
-    )
+    # The very last row may be of the end of the run, where things are closed.
+    seen = settled[0], settled[len(settled) // 2], settled[-2]
+    grown.append([
+      (after['memory'] - before['memory']) / 2**20 * 10_000
+      / (after['step'] - before['step'])
+      for before, after in itertools.pairwise(seen)
+    ])  # fmt: skip
+    cells = [f'{int(x["step"]):,}' for x in (mine[0], mine[-1])]
+    cells = [' to '.join(cells)]
+    cells += [f'{x["memory"] / 2**20:.0f}' for x in seen]
+    cells += [f'{seen[i][name]:.0f}' for name in COUNTED for i in (0, -1)]
+    lines.append(f'| {" | ".join(cells)} |')
+  first, second = np.mean(grown, axis=0)
   run = workdir / 'run'
   board = sum(x.stat().st_size for x in (run / 'tensorboard').glob('*'))
   found = json.loads((run / 'result.json').read_text())
@@ -117,15 +116,16 @@ def report(workdir: pathlib.Path, steps: int) -> str:
     '',
     f'`python -m benchmarks.soak`: {steps:,} steps of configs/digits.py, in '
     f'pieces that end with SIGTERM; {os.cpu_count()} cores, jax '
-    f'{versions()["jax"]}. Of each process, from {SETTLED:,} steps after its '
-    'first row to its end:',
+    f'{versions()["jax"]}. Of each process, {SETTLED:,} steps after its first '
+    'row, half way from there, and at its end:',
     '',
-    '| steps | MiB, first | last | growth in 10,000 steps | open files, first '
-    '| last | threads, first | last |',
+    '| steps | MiB | half way | at the end | open files | at the end | threads '
+    '| at the end |',
     '|---|---|---|---|---|---|---|---|',
     *lines,
     '',
-    f'Mean growth: {np.mean(growth):+.2f} MiB in 10,000 steps. At the end '
+    f'In 10,000 steps a process grows by {first:.1f} MiB in the first half, by '
+    f'{second:.1f} MiB in the second. At the end '
     f'train.csv has {(run / "train.csv").stat().st_size / 2**20:.2f} MiB, '
     f'TensorBoard\'s files {board / 2**20:.2f} MiB. Test accuracy '
     f'{found["test"]["accuracy"]:.2%}.',

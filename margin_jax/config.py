@@ -311,6 +311,15 @@ FIELDS: dict[str, Field] = {
     'Steps between two rows of train.csv.',
     resumable=True,
   ),
+  'log_rows': Field(
+    None,
+    optional(integer(1)),
+    'After so many rows of train.csv, and at every doubling of the steps from '
+    'there, log_every doubles, so that a long run has small tables and '
+    'TensorBoard files; a row is the mean since the one before, as ever. '
+    'Evaluations and checkpoints end a row too. None never doubles it.',
+    resumable=True,
+  ),
   'eval_every': Field(
     1000,
     integer(1),

@@ -42,6 +42,7 @@ BAD = [
   ('checkpoint_every', -1, POSITIVE),
   ('eval_batch_size', 0, POSITIVE),
   ('keep_every', 0, POSITIVE),
+  ('log_rows', 0, POSITIVE),
   ('data.name', 'cifar', "'cifar10'"),
   ('data.name', 'folder:', "'folder:PATH'"),
   ('data.name', '../digits', "'csv:PATH'"),

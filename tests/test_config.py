@@ -27,8 +27,9 @@ from tests.helpers import make_config
 FIELDS = tuple(config_lib.flatten(config_lib.default()))
 # What may differ between a checkpoint and the run that continues it.
 RESUMABLE = {
-  'steps', 'devices', 'steps_per_call', 'log_every', 'eval_every',
-  'checkpoint_every', 'keep_every', 'eval_batch_size', 'data.data_dir',
+  'steps', 'devices', 'steps_per_call', 'log_every', 'log_rows',
+  'eval_every', 'checkpoint_every', 'keep_every', 'eval_batch_size',
+  'data.data_dir',
   'data.labels', 'data.workers', 'data.undecodable', 'on_nonfinite',
   'attack.name', 'attack.epsilons', 'attack.steps', 'attack.step_size',
   'attack.source', 'scale_schedule', 'accumulate',

@@ -276,3 +276,23 @@ def test_python_stays_a_few_calls_ahead_of_the_devices(monkeypatch, tmp_path):
   train(tmp_path, steps=200, devices=4, **intervals)
   assert len(ahead) == 200
   assert max(ahead) <= devices_lib.MAX_CALLS_AHEAD
+
+
+def test_rows_grow_rarer():
+  """Four rows, then two for every doubling of the steps."""
+  ends = [x for x in range(1, 641) if loop.row_ends(x, 10, 4)]
+  assert ends == [10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640]
+  assert [x for x in range(1, 50) if loop.row_ends(x, 10, None)] == [
+    10,
+    20,
+    30,
+    40,
+  ]
+
+
+def test_a_run_with_fewer_rows_counts_all_steps(tmp_path):
+  fields = {'log_every': 1, 'eval_every': 20, 'checkpoint_every': 20}
+  config = helpers.small_config(**fields, log_rows=2, steps=20)
+  loop.train(config, str(tmp_path), log=lambda line: None)
+  rows = helpers.read_csv(tmp_path / 'train.csv')
+  assert [int(row['step']) for row in rows] == [1, 2, 4, 8, 16, 20]

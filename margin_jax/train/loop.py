@@ -470,7 +470,7 @@ def _run_steps(
   try:
     for step in range(run.start + call, config.steps + 1, call):
       run.state, metrics = run.program(step - call, run.state)
-      if windows and (step - call) % config.log_every == 0:
+      if windows and row_ends(step - call, config.log_every, config.log_rows):
         report(step - call)
       windows.append(metrics)
       watch.add(step - call, metrics)
@@ -501,6 +501,18 @@ def _run_steps(
   except guard.NonFiniteError as error:
     raise _with_examples(run, error) from None
   return evaluations
+
+
+def row_ends(step: int, log_every: int, log_rows: int | None) -> bool:
+  """Returns whether a row of train.csv ends with a step.
+
+  Rows are log_every * 2^k steps apart; k is the least for which the steps so
+  far would be at most `log_rows` such rows.
+  """
+  interval = log_every
+  while log_rows is not None and step > log_rows * interval:
+    interval *= 2
+  return step % interval == 0
 
 
 def _clock(run: Run) -> float:
