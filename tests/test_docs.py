@@ -34,6 +34,8 @@ MODULES = {
 }
 # What other programs than ours are for.
 OTHERS = (
+  'aws',
+  'gcloud',
   'pip', 'python', '.', 'tensorboard', 'uv', 'cyclonedx-py', 'pip-audit',
 )  # fmt: skip
 
