@@ -178,9 +178,10 @@ def _misuse(
     return f'{changed[1]} is a tuple: write config.{changed[1]} += (VALUE,)'
   if 'ml_collections' not in last.filename:
     return None
-  field = re.search(r'config\.([\w.]+)', line)
-  if field and not isinstance(error, TypeError):
-    return unknown_field(field[1])
+  named = re.findall(r'config\.([\w.]+)', line)
+  unknown = [x for x in named if x not in FIELDS and not members(x)]
+  if unknown and not isinstance(error, TypeError):
+    return unknown_field(unknown[0])
   return str(error)
 
 

@@ -272,7 +272,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 # What `whole` calls a file that it writes: the name, the process, a token.
-_ASIDE = re.compile(r'\.(?P<name>.+)\.(?P<process>\d+)\.[0-9a-f]{8}')
+_ASIDE = re.compile(r'\.(?P<name>.+)\.(?P<process>\d{1,9})\.[0-9a-f]{8}')
 
 
 def remove_leftovers(

@@ -443,8 +443,16 @@ def _named_shapes(
   shapes = {}
 
   def see(name: str, x: Array) -> Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f'layer {name!r} must be floating, got {x.dtype}')
     shapes[name] = x.shape
     return x
 
-  jax.eval_shape(lambda: network(variables, inputs, see))
+  logits = jax.eval_shape(lambda: network(variables, inputs, see))
+  for name, shape in shapes.items():
+    if shape[:1] != logits.shape[:1]:
+      raise ValueError(
+        f'layer {name!r} must have a row for each of {logits.shape[0]} '
+        f'examples, got shape {shape}'
+      )
   return shapes

@@ -62,6 +62,5 @@ def named(what: str) -> Iterator[None]:
 
 def _of_library(filename: str) -> bool:
   """Returns whether a frame is of this package, another one or Python."""
-  return filename.startswith('<frozen') or os.path.realpath(
-    filename
-  ).startswith(_LIBRARIES)
+  generated = filename.startswith('<') and not filename.startswith('<ipython')
+  return generated or os.path.realpath(filename).startswith(_LIBRARIES)

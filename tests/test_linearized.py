@@ -301,3 +301,15 @@ def test_a_layer_that_a_function_does_not_name_once_is_refused():
 
   with pytest.raises(ValueError, match="'hidden' is called 2 times, and must"):
     linearized.at_layers(twice, kernels, inputs, ('hidden',))
+
+
+def test_what_a_function_names_is_floating_and_has_a_row_an_example():
+  kernels = [jnp.ones((3, 3))] * 2
+  with pytest.raises(TypeError, match="layer 'input' must be floating, got ui"):
+    linearized.at_layers(tiny, kernels, jnp.ones((2, 3), jnp.uint8), ('input',))
+
+  def shared(kernels, inputs, add):
+    return tiny(kernels, inputs * add('scale', jnp.ones((1, 3))), add)
+
+  with pytest.raises(ValueError, match=r"'scale' must have a row for each"):
+    linearized.at_layers(shared, kernels, jnp.ones((2, 3)), ('scale',))

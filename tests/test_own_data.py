@@ -256,6 +256,17 @@ def test_one_class_is_refused(tmp_path):
     load(name)
 
 
+def test_a_split_without_classes_is_refused(tmp_path):
+  """As where the images of a test split lie in it as they are."""
+  write_folder(tmp_path / 'train', {'a': 2, 'b': 2})
+  (tmp_path / 'test').mkdir()
+  write_image(tmp_path / 'test' / '1.png', 0)
+  with pytest.raises(
+    data.DatasetError, match='test holds no folders of images'
+  ):
+    load(f'folder:{tmp_path}')
+
+
 def test_images_that_memory_does_not_hold_are_refused(tmp_path):
   name = write_folder(tmp_path, SPLIT)
   with pytest.raises(data.DatasetError, match=r'data\.streamed=True'):
@@ -607,3 +618,12 @@ def test_a_folder_is_trained_loaded_and_guarded(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match='other data than the run had'):
     margin_jax.load(tmp_path / 'run')
   jax.clear_caches()
+
+
+def test_equal_numbers_are_classes_in_the_order_of_their_texts():
+  assert csv_sentences._classes(['1', '01', '0', '+1']) == (
+    '0',
+    '+1',
+    '01',
+    '1',
+  )

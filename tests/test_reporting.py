@@ -267,3 +267,23 @@ def test_memory_is_that_of_the_fullest_accelerator(monkeypatch):
   devices = devices_lib.Devices(2)
   monkeypatch.setattr(devices, '_local', [Device(3, 7), Device(5, 6)])
   assert devices.memory() == {'memory_bytes': 5, 'memory_peak_bytes': 7}
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_what_is_skipped_may_change_where_a_run_is_stopped(first):
+  """`on_nonfinite` may be another when the run goes on, in the same row."""
+  plain = {
+    'nonfinite': np.zeros(2, np.int32),
+    'bad_gradient': np.zeros(2, np.int32),
+    'loss': np.ones(2, np.float32),
+  }
+  skipping = {
+    **plain,
+    'nonfinite': np.int32([1, 0]),
+    'skipped': np.float32([1, 0]),
+  }
+  calls = [skipping, plain] if first else [plain, skipping]
+  kept = metrics.from_json(json.loads(json.dumps(metrics.to_json(calls[:1]))))
+  row, _, _ = metrics.summarize([kept, calls[1]])
+  assert row['skipped'] == 1
+  assert row['loss'] == 1

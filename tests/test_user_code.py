@@ -32,6 +32,8 @@ BAD_RESULTS = {
   'complex': (lambda seen: 1j * seen.logits[:, 0], 'numbers, got complex64'),
   'pair': (lambda seen: (seen.logits, 1.0), 'must return one array'),
   'none': (lambda seen: None, 'must return one array, got None'),
+  'text': (lambda seen: 'hello', 'failed.*: TypeError'),
+  'function': (lambda seen: seen.logits.max, 'failed.*: TypeError'),
 }
 
 

@@ -103,19 +103,21 @@ def _classes(labels: list[str]) -> tuple[str, ...]:
   """Returns the different labels, sorted."""
   different = {*labels}
   try:
-    return tuple(sorted(different, key=int))
+    return tuple(sorted(different, key=lambda x: (int(x), x)))
   except ValueError:
     return tuple(sorted(different))
 
 
 def _read(path: str) -> list[tuple]:
   """Returns a tuple of each row: its texts, its label, the line it ends at."""
+  limit = csv.field_size_limit(_LONGEST)  # of the process
   try:
     with open(path, newline='', encoding='utf-8-sig') as file:
-      csv.field_size_limit(_LONGEST)
       return [*_rows(path, csv.reader(file, strict=True))]
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise DatasetError(f'{path!r} cannot be read: {error}') from error
+  finally:
+    csv.field_size_limit(limit)
 
 
 def _rows(path: str, reader) -> Iterator[tuple]:

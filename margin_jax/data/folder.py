@@ -76,6 +76,10 @@ def load(path: str) -> images.Source:
     )
   records = {}
   for split, files in found.items():
+    if not files:
+      raise DatasetError(
+        f'folder {path!r}: {split} holds no folders of images, one a class'
+      )
     unknown = sorted({*files} - {*classes})
     if unknown:
       raise DatasetError(

@@ -91,7 +91,7 @@ def ifgsm(
     Kurakin et al. 2017, Eq. 2.
   """
   if step_size is None:
-    step_size = epsilon / steps
+    step_size = epsilon / max(steps, 1)  # `pgd` refuses less
   return pgd(
     logits_fn,
     inputs,

@@ -174,14 +174,25 @@ def to_json(calls: list[PyTree]) -> dict[str, list]:
   Counts of classes are summed over the steps, as it will do, since there may be
   many classes; of the scores those of the last pool are kept, as there.
   """
-  calls = jax.device_get(calls)
-  steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
+  steps = _steps(calls)
   for name in (POOL_CLASSES, BATCH_CLASSES):
     if name in steps:
       steps[name] = steps[name].sum(axis=0, keepdims=True, dtype=np.float64)
   if SCORES in steps:
     steps[SCORES] = _last_pool(steps[SCORES], steps['scored'])[None]
   return {name: array.tolist() for name, array in steps.items()}
+
+
+def _steps(calls: list[PyTree]) -> dict[str, np.ndarray]:
+  """Returns the metrics of several calls with one axis of steps."""
+  calls = jax.device_get(calls)
+  if any('skipped' in call for call in calls):
+    # Where the run was stopped, `on_nonfinite` may have become 'skip', or been.
+    calls = [
+      {**call, 'skipped': call.get('skipped', np.zeros_like(call['loss']))}
+      for call in calls
+    ]
+  return {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
 
 
 def from_json(steps: dict[str, list]) -> PyTree:
@@ -217,8 +228,7 @@ def summarize(
     was selected, NaN for a class that was in none. And (B,), the scores of the
     last pool, None where no step scored one.
   """
-  calls = jax.device_get(calls)
-  steps = {k: np.concatenate([call[k] for call in calls]) for k in calls[0]}
+  steps = _steps(calls)
   good = steps.pop('nonfinite') == 0
   del steps['bad_gradient']
   pooled = steps.pop(POOL_CLASSES, None)

@@ -208,8 +208,8 @@ def _has_last(workdir: pathlib.Path, result: dict[str, Any]) -> bool:
 
 
 def attacked(result: dict[str, Any], saved: dict[str, Any]) -> bool:
-  """Returns whether a result has the evaluation under the config's attack."""
-  return all(
+  """Returns whether a result has what the config's attack asks for, if any."""
+  return saved.get('attack.name') is None or all(
     result['config'].get(name) == value
     for name, value in saved.items()
     if name.startswith('attack.')

@@ -72,7 +72,7 @@ def load(
   """
   schema.validate(config)
   _check_custom_rule(config, rule)
-  if jax.config.jax_disable_jit:
+  if training and jax.config.jax_disable_jit:
     raise ConfigError(
       'JAX_DISABLE_JIT is set, and steps are compiled before they run: unset '
       'it. To look into a step, use jax.debug.print in a rule or a loss, or '
@@ -324,7 +324,7 @@ def _outline(
       axis_name=spec.axis_name,
     )
     with user_code.named(what):
-      return function(outputs)
+      return jax.tree.map(jnp.asarray, function(outputs))
 
   inputs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[1:]), x.dtype), one
