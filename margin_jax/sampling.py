@@ -244,7 +244,8 @@ def weighted(
 
   sampled = jax.lax.map(sample, jax.random.split(key, batches)).reshape(-1)
   count = batches * batch_size
-  rows = jnp.zeros(n, jnp.int32).at[:count].set(sampled)
+  # XLA:CPU of jax 0.11 crashes where zeros are updated here, on 2 devices.
+  rows = jnp.concatenate([sampled, jnp.zeros(n - count, jnp.int32)])
   weights = ()
   if unbiased:
     included = inclusion_probabilities(jnp.exp(log_p), batch_size)

@@ -127,8 +127,6 @@ def test_an_average_of_scores_decays():
 @pytest.mark.parametrize('devices', [2, *slow(4)])
 def test_devices_change_neither_order_nor_memory(sampler, devices):
   """Over four epochs: the same examples of every step, the same memory."""
-  if sampler == 'weighted' and jax.__version_info__[:2] == (0, 11):
-    pytest.skip('XLA:CPU of jax 0.11 crashes as it compiles this for 2 devices')
   (one, first), (many, other) = (
     setup(count, **{**SAMPLERS[sampler], 'selection.log_counts': True}).run(40)
     for count in (1, devices)
