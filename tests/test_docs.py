@@ -208,6 +208,7 @@ def test_every_link_resolves(site):
       r'|github\.com/pypa/pip-audit'
       r'|colab\.research\.google\.com/github/[\w-]+/[\w-]+/blob/main/'
       r'colabs/\w+\.ipynb'
+      r'|kaggle\.com/kernels/welcome\?src=\S+'
       r'|squidfunk\.github\.io/mkdocs-material/)',
       link,
     ), link
