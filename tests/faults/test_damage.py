@@ -252,10 +252,14 @@ def damage(rng, workdir, outside) -> str:
 
 def contents(folder) -> collections.Counter:
   """Digests of the files below, without those that say who is at work."""
+  return contents_of(x for x in folder.rglob('*') if x.name != '.lock')
+
+
+def contents_of(paths) -> collections.Counter:
   return collections.Counter(
     hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in folder.rglob('*')
-    if path.is_file() and not path.is_symlink() and path.name != '.lock'
+    for path in paths
+    if path.is_file() and not path.is_symlink()
   )
 
 
@@ -304,9 +308,9 @@ def check(prepared, name: str, seed: int) -> str:
 
 
 def _check(prepared, workdir, outside, done) -> str:
-  theirs = [workdir / 'notes.txt', *(workdir / 'mine').rglob('*')]
   before, beyond = contents(workdir), contents(outside)
-  theirs = [x.read_bytes() for x in theirs if x.is_file()]
+  theirs = [workdir / 'notes.txt', *(workdir / 'mine').rglob('*')]
+  theirs = contents_of(theirs) & before
 
   trained, _ = attempt(lambda: margin_jax.load(workdir))
   if trained is not None:
@@ -319,8 +323,7 @@ def _check(prepared, workdir, outside, done) -> str:
   result, _ = attempt(functools.partial(train, workdir, lines.append))
   after = contents(workdir)
   assert not beyond - contents(outside)
-  for content in theirs:
-    assert after[hashlib.sha256(content).hexdigest()]
+  assert not theirs - after
   if result is None:
     # Of what was not damaged, a run drops what it will do again.
     lost = before - after - prepared.contents
