@@ -183,15 +183,15 @@ class Checkpoints:
     self._workdir = workdir
     self._folder = workdir.folder / FOLDER
     self._folder.mkdir(parents=True, exist_ok=True)
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=writing,
-        create=False,  # Orbax would not, for a process of several
-        multiprocessing_options=self._processes(),
-      ),
+    self._options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(keep),
+      cleanup_tmp_directories=writing,
+      create=False,  # Orbax would not, for a process of several
+      multiprocessing_options=self._processes(),
+      # Without times and metrics, whose files may be damaged.
+      lightweight_initialize=True,
     )
+    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
     for step in self.steps():
       try:
         self._note(step, self.info(step).get(_ACCURACY))
@@ -360,7 +360,9 @@ class Checkpoints:
 
   def reload(self) -> None:
     """Looks again which steps there are."""
-    self._manager.reload()
+    # Its own `reload` reads what may be damaged; see `_options`.
+    self._manager.close()
+    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
   def steps(self) -> list[int]:
     """Returns the steps that have a checkpoint."""

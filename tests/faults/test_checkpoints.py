@@ -71,6 +71,15 @@ def change_info(latest):
   path.write_text(json.dumps(info))
 
 
+def spoil_metadata(latest):
+  """Of the one before, too, as far as it is not needed."""
+  for step in (latest, latest.parent / '10'):
+    path = step / '_CHECKPOINT_METADATA'
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, 'performance_metrics': 0.5}))
+  cut(files(latest / 'state')[0])
+
+
 def exchange(latest):
   """Gives it the state of another step."""
   shutil.rmtree(latest / 'state')
@@ -115,6 +124,7 @@ DAMAGES = {
   'the info is gone': lambda latest: shutil.rmtree(latest / 'info'),
   'the info is cut': lambda latest: cut(files(latest / 'info')[0]),
   'the info says something else': change_info,
+  'the metadata are of another type': spoil_metadata,
   'the state is that of another step': exchange,
   'the folder is empty': empty,
   'the folder is of another program': foreign,
