@@ -62,7 +62,8 @@ def evaluate(splits, devices, batch_size):
     PartlyUndecodable(devices_lib.Devices(devices), pieces, batch_size),
   )
   params = {'head': {'kernel': np.eye(CLASSES, dtype=np.float32)}}
-  state = type('State', (), {'params': params, 'batch_stats': {}})
+  variables = {'params': params, 'batch_stats': {}}
+  state = type('State', (), {**variables, 'evaluated': variables})
   return {name: evaluator(name, state) for name in arrays}
 
 

@@ -126,6 +126,7 @@ class Losses(chex.TestCase):
     options = {
       'gamma': 2.0, 'alpha': 3.0, 'norm': norm, 'top_k': 2, 'epsilon': 1e-3,
       'worst_case': False, 'difference': difference, 'normalize_by_size': False,
+      'layer_weights': {'hidden': 0.5},
     }  # fmt: skip
 
     def losses(weights, inputs, labels):

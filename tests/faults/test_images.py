@@ -65,7 +65,7 @@ def test_too_many_in_a_row_end_the_run():
   dataset = corrupt(True)
   for record in dataset.records['train']:
     record['image'] = b''
-  with pytest.raises(data.DatasetError, match='11 JPEGs in a row'):
+  with pytest.raises(data.DatasetError, match='11 images in a row'):
     next(dataset.training([30], 0, 0, ONE))
 
 
