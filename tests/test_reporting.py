@@ -3,11 +3,13 @@
 import collections
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
 import struct
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -287,3 +289,22 @@ def test_what_is_skipped_may_change_where_a_run_is_stopped(first):
   row, _, _ = metrics.summarize([kept, calls[1]])
   assert row['skipped'] == 1
   assert row['loss'] == 1
+
+
+def test_a_disk_that_is_full_is_no_reason_to_wait(tmp_path):
+  """TensorBoard's thread would end, and its queue would take no more."""
+  board = reporting._Board(str(tmp_path))
+
+  def fail(*arguments):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with contextlib.closing(board):
+    board._records._writer.write = fail
+    for step in range(50):  # its queue takes ten
+      board.add_scalar('loss', 1.0, step)
+    for _ in range(100):
+      if board._records.error is not None:
+        break
+      time.sleep(0.1)
+    with pytest.raises(OSError, match='No space left'):
+      board.check()

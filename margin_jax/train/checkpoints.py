@@ -12,7 +12,9 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -88,6 +90,10 @@ def _digest_info(info: dict[str, Any]) -> str:
 
 def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines() or [type(error).__name__]
+  # What the system has said stands far behind in TensorStore's messages.
+  said = re.search(r': ([^:[]+) \[\w+=', lines[0])
+  if said and 'os_error_code' in lines[0]:
+    return said[1]
   return lines[0][:200]
 
 
@@ -102,11 +108,12 @@ def _is_passing(error: Exception) -> bool:
 
 
 @functools.cache
-def _expect_late_callbacks() -> None:
-  """Leaves out what Python would print of a restore that has failed.
+def _expect_late_failures() -> None:
+  """Leaves out what Python would print of a restore or save that has failed.
 
-  TensorStore goes on reading the other arrays, and calls back into Orbax's
-  event loop, which is closed by then: a traceback for each.
+  The first error is raised, and ends Orbax's event loop. TensorStore goes on
+  with the other arrays: each calls back into the loop, or fails in a task of
+  which nobody asks, and either would be a traceback.
   """
   before = sys.unraisablehook
 
@@ -114,7 +121,12 @@ def _expect_late_callbacks() -> None:
     if str(unraisable.exc_value) != 'Event loop is closed':
       before(unraisable)
 
+  def is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not ('never retrieved' in text and 'orbax' in text)
+
   sys.unraisablehook = hook
+  logging.getLogger('asyncio').addFilter(is_news)
 
 
 class _Best:
@@ -172,6 +184,7 @@ class Checkpoints:
       writing: whether this is the run itself, which may clear away what a
         save left that was killed.
     """
+    _expect_late_failures()
     policies = ocp.checkpoint_managers
     self._accuracies: dict[int, float] = {}
     self._unknown: set[int] = set()
@@ -337,7 +350,6 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds
       if _is_passing(error):
         raise
-      _expect_late_callbacks()
       raise self._corrupt(step, _first_line(error)) from error
 
   def _corrupt(self, step: int, why: str) -> CorruptError:

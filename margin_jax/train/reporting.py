@@ -80,6 +80,47 @@ class _Table:
       csv.DictWriter(file, self._fields).writerow(row)
 
 
+class _Records:
+  """A writer of records that remembers an error, in place of raising it."""
+
+  def __init__(self, writer: Any):
+    self._writer = writer
+    self.error: OSError | None = None
+
+  def write(self, record: bytes) -> None:
+    self._attempt(self._writer.write, record)
+
+  def flush(self) -> None:
+    self._attempt(self._writer.flush)
+
+  def close(self) -> None:
+    self._attempt(self._writer.close)
+
+  def _attempt(self, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+      function(*arguments)
+    except OSError as error:
+      self.error = self.error or error
+
+
+class _Board(tensorboardX.SummaryWriter):
+  """A writer for TensorBoard that tells of a full disk.
+
+  Its thread would end there, and who adds to its queue would wait for ever.
+  """
+
+  def __init__(self, folder: str, **options: Any):
+    super().__init__(folder, **options)
+    events = self.file_writer.event_writer._ev_writer
+    self._records = _Records(events._py_recordio_writer)
+    events._py_recordio_writer = self._records
+
+  def check(self) -> None:
+    """Raises the OSError of what was to be written."""
+    if self._records.error is not None:
+      raise self._records.error
+
+
 def _duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
@@ -133,9 +174,7 @@ class Reporter:
     for table in (self._train, self._eval, self._classes):
       table.begin()
     self._board_folder = str(folder / 'tensorboard')
-    self._board = tensorboardX.SummaryWriter(
-      self._board_folder, purge_step=after + 1
-    )
+    self._board = _Board(self._board_folder, purge_step=after + 1)
     self._class_names = class_names
     self._begin_session(config or {}, splits)
     self._last = last_row
@@ -272,6 +311,7 @@ class Reporter:
   def _tell(self, prefix: str, step: int, row: Row) -> None:
     for hook in self._hooks:
       hook(prefix, step, {**row})
+    self._board.check()
 
   def _scalars(self, prefix: str, step: int, row: Row) -> None:
     for name, value in row.items():
@@ -284,9 +324,7 @@ class Reporter:
     What is in a bucket cannot be appended to, and its writer is behind.
     """
     self._board.close()
-    self._board = tensorboardX.SummaryWriter(
-      self._board_folder, filename_suffix=f'.{step:09}'
-    )
+    self._board = _Board(self._board_folder, filename_suffix=f'.{step:09}')
 
   def close(self) -> None:
     """Ends the view; flushes and closes the files."""
@@ -295,6 +333,7 @@ class Reporter:
         self._view.close()
     finally:
       self._board.close()
+    self._board.check()
 
 
 class Silent(Reporter):

@@ -111,6 +111,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(small_disk):
   last = output.strip().splitlines()[-1]
   assert last.startswith('error: '), output
   assert 'No space left' in last, output
+  assert 'Traceback' not in output, output
   filler.unlink()
   assert runs.digest(workdir, step) == saved
   runs.finish(runs.start(workdir))
