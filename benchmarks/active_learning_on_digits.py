@@ -180,15 +180,9 @@ def draw(path: pathlib.Path, errors: dict[str, np.ndarray]) -> None:
     axes = figure.subplots()
     axes.set_yscale('log')
     for index, (rule, x) in enumerate(errors.items()):
-      percent = 100 * x
-      every = figures.stagger(index, len(errors), len(SIZES))
-      axes.plot(
-        SIZES, percent.mean(0), label=rule, markevery=every, **looks[rule]
-      )
-      axes.fill_between(
-        SIZES, percent.min(0), percent.max(0), color=looks[rule]['color'],
-        alpha=0.15, linewidth=0,
-      )  # fmt: skip
+      values = tuple(100 * of(x, axis=0) for of in (np.mean, np.min, np.max))
+      place = index, len(errors)
+      figures.curve(axes, SIZES, values, place, looks[rule], rule)
     figures.log_ticks(axes.yaxis, *axes.get_ylim())
     axes.set_xlabel('labelled digits')
     axes.set_ylabel('test error, %')

@@ -154,12 +154,9 @@ def draw(path: pathlib.Path, curves: dict[str, np.ndarray]) -> None:
     axes = figure.subplots()
     for index, (name, x) in enumerate(curves.items()):
       recall = np.arange(1, x.shape[1] + 1) / x.shape[1]
-      every = figures.stagger(index, len(curves), len(recall))
-      axes.plot(recall, x.mean(0), label=name, markevery=every, **looks[name])
-      axes.fill_between(
-        recall, x.min(0), x.max(0), color=looks[name]['color'], alpha=0.15,
-        linewidth=0,
-      )  # fmt: skip
+      values = x.mean(0), x.min(0), x.max(0)
+      place = index, len(curves)
+      figures.curve(axes, recall, values, place, looks[name], name)
     axes.axhline(NOISE, color=figures.SKY, linestyle=':', label='at random')
     axes.set_xlabel('recall: fraction of the wrong labels found')
     axes.set_ylabel('precision')

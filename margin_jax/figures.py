@@ -112,6 +112,35 @@ def stagger(index: int, lines: int, points: int) -> slice | None:
   return slice(index * every // max(lines, 1), None, every)
 
 
+def curve(
+  axes: Any,
+  x: Any,
+  values: tuple[Any, Any, Any],
+  place: tuple[int, int],
+  look: dict[str, Any],
+  label: str,
+  band: bool = True,
+) -> None:
+  """Draws a line over the seeds, and the band from the lowest to the highest.
+
+  Args:
+    axes: to draw in.
+    x: (n,).
+    values: mean, lowest and highest, each (n,).
+    place: the line's index, and how many lines there are.
+    look: of the method, one of `looks`.
+    label: for the legend.
+    band: whether to draw the band.
+  """
+  mean, low, high = values
+  every = stagger(*place, len(x))
+  axes.plot(x, mean, label=label, markevery=every, **look)
+  if band:
+    axes.fill_between(
+      x, low, high, color=look['color'], alpha=0.15, linewidth=0
+    )
+
+
 def log_ticks(axis: Any, low: float, high: float) -> None:
   """Gives a logarithmic axis from `low` to `high` ticks that can be read."""
   from matplotlib import ticker

@@ -11,7 +11,6 @@ written to the workdir. A sweep of config fields:
 """
 
 import functools
-import shlex
 
 from margin_jax import commands, terminal
 
@@ -81,7 +80,7 @@ def main(argv: list[str]) -> None:
       baseline=args.baseline or methods_lib.baseline_of(file),
       sweep=args.sweep,
       split=args.split,
-      command=shlex.join(['python', '-m', 'margin_jax.compare', *argv]),
+      command=commands.line('compare', *argv),
       summary=summary and functools.partial(summary, argument=file.argument),
       log=terminal.say,
       wait=terminal.wait,

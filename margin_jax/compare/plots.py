@@ -116,14 +116,9 @@ def _error_lines(
   figures.log_ticks(axes.yaxis, low, high)
   for index, (name, seeds) in enumerate(curves.items()):
     x, *values = average(seeds, cost, 'error')
-    mean, lowest, highest = (np.maximum(100 * y, low) for y in values)
-    every = figures.stagger(index, len(curves), len(x))
-    axes.plot(x, mean, label=name, markevery=every, **looks[name])
-    if bands:
-      color = looks[name]['color']
-      axes.fill_between(
-        x, lowest, highest, color=color, alpha=0.15, linewidth=0
-      )
+    values = tuple(np.maximum(100 * y, low) for y in values)
+    place = index, len(curves)
+    figures.curve(axes, x, values, place, looks[name], name, bands)
   _cost_axis(axes, cost)
   zero = any(row['error'] == 0 for x in curves.values() for r in x for row in r)
   notes = [f'at first up to {largest:.3g}%'] if largest > high else []
@@ -172,11 +167,9 @@ def mean_mms(path: pathlib.Path, train: Curves) -> None:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (column, curves) in zip(grid, panels.items(), strict=True):
       for index, (name, seeds) in enumerate(curves.items()):
-        x, mean, low, high = average(seeds, 'step', column)
-        every = figures.stagger(index, len(curves), len(x))
-        axes.plot(x, mean, label=name, markevery=every, **looks[name])
-        color = looks[name]['color']
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        x, *values = average(seeds, 'step', column)
+        place = index, len(curves)
+        figures.curve(axes, x, tuple(values), place, looks[name], name)
       _cost_axis(axes, 'step')
       axes.set_title(f'by the {FORWARDS[column]} forward')
     grid[0].set_ylabel('mean MMS (distance in feature space)')
