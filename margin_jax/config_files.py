@@ -74,7 +74,10 @@ class ConfigFile:
       value = parse_value(config, name, text)
       config.update_from_flattened_dict({name: value})
     before = self.config.steps
-    if config.scale_schedule is True and 0 < config.steps < before:
+    flat = config_lib.flatten(config)
+    # What is not allowed is refused later, by its name.
+    allowed = all(field.check.holds(flat[x]) for x, field in FIELDS.items())
+    if allowed and config.scale_schedule and config.steps < before:
       config = schedules.scaled(config, config.steps, before, keep=fields)
     return dataclasses.replace(self, config=config)
 
@@ -107,6 +110,12 @@ def load(text: str) -> ConfigFile:
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
       f'--config: get_config of {path} returns no ConfigDict: begin with '
+      'margin_jax.config.default()'
+    )
+  missing = [x for x in FIELDS if x not in config_lib.flatten(config)]
+  if missing:
+    raise ConfigError(
+      f'--config: the config of {path} has no field {missing[0]!r}: begin with '
       'margin_jax.config.default()'
     )
   return ConfigFile(path, argument or None, arguments, module, config.lock())

@@ -13,6 +13,7 @@ from margin_jax import (
   commands,
   config_files,
   cpu,
+  models,
   prepare,
   schedules,
   terminal,
@@ -72,6 +73,16 @@ def folder(tmp_path_factory):
   (path / 'field.py').write_text(
     text.replace('return', 'config.optimiser.name = "adam"\n  return')
   )
+  (path / 'foreign.py').write_text(
+    'import ml_collections\n\n\ndef get_config():\n'
+    "  return ml_collections.ConfigDict({'lr': 1})\n"
+  )
+  model = 'config.model.name = "model_of_a_file"\n  return'
+  (path / 'own.py').write_text(
+    'import margin_jax\nfrom margin_jax.models.cnn import CNN\n'
+    + text.replace('return', model)
+    + "\n\nmargin_jax.register_model('model_of_a_file', CNN)\n"
+  )
   train(path / 'run', steps=2)
   train(path / 'comparison' / 'runs' / 'mms' / 'seed_0', steps=2)
   return path
@@ -96,6 +107,18 @@ MISTAKES = [
     'train', ('--config={folder}/field.py', WORKDIR),
     "line 6: 'optimiser.name' is no config field; did you mean "
     'optimizer.name',
+  ),
+  (
+    'train', ('--config={folder}/foreign.py', WORKDIR),
+    "has no field 'seed': begin with margin_jax.config.default()",
+  ),
+  (
+    'train', ('--config={folder}/foreign.py', '--help'),
+    "has no field 'seed': begin with margin_jax.config.default()",
+  ),
+  (
+    'train', (*STARTED, '--config.scale_schedule=maybe', '--config.steps=9'),
+    "scale_schedule='maybe' is not allowed",
   ),
   (
     'train', (f'{DIGITS}:memroy', WORKDIR),
@@ -357,6 +380,19 @@ def test_train_ends_with_the_next_command(tmp_path, monkeypatch, capsys):
     f'results: {tmp_path}',
     f'next:    python -m margin_jax.analyze --workdir={tmp_path}',
   ]
+
+
+def test_the_next_command_names_the_file_that_registers_the_model(
+  folder, monkeypatch, capsys
+):
+  monkeypatch.setattr(loop, 'train', lambda *args, **kwargs: {})
+  path = folder / 'own.py'
+  try:
+    main('train')([f'--config={path}', f'--workdir={folder}/own'])
+  finally:
+    models.REGISTERED.pop('model_of_a_file', None)
+  following = capsys.readouterr().out.splitlines()[-1]
+  assert following.endswith(f' --workdir={folder}/own --config={path}')
 
 
 def test_analyze_ends_with_the_next_command(folder, tmp_path, capsys):
