@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 SHAPES = {
   'digits': ((8, 8, 1), 10),
   'mnist': ((28, 28, 1), 10),
+  'fashion_mnist': ((28, 28, 1), 10),
   'cifar10': ((32, 32, 3), 10),
   'cifar100': ((32, 32, 3), 100),
   'svhn_cropped': ((32, 32, 3), 10),
@@ -46,6 +47,8 @@ TRACED = (
   ('cifar10_large_margin', 'loss=large_margin,norm=l1'),
   ('imagenet_large_margin', None),
   ('figures', 'figure5c'),
+  ('images', None),
+  ('sentences', None),
   ('trimming', 'on,dataset=cifar100,model=resnet34'),
   ('trimming', 'on,dataset=svhn_cropped,model=densenet121'),
 )

@@ -59,7 +59,7 @@ def _drop(
   key = module.make_rng(module.rng_collection) if rng is None else rng
   rows = inputs.shape[0] // len(positions)  # 1, or an example's tokens
   if rows > 1:
-    positions = (positions[:, None] * rows + jnp.arange(rows)).ravel()
+    positions = (positions[:, None] * rows + jnp.arange(rows)[None]).ravel()
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
   shape = [1 if i in shared else n for i, n in enumerate(inputs.shape)]
   level = max(round((1 - module.rate) * 2**16), 1)  # of 65,536
