@@ -109,6 +109,11 @@ def string() -> Check:
   )
 
 
+def text() -> Check:
+  """Allows any string."""
+  return Check(lambda value: isinstance(value, str), lambda: 'a string', str)
+
+
 def one_of(*names: str) -> Check:
   """Allows one of these strings."""
   return known(lambda: names)
@@ -160,6 +165,28 @@ def several(each: Check, *, order: str = '', least: int = 0) -> Check:
   return Check(
     holds, lambda: f'a tuple of {words}, each {each.allowed()}', tuple
   )
+
+
+def items(each: Check, *, least: int = 0) -> Check:
+  """Allows a list, as JSON has it, of values that `each` allows."""
+
+  def holds(values: Any) -> bool:
+    is_list = isinstance(values, list) and len(values) >= least
+    return is_list and all(map(each.holds, values))
+
+  return Check(holds, lambda: f'a list, each {each.allowed()}', list)
+
+
+def dtype() -> Check:
+  """Allows the name of a dtype of numbers."""
+
+  def holds(value: Any) -> bool:
+    try:
+      return isinstance(value, str) and np.dtype(value).kind in 'biuf'
+    except TypeError:
+      return False
+
+  return Check(holds, lambda: 'the name of a dtype of numbers', str)
 
 
 def mapping(**values: Check) -> Check:

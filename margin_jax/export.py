@@ -19,7 +19,6 @@ def export(
   out: str,
   *,
   step: int | None = None,
-  data_dir: str | None = None,
 ) -> pathlib.Path:
   """Writes the model of a run for Hugging Face.
 
@@ -27,14 +26,12 @@ def export(
     workdir: of the run.
     out: the folder to write to, created if need be.
     step: which checkpoint; None is the last.
-    data_dir: where the dataset lies now, if not where the run found it.
 
   Returns:
     The folder.
 
   Raises:
     ConfigError: there is no such checkpoint, or the model is no BERT.
-    DatasetError: the dataset is missing or broken.
     CorruptError: the checkpoint cannot be read.
   """
   from margin_jax import config as config_lib
@@ -43,7 +40,7 @@ def export(
   from margin_jax.train import runs, vocabulary
 
   steps = None if step is None else [step]
-  with runs.open_run(workdir, steps, data_dir) as run:
+  with runs.open_run(workdir, steps, reads_data=False) as run:
     config_lib.require(
       models.find(run.config.model.name).reads == 'sentences', 'model.name',
       run.config.model.name, 'a BERT to be exported',
@@ -68,22 +65,12 @@ def main(argv: list[str]) -> None:
   parser.option(
     '--step', type=commands.integer, help='default: the last checkpoint'
   )
-  parser.option('--data_dir', help='default: where the run found it')
-  parser.option(
-    '--config',
-    metavar='FILE',
-    help='the config file, if it registers a model or a dataset',
-  )
   args = parser.parse(argv)
   with terminal.wait('loading JAX'):
-    from margin_jax.train import process, runs
+    from margin_jax.train import process
   with process.one_line_errors():
-    if args.config is not None:
-      runs.register_from(args.config)
     with terminal.wait('exporting'):
-      folder = export(
-        args.workdir, args.out, step=args.step, data_dir=args.data_dir
-      )
+      folder = export(args.workdir, args.out, step=args.step)
     load = (
       'from transformers import BertForSequenceClassification as Bert; '
       f'print(Bert.from_pretrained({str(folder)!r}))'

@@ -102,24 +102,18 @@ class Trained:
 
 
 def load(
-  workdir: str | os.PathLike,
-  checkpoint: str | int = 'latest',
-  *,
-  data_dir: str | None = None,
+  workdir: str | os.PathLike, checkpoint: str | int = 'latest'
 ) -> Trained:
-  """Loads the network of a run that has trained.
+  """Loads the network of a run that has trained; it needs no data.
 
   Args:
     workdir: of the run; "~" is expanded.
     checkpoint: 'latest', 'best' (of the highest validation accuracy), or the
       step of one that the run has kept.
-    data_dir: where the dataset lies now, if not where the run read it: its
-      training images tell how inputs are normalised.
 
   Raises:
-    ConfigError: there is no such checkpoint, or the config names a model or a
-      dataset that is registered nowhere.
-    DatasetError: the dataset is missing or broken.
+    ConfigError: there is no such checkpoint, or the config names a model that
+      is registered nowhere.
     CorruptError: the checkpoint cannot be read.
 
   Example:
@@ -133,7 +127,7 @@ def load(
 
   step = checkpoint if isinstance(checkpoint, int) else None
   steps = None if step is None else [step]
-  with runs.open_run(workdir, steps, data_dir) as run:
+  with runs.open_run(workdir, steps, reads_data=False) as run:
     if checkpoint == 'best':
       step = run.best_step()
     elif checkpoint not in ('latest', step):

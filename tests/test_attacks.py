@@ -285,8 +285,8 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
     assert '\n' not in message
     assert not (tmp_path / 'run').exists()
 
-  def load(workdir, data_dir):
-    del workdir, data_dir
+  def load(workdir):
+    del workdir
     return types.SimpleNamespace(input_shape=(4, 4, 1))
 
   monkeypatch.setattr(runs.trained_lib, 'load', load)

@@ -1,12 +1,29 @@
 """The network of a run, loaded: it predicts what the run was evaluated on."""
 
+import json
+import unittest.mock
+
+import jax
 import numpy as np
 import pytest
 
 import margin_jax
 from margin_jax import config as config_lib
+from margin_jax import data, models
+from margin_jax.data import description
 from margin_jax.train import loop
-from tests import helpers
+from margin_jax.train import setup as setup_lib
+from margin_jax.train.checkpoints import Checkpoints
+from tests import custom, helpers
+
+
+@pytest.fixture(autouse=True)
+def _registries_are_restored():
+  with (
+    unittest.mock.patch.dict(data.REGISTERED),
+    unittest.mock.patch.dict(models.REGISTERED),
+  ):
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -32,6 +49,68 @@ def test_it_predicts_what_the_run_evaluated(finished):
   assert trained.step == 20
   assert trained.config.model.name == 'cnn'
   assert trained.predict(split['inputs'][:0]).shape == (0,)
+
+
+def test_it_needs_no_data(finished, monkeypatch):
+  """What the network must know is in the checkpoint, bit for bit."""
+  inputs = helpers.digits().splits['test']['inputs'][:5]
+  info = Checkpoints.info
+  monkeypatch.setattr(
+    Checkpoints,
+    'info',
+    lambda self, *step: {**info(self, *step), 'dataset': None},
+  )
+  of_data, _ = margin_jax.load(finished[0]).apply(inputs)  # of older versions
+  monkeypatch.undo()
+  monkeypatch.setattr(setup_lib, 'load', None)
+  found, _ = margin_jax.load(finished[0]).apply(inputs)
+  np.testing.assert_array_equal(found, of_data)
+
+
+def test_data_that_are_gone(tmp_path):
+  """A dataset that is registered nowhere any more, and a file of labels."""
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(64, 5)).astype(np.float32)
+  split = inputs, np.arange(64) % 3
+  margin_jax.register_dataset('of_yesterday', train=split, test=split)
+  np.save(tmp_path / 'labels.npy', split[1])
+  margin_jax.register_model('of_five', custom.Mlp)
+  fields = {
+    'data.name': 'of_yesterday',
+    'data.labels': str(tmp_path / 'labels.npy'),
+    'data.augmentations': (),
+    'data.validation_examples': 0,
+    'model.name': 'of_five',
+  }
+  result = helpers.train(tmp_path / 'run', **fields)[0]
+  del data.REGISTERED['of_yesterday']
+  (tmp_path / 'labels.npy').unlink()
+  trained = margin_jax.load(tmp_path / 'run')
+  accuracy = np.mean(trained.predict(inputs) == split[1])
+  np.testing.assert_allclose(accuracy, result['test']['accuracy'])
+  assert trained.class_names is None
+
+
+@pytest.mark.parametrize('name', ['digits', 'entailment', 'floats'])
+def test_a_description_prepares_as_its_dataset(name):
+  if name == 'floats':
+    split = np.eye(4, dtype=np.float32), np.arange(4)
+    margin_jax.register_dataset('floats', train=split, test=split)
+  dataset = data.load(name)
+  described = json.loads(json.dumps(description.to_json(dataset)))
+  assert description.DESCRIPTION.holds(described)
+  found = description.from_json(described)
+  for attribute in (
+    'name', 'num_classes', 'class_names', 'vocabulary', 'input_shape',
+    'input_dtype',
+  ):  # fmt: skip
+    assert getattr(found, attribute) == getattr(dataset, attribute)
+  assert found.counts['train'] == dataset.counts['train']
+  inputs = dataset.inputs('train', np.arange(3))
+  helpers.assert_trees_equal(
+    jax.device_get(found.prepare(inputs)),
+    jax.device_get(dataset.prepare(inputs)),
+  )
 
 
 def test_checkpoints_are_the_latest_the_best_or_of_a_step(finished):

@@ -1,5 +1,6 @@
 """Pixels to numbers that networks read: normalised per channel, or [0, 1]."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -38,9 +39,24 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return np.array(mean), np.array(std)
 
 
-def normalizer(
-  images: np.ndarray, normalization: str
-) -> Callable[[Array], Array]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normalizer:
+  """Makes pixels float32: `pixels * scale + shift`.
+
+  Attributes:
+    scale, shift: (channels,) float32.
+  """
+
+  scale: np.ndarray
+  shift: np.ndarray
+
+  def __call__(self, inputs: Array) -> Array:
+    shape = (1,) * (inputs.ndim - 1) + (-1,)
+    scale, shift = self.scale.reshape(shape), self.shift.reshape(shape)
+    return inputs.astype(jnp.float32) * scale + shift
+
+
+def normalizer(images: np.ndarray, normalization: str) -> Normalizer:
   """Returns uint8 -> float32: mean 0 and variance 1 per channel, or [0, 1].
 
   Args:
@@ -64,16 +80,10 @@ def normalizer(
   else:
     mean, std = statistics(images)
     std = np.where(std == 0, 1, std)  # a constant channel becomes all zeros
-  scale = np.asarray(1 / (255 * np.asarray(std)), np.float32)
-  shift = np.asarray(-np.asarray(mean) / np.asarray(std), np.float32)
-
-  def prepare(inputs: Array) -> Array:
-    shape = (1,) * (inputs.ndim - 1) + (-1,)
-    return inputs.astype(jnp.float32) * scale.reshape(shape) + shift.reshape(
-      shape
-    )
-
-  return prepare
+  return Normalizer(
+    np.asarray(1 / (255 * np.asarray(std)), np.float32),
+    np.asarray(-np.asarray(mean) / np.asarray(std), np.float32),
+  )
 
 
 def zero_pixel(prepare: Callable[[Array], Array], channels: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from margin_jax import checks, files
+from margin_jax.data import description
 from margin_jax.train import devices as devices_lib
 from margin_jax.train.compiled import Counters
 from margin_jax.train.workdirs import FOLDER, QUARANTINE, Workdir
@@ -42,6 +43,7 @@ INFO = {
   'config': checks.mapping(),
   'counters': _COUNTERS,
   'devices': checks.optional(checks.integer(1)),
+  'dataset': checks.optional(description.DESCRIPTION),
   'best': checks.optional(
     checks.mapping(step=checks.integer(1), validation=_FRACTION)
   ),
@@ -272,9 +274,8 @@ class Checkpoints:
     """Reads the state and info of a step, by default the latest, or None.
 
     Args:
-      target: a state of the same structure, shapes and dtypes. Where its
-        `opt_state` is None, that of the checkpoint is read as dictionaries and
-        lists, and so is the proxy's.
+      target: a state of the same structure, shapes and dtypes. Where a field
+        is None, that of the checkpoint is read as dictionaries and lists.
       step: which checkpoint.
 
     Raises:
@@ -287,8 +288,7 @@ class Checkpoints:
     self._workdir.fetch(step)
     host = jax.tree.map(np.asarray, jax.device_get(target))
     with self._read(step):
-      if target.opt_state is None:
-        host = self._with_opt_state(host, step)
+      host = self._with_saved(host, step)
       args = ocp.args.StandardRestore(_stored(host))
       state = self._manager.restore(
         step, args=ocp.args.Composite(state=args)
@@ -298,19 +298,19 @@ class Checkpoints:
       raise self._corrupt(step, 'its arrays are not those that were saved')
     return target.replace(**state | {'nonfinite': np.int32(0)}), info
 
-  def _with_opt_state(self, target: PyTree, step: int) -> PyTree:
-    """Returns the target with states of optimizers as the checkpoint has them.
+  def _with_saved(self, target: PyTree, step: int) -> PyTree:
+    """Returns the target whose fields are None as the checkpoint has them.
 
-    Whoever only predicts needs not know the optimizer.
+    Whoever only predicts needs to know neither data nor optimizer.
     """
+    unknown = [name for name, value in vars(target).items() if value is None]
+    if not unknown:
+      return target
     saved = ocp.StandardCheckpointHandler().metadata(
       self._folder / str(step) / 'state'
     )
     saved = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved.tree)
-    proxy = target.proxy
-    if proxy:
-      proxy = {**proxy, 'opt_state': saved['proxy']['opt_state']}
-    return target.replace(opt_state=saved['opt_state'], proxy=proxy)
+    return target.replace(**{name: saved[name] for name in unknown})
 
   def info(self, step: int | None = None) -> dict[str, Any] | None:
     """Reads the info of a step, by default the latest, or None.

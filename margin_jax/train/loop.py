@@ -22,6 +22,7 @@ from margin_jax import (
   selection,
   terminal,
 )
+from margin_jax.data import description
 from margin_jax.train import devices as devices_lib
 from margin_jax.train import (
   evaluation,
@@ -579,6 +580,7 @@ def _save(
     'step': step,
     'config': run.saved_config,
     'devices': run.devices.total,
+    'dataset': description.to_json(run.dataset),
     'counters': dataclasses.asdict(run.counters),
     'best': run.best,
     'pending': run.pending,

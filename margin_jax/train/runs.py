@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from margin_jax import (
   checks,
@@ -29,10 +31,11 @@ from margin_jax import (
 from margin_jax import config as config_lib
 from margin_jax import trained as trained_lib
 from margin_jax.buckets import BucketError
-from margin_jax.data import kinds
+from margin_jax.data import description, kinds
 from margin_jax.models import bert_weights
-from margin_jax.train import schema, workdirs
+from margin_jax.train import ema, schema, workdirs
 from margin_jax.train import setup as setup_lib
+from margin_jax.train import step as step_lib
 from margin_jax.train.checkpoints import (
   FOLDER,
   QUARANTINE,
@@ -281,13 +284,24 @@ class TrainedRun:
   def _state(self) -> PyTree:
     """The state before the first step; only its shapes count.
 
-    It has no states of optimizers: what these are, the checkpoint says.
+    What predicts is as the model has it, the rest as the checkpoint does.
     """
-    state = setup_lib.init_state(
-      self.config, self.dataset, self.spec, restoring=True
+    variables, _ = setup_lib.shapes(self.spec.model, self.dataset)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+    params, batch_stats = zeros['params'], zeros.get('batch_stats', {})
+    rest = dict.fromkeys(
+      x.name for x in dataclasses.fields(step_lib.TrainState)
     )
-    proxy = {name: x for name, x in state.proxy.items() if name != 'opt_state'}
-    return state.replace(opt_state=None, proxy=proxy)
+    return step_lib.TrainState(
+      **rest
+      | {
+        'step': np.int32(0),
+        'params': params,
+        'batch_stats': batch_stats,
+        'ema': ema.create(self.spec.ema_decay, params, batch_stats),
+        'nonfinite': np.int32(0),
+      }
+    )
 
 
 @contextlib.contextmanager
@@ -295,6 +309,8 @@ def open_run(
   workdir: str | os.PathLike,
   steps: list[int] | None = None,
   data_dir: str | None = None,
+  *,
+  reads_data: bool = True,
 ) -> Iterator[TrainedRun]:
   """Opens a run that has trained.
 
@@ -305,6 +321,8 @@ def open_run(
     workdir: of the run; "~" is expanded.
     steps: checkpoints that must be there.
     data_dir: where the dataset lies now, if not where the run read it.
+    reads_data: whether the examples will be read. If not, the dataset is just
+      as the checkpoint describes it, and need not be here.
 
   Raises:
     ConfigError: there is no such checkpoint, or the config names a model or a
@@ -317,10 +335,17 @@ def open_run(
     checkpoints = stack.enter_context(
       contextlib.closing(_checkpoints(place, steps))
     )
-    config = _saved_config(checkpoints.info(), data_dir)
-    devices, dataset = setup_lib.load(
-      config, None, training=False, workdir=str(place.folder)
-    )
+    info = checkpoints.info()
+    described = info.get('dataset')  # older versions did not describe it
+    if reads_data or described is None:
+      config = _saved_config(info, data_dir)
+      devices, dataset = setup_lib.load(
+        config, None, training=False, workdir=str(place.folder)
+      )
+    else:
+      config = _saved_config(info, data_dir, names_data=False)
+      devices = Devices(config.devices)
+      dataset = description.from_json(described)
     spec = setup_lib.make_spec(config, dataset, devices.total)
     yield TrainedRun(place, config, checkpoints, devices, dataset, spec)
 
@@ -377,11 +402,12 @@ def _advice(workdir: Workdir) -> str:
 
 
 def _saved_config(
-  info: dict[str, Any], data_dir: str | None
+  info: dict[str, Any], data_dir: str | None, names_data: bool = True
 ) -> ml_collections.ConfigDict:
   """Returns the run's config, of which only what is known is kept.
 
-  What trained the model (rules, losses, an optimizer) does not matter any more.
+  What trained the model (rules, losses, an optimizer) does not matter any more,
+  and without `names_data` the dataset does not either.
   """
   saved = dict(info['config'])
   digests = {x: saved.pop(x, None) for x in config_lib.DIGESTS.values()}
@@ -399,8 +425,10 @@ def _saved_config(
   if data_dir is not None:
     saved['data.data_dir'] = data_dir
   saved['devices'] = None  # those of this machine
-  _check_registered(saved)
+  _check_registered(saved, names_data)
   config = config_lib.from_json(saved)
+  if not names_data:
+    return config
   now = _digests(config)
   for field, name in config_lib.DIGESTS.items():
     if digests[name] not in (None, now.get(name)):
@@ -410,8 +438,8 @@ def _saved_config(
   return config
 
 
-def _check_registered(saved: dict[str, Any]) -> None:
-  """Raises if the run's dataset or models are known to another program only."""
+def _check_registered(saved: dict[str, Any], names_data: bool) -> None:
+  """Raises if the run's models or dataset are known to another program only."""
   data_dir = saved.get('data.data_dir')
   for field, known in (
     ('data.name', lambda name: kinds.is_known(name, data_dir)),
@@ -419,6 +447,8 @@ def _check_registered(saved: dict[str, Any]) -> None:
     ('selection.proxy', models.find),
   ):
     name = saved.get(field)
+    if field == 'data.name' and not names_data:
+      continue
     if name is not None and not known(name):
       raise config_lib.ConfigError(
         f'{field}={name!r} of the run is registered nowhere: name the file '
@@ -448,7 +478,7 @@ def attack_source(
       name = None if itself else _dataset_of(place)
     network = None
     if name == config.data.name:
-      network = trained_lib.load(source, data_dir=config.data.data_dir)
+      network = trained_lib.load(source)
   except (config_lib.ConfigError, data.DatasetError, CorruptError) as error:
     raise config_lib.ConfigError(
       f'attack.source={source!r}: {error}'
