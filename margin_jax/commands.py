@@ -206,7 +206,7 @@ class Parser(argparse.ArgumentParser):
       near = [x for x in near if x != '--help'] or near
     near = [f'{x}{equals}{value}' for x in near]
     hint = did_you_mean(near) or f'; there are {", ".join(flags)}'
-    return f'unknown flag --{name}{hint}'
+    return f'unknown flag {flag}{hint}'
 
 
 def _take_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -59,7 +59,7 @@ class Trained:
       Logits (N, C) and features (N, D), float32.
 
     Raises:
-      ValueError: the inputs are of another shape.
+      ValueError: the inputs are of another shape, or no list.
     """
     inputs = self._stored(inputs)
     found = []
@@ -79,6 +79,8 @@ class Trained:
   def _stored(self, inputs: Any) -> np.ndarray:
     """Returns the inputs as the dataset stores them."""
     if self.encode is not None and not hasattr(inputs, 'shape'):
+      if isinstance(inputs, str | os.PathLike):
+        raise ValueError(f'inputs must be a list, [{inputs!r}], got one alone')
       return self.encode(inputs)
     inputs = np.asarray(inputs)
     shape = self.input_shape

@@ -244,6 +244,7 @@ MISTAKES = [
     'analyze', ('--workdir={folder}/run', '--config=configs/digts.py'),
     'did you mean configs/digits.py',
   ),
+  ('analyze', ('--workdir={folder}/run', '-x'), 'unknown flag -x; there are'),
   ('export', ('--workdir={folder}/run',), '--out must be given'),
   (
     'export', ('--workdir={folder}/run', '--out={folder}/out'),

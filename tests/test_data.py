@@ -332,15 +332,27 @@ def test_prepare_explains_a_failed_download(monkeypatch, error):
 
 def test_classes_have_the_names_that_tfds_gives_them(data_dir, tmp_path):
   folder = str(data_dir / 'tfds')
-  names = tfds_images.class_names('cifar10', folder)
+  names = tfds_images.class_names('cifar10', folder, 10)
   assert len(names) == 10
   assert names[:3] == ('airplane', 'automobile', 'bird')
-  names = tfds_images.class_names('glue/rte', folder)
+  names = tfds_images.class_names('glue/rte', folder, 2)
   assert names == ('entailment', 'not_entailment')
-  assert tfds_images.class_names('mnist', folder) is None
-  assert tfds_images.class_names('cifar10', str(tmp_path)) is None
+  assert tfds_images.class_names('mnist', folder, 10) is None
+  assert tfds_images.class_names('cifar10', str(tmp_path), 10) is None
   assert data.load('digits').class_names is None
   assert data.load('entailment').class_names == names
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [(b'cat\n', 'must name 3 classes'), (b'\xff\nb\nc', 'cannot be read')],
+)
+def test_damaged_names_of_classes(tmp_path, content, message):
+  path = tmp_path / 'pets' / '1.0.0' / 'label.labels.txt'
+  path.parent.mkdir(parents=True)
+  path.write_bytes(content)
+  with pytest.raises(data.DatasetError, match=message):
+    tfds_images.class_names('pets', str(tmp_path), 3)
 
 
 @pytest.mark.slow

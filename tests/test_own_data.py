@@ -151,6 +151,9 @@ def test_val_alone_is_the_test_split(tmp_path):
     tmp_path, {x.replace('test', 'val'): n for x, n in SPLIT.items()}
   )
   assert load(name).counts == {'train': 11, 'test': 5}
+  write_folder(tmp_path, {'validation/cat': 1, 'validation/dog': 1})
+  with pytest.raises(data.DatasetError, match="both 'val' and 'validation'"):
+    load(name)
 
 
 def test_a_streamed_folder_has_the_images_of_one_in_memory(tmp_path):
@@ -612,6 +615,8 @@ def test_a_folder_is_trained_loaded_and_guarded(tmp_path, monkeypatch):
   files = [tmp_path / 'x/dark/00.png', tmp_path / 'x/light/01.png']
   assert trained.predict(files).tolist() == [0, 1]
   assert trained.class_names == ('dark', 'light')
+  with pytest.raises(ValueError, match=r'must be a list, \['):
+    trained.predict(str(files[0]))
   files[0].unlink()
   with pytest.raises(ConfigError, match=r'data\.digest'):
     helpers.train(tmp_path / 'run', **fields)

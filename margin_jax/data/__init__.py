@@ -321,7 +321,7 @@ def _arrays(
     words = tokenization.read_vocab(vocabulary)
     if name in glue.NAMES:
       whole, num_classes = glue.load(name, data_dir, words, max_length)
-      class_names = tfds_images.class_names(name, data_dir)
+      class_names = tfds_images.class_names(name, data_dir, num_classes)
       return _Arrays(whole, num_classes, class_names, len(words))
     path = kinds.path(name, data_dir)
     whole, class_names = csv_sentences.load(path, words, max_length)
@@ -337,7 +337,8 @@ def _arrays(
     }
     return _Arrays(whole, source.num_classes, source.class_names)
   whole, num_classes = tfds_images.load(name, data_dir, image_size)
-  return _Arrays(whole, num_classes, tfds_images.class_names(name, data_dir))
+  class_names = tfds_images.class_names(name, data_dir, num_classes)
+  return _Arrays(whole, num_classes, class_names)
 
 
 def _resized(records: folder.Records, side: int) -> Split:

@@ -128,6 +128,10 @@ def _folders(path: str) -> dict[str, str]:
   if 'train' not in present or not _subfolders(train):
     return {'train': path}
   others = [name for name in _OTHERS if name in present]
+  if {'val', 'validation'} <= {*others}:
+    raise DatasetError(
+      f"folder {path!r} has both 'val' and 'validation': leave one of them"
+    )
   folders = dict(zip(('test', 'validation'), others, strict=False))
   return {'train': train} | {
     split: os.path.join(path, name) for split, name in folders.items()

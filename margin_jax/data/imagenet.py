@@ -38,5 +38,5 @@ def load(name: str, data_dir: str | None) -> images.Source:
     ) from error
   classes = builder.info.features['label'].num_classes
   return images.Source(
-    records, classes, tfds_images.class_names(name, data_dir)
+    records, classes, tfds_images.class_names(name, data_dir, classes)
   )

@@ -57,7 +57,8 @@ def _array(path: str) -> np.ndarray:
   try:
     with open(os.path.expanduser(path), 'rb') as file:
       return np.lib.format.read_array(file, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
+  # A damaged header may ask for more than there is memory.
+  except (OSError, ValueError, EOFError, MemoryError) as error:
     raise DatasetError(
       f'data.labels={path!r} cannot be read as a .npy file: {error}'
     ) from error

@@ -32,17 +32,32 @@ def is_known(name: str, data_dir: str | None) -> bool:
   return name.partition('/')[0] in names
 
 
-def class_names(name: str, data_dir: str | None) -> tuple[str, ...] | None:
+def class_names(
+  name: str, data_dir: str | None, num_classes: int
+) -> tuple[str, ...] | None:
   """Returns what TFDS calls the classes of a prepared dataset, if it does.
 
   Args:
     name: of any dataset of TFDS, `glue/rte` too.
     data_dir: as `load` takes it.
+    num_classes: C.
+
+  Raises:
+    DatasetError: there are not C of them, or they cannot be read.
   """
   found = sorted(_folder(name, data_dir).glob('*/label.labels.txt'))
   if not found:
     return None
-  return tuple(found[-1].read_text(encoding='utf-8').splitlines())
+  try:
+    names = found[-1].read_text(encoding='utf-8').splitlines()
+  except (OSError, ValueError) as error:
+    raise DatasetError(f'{found[-1]} cannot be read: {error}') from error
+  if len(names) != num_classes:
+    raise DatasetError(
+      f'{found[-1]} has {len(names)} lines: it must name {num_classes} '
+      'classes, one a line'
+    )
+  return tuple(names)
 
 
 def _folder(name: str, data_dir: str | None) -> pathlib.Path:
@@ -291,4 +306,4 @@ def source(name: str, data_dir: str | None) -> images.Source:
     for split in records.values():
       split[0]
   classes = builder.info.features['label'].num_classes
-  return images.Source(records, classes, class_names(name, data_dir))
+  return images.Source(records, classes, class_names(name, data_dir, classes))
