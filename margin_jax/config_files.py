@@ -64,7 +64,7 @@ class ConfigFile:
     """Returns it with fields as a command line sets them, as texts by name.
 
     A run that they make shorter has its schedule scaled: see
-    `schedules.scaled`.
+    `schedules.shortened`.
 
     Raises:
       ConfigError: a field is unknown, or its value of another type.
@@ -73,12 +73,7 @@ class ConfigFile:
     for name, text in fields.items():
       value = parse_value(config, name, text)
       config.update_from_flattened_dict({name: value})
-    before = self.config.steps
-    flat = config_lib.flatten(config)
-    # What is not allowed is refused later, by its name.
-    allowed = all(field.check.holds(flat[x]) for x, field in FIELDS.items())
-    if allowed and config.scale_schedule and config.steps < before:
-      config = schedules.scaled(config, config.steps, before, keep=fields)
+    config = schedules.shortened(config, self.config.steps, keep=fields)
     return dataclasses.replace(self, config=config)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection
 
 import ml_collections
 
+from margin_jax import config as config_lib
+
 # What is scaled: all that counts steps from the start of a run.
 FIELDS = (
   'optimizer.boundaries',
@@ -50,6 +52,27 @@ def scaled(
   if 'selection.stop' not in keep and selection.stop is not None:
     selection.stop = max(scale(selection.stop), selection.start + 1)
   return config
+
+
+def shortened(
+  config: ml_collections.ConfigDict, before: int, keep: Collection[str]
+) -> ml_collections.ConfigDict:
+  """Returns the config, scaled if it asks for that and has fewer steps.
+
+  Args:
+    config: whose steps may have been set; one of its values may be wrong, and
+      is left to be refused by its name.
+    before: the steps that its schedule is for.
+    keep: as `scaled` takes it.
+  """
+  flat = config_lib.flatten(config)
+  if not all(
+    x.check.holds(flat[name]) for name, x in config_lib.FIELDS.items()
+  ):
+    return config
+  if not config.scale_schedule or config.steps >= before:
+    return config
+  return scaled(config, config.steps, before, keep)
 
 
 def _scale_boundaries(

@@ -217,6 +217,24 @@ def test_a_field_without_effect_at_a_grid_point_is_not_of_the_trial():
   ]
 
 
+def test_a_trial_of_fewer_steps_has_its_schedule_scaled():
+  config = small_config(steps=100)
+  config.optimizer.learning_rates = (0.1, 0.01)
+  config.optimizer.boundaries = (60,)
+  methods = methods_lib.parse_methods(
+    ['uniform', 'uniform+steps=50', 'uniform+steps=50+scale_schedule=False'],
+    config,
+  )
+  trials = methods_lib.make_trials(config, methods, {})
+  whole, short, same = (x.config for x in trials)
+  assert [*whole.optimizer.boundaries] == [60]
+  assert [*short.optimizer.boundaries] == [30]
+  assert [*same.optimizer.boundaries] == [60]
+  swept = methods_lib.make_trials(config, {'uniform': {}}, {'steps': (20, 100)})
+  drops = [x.config.optimizer.boundaries[0] for x in swept]
+  assert drops == [12, 60]
+
+
 def test_a_trial_does_not_depend_on_the_sweep_of_fields_that_it_does_not_use():
   sweeps = ['pool_size=16,32'], ['pool_size=64,128']
   first, second = (

@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from margin_jax import config as config_lib
-from margin_jax import config_files
+from margin_jax import config_files, schedules
 from margin_jax.checks import did_you_mean, nearest
 from margin_jax.config import UNIFORM, ConfigError
 from margin_jax.train import schema
@@ -299,7 +299,7 @@ def _with_fields(
       changed.update_from_flattened_dict({field: value})
     except TypeError as error:
       raise ConfigError(f'methods: {method!r}: {field}: {error}') from error
-  return changed
+  return schedules.shortened(changed, config.steps, keep=fields)
 
 
 @contextlib.contextmanager
