@@ -4,6 +4,7 @@ Each is measured in benchmarks/NOTES.md: what was predicted, and what came out.
 """
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -40,6 +41,32 @@ def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   if _knows_flags() and is_default() and constant_dots(compiled.as_text()):
     compiled = lowered.compile(compiler_options={_YNN: ''})
   return compiled
+
+
+def forget_programs() -> None:
+  """Makes JAX forget compiled programs before there are too many.
+
+  XLA:CPU maps every kernel of a program into memory, and JAX keeps a program of
+  `pmap` for as long as the process lives. Where Linux grants no more mappings,
+  65,530 by default, the next program is a segmentation fault: a process would
+  train some 70 times. Here they are forgotten at half of that; those in use go
+  on, and what is called again is compiled again.
+  """
+  count, most = _mappings()
+  if 2 * count > most:
+    jax.clear_caches()
+    gc.collect()
+
+
+def _mappings() -> tuple[int, int]:
+  """Returns how many memory mappings this process has, and may have."""
+  try:
+    with open('/proc/self/maps', 'rb') as file:
+      count = sum(1 for _ in file)
+    with open('/proc/sys/vm/max_map_count') as file:
+      return count, int(file.read())
+  except (OSError, ValueError):  # no Linux
+    return 0, 0
 
 
 def constant_dots(program: str) -> list[str]:

@@ -30,6 +30,8 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
 import jax
 import pytest
 
+from margin_jax import cpu
+
 # Shells start what they put in the background deaf to Ctrl-C, and what the
 # tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -66,9 +68,15 @@ def data_dir() -> pathlib.Path:
 def _forget_programs():
   """Frees what a module compiled.
 
-  A process that keeps a thousand programs of XLA:CPU runs out of memory
-  mappings, and loading the next one is a segmentation fault.
+  What a process keeps slows it down; see also `cpu.forget_programs`.
   """
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _keep_few_programs():
+  """Frees what a module compiled before its end, where that is very much."""
+  yield
+  cpu.forget_programs()

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +296,28 @@ def test_tuning_keeps_pages():
   kept = int(run(FAULTS))
   given_back = int(run(FAULTS, MALLOC_ARENA_MAX='8'))
   assert kept < 0.1 * given_back
+
+
+def test_programs_are_forgotten_before_there_are_too_many(monkeypatch):
+  """Else a long comparison in one process is a segmentation fault."""
+  devices = devices_lib.Devices(2)
+  x = np.arange(3, dtype=np.float32)
+
+  def compile_one():
+    def double(x):
+      return 2 * x
+
+    compiled = devices.compile(double, x)
+    np.testing.assert_array_equal(compiled(x), 2 * x)
+    return weakref.ref(double), compiled
+
+  first, in_use = compile_one()
+  count, most = cpu._mappings()
+  assert 100 < count < most
+  monkeypatch.setattr(cpu, '_mappings', lambda: (51, 100))
+  second = compile_one()[0]
+  np.testing.assert_array_equal(in_use(x), 2 * x)
+  del in_use
+  compile_one()
+  assert first() is None
+  assert second() is None

@@ -270,6 +270,7 @@ class Devices:
     Returns:
       A callable of `*args`.
     """
+    cpu.forget_programs()
     mapped = self._map(function, args, donate_first)
     lowered = mapped.lower(*args, self._unread)
     return Compiled(mapped, lowered, self._unread, self.total)
