@@ -225,7 +225,7 @@ def test_a_fraction_of_nothing_is_refused():
 
 @pytest.mark.slow
 def test_mnist_trains_with_the_large_margin_loss(data_dir, tmp_path):
-  config = mnist_large_margin.get_config('small=0.003,steps=30')
+  config = mnist_large_margin.get_config('small=0.01,steps=60')
   config.data.data_dir = str(data_dir / 'tfds')
   config.batch_size = 32
   config.optimizer.learning_rates = (0.003,)

@@ -717,9 +717,11 @@ def init_state(
     key = jax.random.fold_in(jax.random.key(config.seed), step_lib.INIT)
     variables['params'] = models.glorot(state.params, key)
   if weights is not None:
-    variables = pretrained.put(variables, weights)
+    variables |= pretrained.put(variables, weights)
   return state.replace(
     opt_state=spec.optimizer.init(variables['params']),
-    ema=ema.create(spec.ema_decay, **variables),
+    ema=ema.create(
+      spec.ema_decay, variables['params'], variables['batch_stats']
+    ),
     **variables,
   )
