@@ -123,8 +123,10 @@ def test_an_average_of_scores_decays():
   )
 
 
-@pytest.mark.parametrize('sampler', [*SAMPLERS])
-@pytest.mark.parametrize('devices', [2, *slow(4)])
+@pytest.mark.parametrize(
+  ('sampler', 'devices'),
+  [('prune', 2), *slow(*((sampler, 4) for sampler in SAMPLERS))],
+)
 def test_devices_change_neither_order_nor_memory(sampler, devices):
   """Over four epochs: the same examples of every step, the same memory."""
   (one, first), (many, other) = (
@@ -281,8 +283,7 @@ def of_vectors(name, weights=None, examples=64):
   return data.load(name)
 
 
-@pytest.mark.parametrize('devices', [1, 4])
-def test_weights_of_a_dataset_multiply_every_loss(devices):
+def test_weights_of_a_dataset_multiply_every_loss():
   """The first step against the hand formula: mean(w * loss) + a * MMR."""
   weights = np.random.default_rng(1).uniform(0, 3, 64)
   margin_jax.register_loss(
@@ -303,7 +304,7 @@ def test_weights_of_a_dataset_multiply_every_loss(devices):
     'optimizer.weight_decay': 0.0,
   }
   dataset = of_vectors('weighted', weights)
-  this = helpers.Setup(dataset=dataset, devices=devices, **fields)
+  this = helpers.Setup(dataset=dataset, devices=4, **fields)
   state, metrics = this.run(1)
   batch = helpers.first_pool(this, 8)
   w = jnp.asarray(weights, jnp.float32)[batch['index']]
