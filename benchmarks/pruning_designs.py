@@ -23,6 +23,7 @@ from margin_jax.compare import runs
 from margin_jax.config import UNIFORM
 from margin_jax.train import devices as devices_lib
 from margin_jax.train.process import Interrupts, one_line_errors
+from margin_jax.train.workdirs import Workdir
 
 Fields = dict[str, Any]
 
@@ -121,7 +122,7 @@ def main() -> None:
   devices_lib.use_compilation_cache()
   with one_line_errors(), Interrupts() as interrupts:
     trials = make_trials(args)
-    plan = runs.plan([*trials.values()], args.seeds, pathlib.Path(args.workdir))
+    plan = runs.plan([*trials.values()], args.seeds, Workdir(args.workdir))
     for outcome in runs.train(plan, interrupts, time_to_accuracy.say):
       errors: dict[str, list[float]] = {}
       for run, result in zip(outcome.runs, outcome.results, strict=True):

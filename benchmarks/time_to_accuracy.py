@@ -53,6 +53,7 @@ from margin_jax.train import reporting, schema
 from margin_jax.train import runs as runs_lib
 from margin_jax.train import setup as setup_lib
 from margin_jax.train.process import Interrupted, Interrupts, one_line_errors
+from margin_jax.train.workdirs import Workdir
 
 Fields = dict[str, Any]
 Row = dict[str, Any]
@@ -390,7 +391,7 @@ def train(
   done = read_results(path, methods)
   missing = [
     run
-    for run in runs.plan(trials, args.seeds, root)
+    for run in runs.plan(trials, args.seeds, Workdir(root))
     if (run.trial.name, run.seed) not in done
   ]
   with Interrupts() as interrupts:

@@ -35,6 +35,22 @@ def test_digest_tells_recipes_and_no_machines():
   assert benchmark.digest(config) != before
 
 
+@pytest.mark.slow
+def test_what_is_trained_is_added_to_the_results(data_dir, tmp_path):
+  args = argparse.Namespace(
+    size='mnist', scale=0.002, data_dir=str(data_dir / 'tfds'), seeds=1,
+    minutes=10, rounds=1,
+  )  # fmt: skip
+  size = benchmark.SIZES['mnist']
+  methods = benchmark.make_methods(size, args)
+  methods = {x: methods[x] for x in ('uniform', 'margin pruning, auto')}
+  base = tmp_path / 'results'
+  benchmark.train(args, methods, base, tmp_path / 'runs')
+  results = benchmark.read_results(base.with_suffix('.csv'), methods)
+  assert {*results} == {(method, 0) for method in methods}
+  assert '| uniform |' in base.with_suffix('.md').read_text()
+
+
 def row(method, seed, digest, step):
   values = dict.fromkeys(benchmark.COLUMNS, 0.5)
   return values | {
