@@ -126,7 +126,7 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
   )
   lines = []
   result = loop.train(config, workdir, log=lines.append)
-  assert [*result['attack']] == ['pgd 0.05']
+  assert [*result['attack']] == ['fgsm 0.05', 'fgsm 0.2', 'pgd 0.05']
   assert result['seconds'] == before['seconds']
   assert result['test'] == before['test']
   # Ten small steps are at least as strong as one.
@@ -136,11 +136,21 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
   again = loop.train(config, workdir, log=lines.append)
   assert again == result
   assert 'complete' in lines[-1]
-  # Those of before have made room.
+  stronger = helpers.small_config(
+    **{
+      'attack.name': 'pgd', 'attack.epsilons': (0.05,), 'attack.steps': 40,
+      'steps': 60,
+    }
+  )  # fmt: skip
+  last = loop.train(stronger, workdir, log=lines.append)
+  for name in ('fgsm 0.05', 'fgsm 0.2'):
+    assert last['attack'][name] == before['attack'][name]
+  assert last['attack']['pgd 0.05'] != result['attack']['pgd 0.05']
   with pathlib.Path(workdir, 'eval.csv').open(newline='') as file:
     splits = [row['split'] for row in csv.DictReader(file)]
-  assert splits[-1] == 'test under pgd 0.05'
-  assert sum(split.startswith('test under') for split in splits) == 1
+  assert [x for x in splits if x.startswith('test under')] == [
+    'test under fgsm 0.05', 'test under fgsm 0.2', 'test under pgd 0.05',
+  ]  # fmt: skip
 
 
 @pytest.mark.parametrize('devices', [1, *slow(4)])
@@ -243,7 +253,9 @@ def test_accuracy_falls_and_farther_where_the_attack_sees_the_network(tmp_path):
   source = str(tmp_path / 'other')
   _, black_box = attacked(name='ifgsm', steps=5, source=source)
   assert clean > 0.8
-  assert [*black_box] == ['black-box ifgsm 0.05', 'black-box ifgsm 0.15']
+  assert [*black_box] == [
+    'fgsm 0.05', 'fgsm 0.15', 'ifgsm 0.05', 'ifgsm 0.15', 'black-box ifgsm 0.05', 'black-box ifgsm 0.15',
+  ]  # fmt: skip
   assert clean > fgsm['fgsm 0.05'] > fgsm['fgsm 0.15']
   assert ifgsm['ifgsm 0.15'] < fgsm['fgsm 0.15']
   for epsilon in (0.05, 0.15):

@@ -231,7 +231,11 @@ def train(
     with contextlib.closing(_reporter(run, log, hook, view)) as reporter:
       if result is None:
         result = _result(run, _run_steps(run, reporter, interrupts))
-      result['attack'] = _evaluate_attacked(run, reporter)
+      # Beside what other attacks came to, which commands before asked for.
+      result['attack'] = {
+        **result.get('attack', {}),
+        **_evaluate_attacked(run, reporter),
+      }
       result['config'] = run.saved_config
 
     # Save. A result beside an older checkpoint would be of another network.
@@ -406,6 +410,7 @@ def _reporter(
     best=run.best,
     config=run.saved_config,
     splits=run.splits,
+    attacks=[ATTACKED + name for name in _attacks(run.config)],
     class_names=run.dataset.class_names,
     log=log,
     hook=hook,
@@ -645,19 +650,24 @@ def _evaluate_attacked(
   run: Run, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
   """Evaluates the test split under the attack, by its name and epsilon."""
-  config = run.config
   counters = dataclasses.asdict(run.counters)
+  results = {}
+  for name, epsilon in _attacks(run.config).items():
+    results[name] = run.evaluator('test', run.state, epsilon)
+    reporter.evaluation(
+      run.config.steps, f'{ATTACKED}{name}', counters, results[name]
+    )
+  return results
+
+
+def _attacks(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the epsilons of the attack, by the names of their results."""
+  if config.attack.name is None:
+    return {}
   kind = config.attack.name
   if config.attack.source is not None:
     kind = f'black-box {kind}'
-  results = {}
-  for epsilon in config.attack.epsilons:
-    name = f'{kind} {epsilon}'
-    results[name] = run.evaluator('test', run.state, epsilon)
-    reporter.evaluation(
-      config.steps, f'{ATTACKED}{name}', counters, results[name]
-    )
-  return results
+  return {f'{kind} {epsilon}': epsilon for epsilon in config.attack.epsilons}
 
 
 def _headline(result: dict[str, Any]) -> str:

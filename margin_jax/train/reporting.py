@@ -31,7 +31,7 @@ class _Table:
     path: pathlib.Path,
     after: int,
     texts: tuple[str, ...] = (),
-    redone: str = '',
+    redone: Sequence[str] = (),
   ):
     """Reads what is there; `begin` drops what will be redone.
 
@@ -39,7 +39,7 @@ class _Table:
       path: of the file.
       after: the step that the run continues from; later rows are dropped.
       texts: the columns that hold no numbers.
-      redone: at `after` no rows are kept whose split begins so.
+      redone: at `after` no rows of these splits are kept.
 
     Raises:
       FileError: the file is no such table.
@@ -51,10 +51,7 @@ class _Table:
       row
       for row in rows
       if int(row['step']) < after
-      or (
-        int(row['step']) == after
-        and not (redone and row['split'].startswith(redone))
-      )
+      or (int(row['step']) == after and not (redone and row['split'] in redone))
     ]
 
   def begin(self) -> None:
@@ -143,6 +140,7 @@ class Reporter:
     log: Callable[[str], None],
     config: dict[str, Any] | None = None,
     splits: Sequence[str] = (),
+    attacks: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
     hook: Hook | None = None,
     view: progress.View | None = None,
@@ -159,6 +157,7 @@ class Reporter:
       log: takes the progress lines.
       config: the fields by name, for TensorBoard's table of hyperparameters.
       splits: that are evaluated.
+      attacks: the names of those that are under an attack.
       class_names: of the classes; None are their indices.
       hook: takes every row, after the files have it.
       view: shows every row of training, in place of a line.
@@ -167,8 +166,8 @@ class Reporter:
     self._steps = steps
     self._log = log
     self._train = _Table(folder / 'train.csv', after)
-    # At the end of a run all attacks are made again.
-    redone = ATTACKED if after == steps else ''
+    # At the end of a run its attack is made again.
+    redone = attacks if after == steps else ()
     self._eval = _Table(folder / 'eval.csv', after, ('split',), redone)
     self._classes = _Table(folder / 'classes.csv', after)
     for table in (self._train, self._eval, self._classes):
