@@ -208,6 +208,17 @@ def mapping(**values: Check) -> Check:
   return Check(holds, allowed, dict)
 
 
+def mappings() -> Check:
+  """Allows a dict of dicts."""
+
+  def holds(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+      isinstance(value, dict) for value in values.values()
+    )
+
+  return Check(holds, lambda: 'an object of objects', dict)
+
+
 def numbers(names: tuple[str, ...]) -> Check:
   """Allows a dict of numbers that are not negative, by some of the names."""
   each = number(least=0)

@@ -257,9 +257,10 @@ FIELDS: dict[str, Field] = {
   'scale_schedule': Field(
     True,
     flag(),
-    'If the command line sets fewer `steps` than the config file, scale '
+    'If the command line, or a method or sweep of a comparison, sets fewer '
+    '`steps` than the config file, scale '
     'optimizer.boundaries, optimizer.warmup, selection.start and '
-    'selection.stop with them, unless the command line sets these too. A '
+    'selection.stop with them, unless these are set there too. A '
     'longer run keeps them.',
     resumable=True,
   ),

@@ -20,10 +20,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from margin_jax import commands, models, schedules, user_code
 from margin_jax import config as config_lib
-from margin_jax import schedules, user_code
 from margin_jax.checks import Check, did_you_mean, nearest, parse_integer
 from margin_jax.config import FIELDS, ConfigError
+from margin_jax.data import registered
 
 # What other libraries call a field.
 OTHER_NAMES = {
@@ -75,6 +76,17 @@ class ConfigFile:
       config.update_from_flattened_dict({name: value})
     config = schedules.shortened(config, self.config.steps, keep=fields)
     return dataclasses.replace(self, config=config)
+
+  def analyze_line(self, workdir: str) -> str:
+    """Returns the command that analyzes a run of this config.
+
+    It names the file if the run needs what that registers.
+    """
+    config, arguments = self.config, [f'--workdir={workdir}']
+    used = {config.data.name, config.model.name, config.selection.proxy}
+    if used & {*registered.REGISTERED, *models.REGISTERED}:
+      arguments.append(f'--config={self.path}')
+    return commands.line('analyze', *arguments)
 
 
 # Running a config file.

@@ -46,12 +46,12 @@ def export(
       run.config.model.name, 'a BERT to be exported',
     )  # fmt: skip
     state = run.restore(step)
-    folder = runs.make_folder(out)
+    folder, source = runs.make_folder(out), str(run.workdir.folder)
     bert_weights.write(
       folder,
       {'params': state.evaluated['params']},
       bert_weights.sizes_of(run.spec.model),
-      vocabulary.find(run.config, str(run.workdir.folder)),
+      vocabulary.kept(source) or vocabulary.find(run.config, source),
     )
   return folder
 

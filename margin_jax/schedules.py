@@ -60,14 +60,14 @@ def shortened(
   """Returns the config, scaled if it asks for that and has fewer steps.
 
   Args:
-    config: whose steps may have been set; one of its values may be wrong, and
-      is left to be refused by its name.
+    config: whose steps may have been set; a wrong value, or a missing field, is
+      left to be refused by its name.
     before: the steps that its schedule is for.
     keep: as `scaled` takes it.
   """
-  flat = config_lib.flatten(config)
+  fields, flat = config_lib.FIELDS, config_lib.flatten(config)
   if not all(
-    x.check.holds(flat[name]) for name, x in config_lib.FIELDS.items()
+    name in flat and x.check.holds(flat[name]) for name, x in fields.items()
   ):
     return config
   if not config.scale_schedule or config.steps >= before:

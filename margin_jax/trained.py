@@ -59,7 +59,7 @@ class Trained:
       Logits (N, C) and features (N, D), float32.
 
     Raises:
-      ValueError: the inputs are of another shape, or no list.
+      ValueError: the inputs are of another shape, or a single string or path.
     """
     inputs = self._stored(inputs)
     found = []
@@ -80,7 +80,7 @@ class Trained:
     """Returns the inputs as the dataset stores them."""
     if self.encode is not None and not hasattr(inputs, 'shape'):
       if isinstance(inputs, str | os.PathLike):
-        raise ValueError(f'inputs must be a list, [{inputs!r}], got one alone')
+        raise ValueError(f'inputs must be a list: [{inputs!r}]')
       return self.encode(inputs)
     inputs = np.asarray(inputs)
     shape = self.input_shape
@@ -106,7 +106,7 @@ class Trained:
 def load(
   workdir: str | os.PathLike, checkpoint: str | int = 'latest'
 ) -> Trained:
-  """Loads the network of a run that has trained; it needs no data.
+  """Loads the network of a run that has trained; needs no data.
 
   Args:
     workdir: of the run; "~" is expanded.
@@ -138,7 +138,8 @@ def load(
       )
     state = run.restore(step)
     encode = None
-    path = vocabulary.find(run.config, str(run.workdir.folder))
+    folder = str(run.workdir.folder)
+    path = vocabulary.kept(folder) or vocabulary.find(run.config, folder)
     if run.config.data.name.startswith(kinds.FOLDER):
       encode = functools.partial(
         images.read_files, side=run.config.data.image_size

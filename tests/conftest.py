@@ -77,6 +77,6 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _keep_few_programs():
-  """Frees what a module compiled before its end, where that is very much."""
+  """Frees what a module compiled before its end, if it is a lot."""
   yield
   cpu.forget_programs()

@@ -30,6 +30,13 @@ def slow(*values):
   return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
+def long(*values):
+  """Those with which it is so slow that .ci/run leaves it out."""
+  marks = pytest.mark.slow, pytest.mark.long
+  rows = (x if isinstance(x, tuple) else (x,) for x in values)
+  return [pytest.param(*row, marks=marks) for row in rows]
+
+
 def small_config(**fields):
   """Digits, CNN, b=8 of B=32, 20 steps; `fields` by dotted name."""
   config = config_lib.default()

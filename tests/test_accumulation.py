@@ -29,9 +29,9 @@ STEPS = {
   'mean_weights_memory': {
     **PRUNE, 'mmr.alpha': 0.1, 'mmr.reduction': 'square_of_mean',
   },
+  'trimming': {**UNIFORM, **TRIMMED, 'mmr.alpha': 0.1},
   'trimming_kept': {
     **UNIFORM, **TRIMMED, 'trimming.backward': 'kept', 'batch_size': 32,
-    'mmr.alpha': 0.1,
   },
   'hinge_reuse_proxy': {
     'loss.risk': 'hinge', 'selection.reuse': 2, 'selection.proxy': 'cnn',
@@ -86,8 +86,12 @@ def setup(parts, devices=1, **fields):
   ('name', 'parts', 'devices'),
   [
     ('mmr_and_selection', 4, 1),
-    *helpers.slow(
-      *((name, 4, 2) for name in STEPS if name != 'mmr_and_selection')
+    *helpers.slow(('hinge_reuse_proxy', 4, 2), ('dropout_own_losses', 4, 2)),
+    *helpers.long(
+      ('mean_weights_memory', 4, 2),
+      ('trimming_kept', 4, 2),
+      ('large_margin', 4, 2),
+      ('trimming', 4, 2),
     ),
   ],
 )

@@ -17,6 +17,7 @@ from margin_jax import data, register_dataset
 from margin_jax.config import ConfigError
 from margin_jax.train import attacks, evaluation, loop, runs
 from margin_jax.train import setup as setup_lib
+from margin_jax.train.checkpoints import Checkpoints
 from margin_jax.trained import Trained
 from tests import helpers, references
 from tests.custom import small_network
@@ -143,6 +144,14 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
     }
   )  # fmt: skip
   last = loop.train(stronger, workdir, log=lines.append)
+  # Each knows how it was made, so that none is made twice.
+  assert last['attack']['pgd 0.05']['config'] == {
+    'attack.steps': 40, 'attack.step_size': None, 'attack.source': None,
+  }  # fmt: skip
+  first = {'attack.name': 'fgsm', 'attack.epsilons': (0.2,), 'steps': 60}
+  config = helpers.small_config(**first)
+  assert loop.train(config, workdir, log=lines.append) == last
+  assert 'complete' in lines[-1]
   for name in ('fgsm 0.05', 'fgsm 0.2'):
     assert last['attack'][name] == before['attack'][name]
   assert last['attack']['pgd 0.05'] != result['attack']['pgd 0.05']
@@ -304,6 +313,11 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr(runs.trained_lib, 'load', load)
   fields['attack.source'] = str(tmp_path / 'digits')
+  with monkeypatch.context() as patch:
+    saved = {'data.name': 'digits', 'data.digest': 'of others'}
+    patch.setattr(Checkpoints, 'info', lambda *_: {'config': saved})
+    with pytest.raises(ConfigError, match='with the same examples, and'):
+      run_small(tmp_path / 'run', steps=1, **fields)
   words = r'with inputs of \(8, 8, 1\), and it is of one with \(4, 4, 1\)'
   with pytest.raises(ConfigError, match=words):
     run_small(tmp_path / 'run', steps=1, **fields)

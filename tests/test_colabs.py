@@ -19,7 +19,7 @@ import pytest
 import margin_jax
 from margin_jax.models import bert, bert_weights
 from tests.datasets import VOCAB, write_task
-from tests.helpers import ROOT
+from tests.helpers import ROOT, long
 
 NAMES = (
   'does_it_pay', 'glue_mmr', 'mmr_margins', 'quickstart', 'selection_tour',
@@ -112,7 +112,12 @@ def glue_environment(folder):
   return {'DATA_DIR': str(folder), 'WEIGHTS': weights, 'MODEL': 'bert1_8_2'}
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  ['does_it_pay', 'glue_mmr', 'quickstart', *long(
+    'mmr_margins', 'selection_tour', 'tpu_pod'
+  )],
+)  # fmt: skip
 @pytest.mark.slow
 def test_runs_from_top_to_bottom(name, tmp_path):
   """The cells' own assertions hold; the install cell has nothing to do."""

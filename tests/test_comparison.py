@@ -235,6 +235,29 @@ def test_a_trial_of_fewer_steps_has_its_schedule_scaled():
   assert drops == [12, 60]
 
 
+def test_a_control_keeps_what_its_method_sets():
+  """Also a boundary that is the config's own: it is not scaled."""
+  config = small_config(steps=100)
+  config.optimizer.learning_rates = (0.1, 0.01)
+  config.optimizer.boundaries = (60,)
+  text = 'mms+steps=80+optimizer.boundaries=(60,)'
+  methods = methods_lib.parse_methods(['uniform', text], config)
+  methods = methods_lib.with_controls(methods, config)
+  trials = methods_lib.make_trials(config, methods, {})
+  for trial in trials[1:]:
+    assert [*trial.config.optimizer.boundaries] == [60], trial.name
+    assert trial.config.steps == 80
+  assert len(trials) == 3
+
+
+def test_a_config_that_lacks_a_field_is_refused_by_its_name():
+  config = small_config()
+  with config.unlocked():
+    del config.ema
+  with pytest.raises(ConfigError, match=r'ema\.decay'):
+    methods_lib.make_trials(config, {'uniform': {}}, {})
+
+
 def test_a_trial_does_not_depend_on_the_sweep_of_fields_that_it_does_not_use():
   sweeps = ['pool_size=16,32'], ['pool_size=64,128']
   first, second = (

@@ -23,6 +23,11 @@ PAGES = sorted(
   for path in DOCS.glob('**/*.md')
   if 'benchmarks' not in path.parts and path.name != 'bad_inputs.md'
 )
+# Pages whose commands train for more than ten seconds.
+LONG = (
+  'accumulate', 'attack', 'dataset', 'label_noise', 'loss', 'memory', 'model',
+  'optimizer', 'own_data', 'resume', 'rho_loss',
+)  # fmt: skip
 FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 # A console script, and what it starts.
 MODULES = {
@@ -124,10 +129,15 @@ def check_config(given, folder):
     schema.validate(config_files.load(text).with_fields(fields).config)
 
 
-@pytest.mark.parametrize(
-  'path', PAGES, ids=lambda path: str(path.relative_to(DOCS))
-)
-@pytest.mark.slow
+def pages():
+  """All of them; those that train at length are for other days."""
+  for path in PAGES:
+    name = str(path.relative_to(DOCS))
+    marks = [pytest.mark.long] if path.stem in LONG else []
+    yield pytest.param(path, id=name, marks=[pytest.mark.slow, *marks])
+
+
+@pytest.mark.parametrize('path', [*pages()])
 def test_blocks_run_as_printed(path, tmp_path, monkeypatch):
   """In their order, in one folder; those marked `parsed` are only checked."""
   monkeypatch.chdir(tmp_path)

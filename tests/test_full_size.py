@@ -214,6 +214,7 @@ def cost_of(name, words):
   return pytest.approx(value, rel=0.005, abs=rounding + 0.005 * value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('name', 'argument', 'words', 'unit'), COSTS)
 def test_docstrings_say_what_it_costs(name, argument, words, unit):
   flops, steps = step_flops(name, argument)

@@ -37,11 +37,10 @@ def run(name, devices, folder):
   ],
 )
 def test_a_run_is_what_it_was_on_one_device_and_on_four(tmp_path, name):
-  """Sentences on one only: on others they are in test_sentences."""
   expected = dict(STABLE[name])
   flops = expected.pop('flops').get(jax.__version__)
   all_counts = []
-  for devices in (1,) if name == 'sentences' else (1, 4):
+  for devices in (1, 4):
     found, counts = run(name, devices, tmp_path / str(devices))
     all_counts.append(counts)
     if flops:
@@ -55,5 +54,5 @@ def test_a_run_is_what_it_was_on_one_device_and_on_four(tmp_path, name):
         assert found[key] == pytest.approx(value, abs=1e-2), key
       else:
         assert found[key] == value, key
-  np.testing.assert_array_equal(all_counts[0], all_counts[-1])
+  np.testing.assert_array_equal(*all_counts)
   assert all_counts[0].sum() == expected['examples_trained']

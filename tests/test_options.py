@@ -145,6 +145,7 @@ def test_bfloat16_scores_train_the_same_float32_model():
   np.testing.assert_allclose(kernel['kernel'], other['kernel'], atol=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_low_resolution_scoring_costs_less():
   fields = {'model.name': 'resnet8', 'data.validation_examples': 0}
@@ -219,6 +220,7 @@ def test_trimming_keeps_what_the_schedule_says():
   assert metrics['trimmed_loss'] > metrics['loss']
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_trimming_with_a_short_backward_pass_gives_the_same_update():
   """Without BatchNorm, the kept examples are all that the gradient sees."""

@@ -615,7 +615,7 @@ def test_a_folder_is_trained_loaded_and_guarded(tmp_path, monkeypatch):
   files = [tmp_path / 'x/dark/00.png', tmp_path / 'x/light/01.png']
   assert trained.predict(files).tolist() == [0, 1]
   assert trained.class_names == ('dark', 'light')
-  with pytest.raises(ValueError, match=r'must be a list, \['):
+  with pytest.raises(ValueError, match=r'must be a list: \['):
     trained.predict(str(files[0]))
   files[0].unlink()
   with pytest.raises(ConfigError, match=r'data\.digest'):

@@ -141,6 +141,7 @@ def test_devices_change_neither_selection_nor_update():
   np.testing.assert_allclose(metrics1['loss'], metrics2['loss'], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_bucket_prunes_its_own():
   """Epochs of a bucket end on their own; the memory is of all examples."""
@@ -172,6 +173,7 @@ def test_every_bucket_prunes_its_own():
     assert len({*order.tolist()}) == int(bucket.count)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_buffer_keeps_sentences_whole():
   this = setup(

@@ -102,7 +102,7 @@ def test_a_description_prepares_as_its_dataset(name):
   found = description.from_json(described)
   for attribute in (
     'name', 'num_classes', 'class_names', 'vocabulary', 'input_shape',
-    'input_dtype',
+    'input_dtype', 'weighted',
   ):  # fmt: skip
     assert getattr(found, attribute) == getattr(dataset, attribute)
   assert found.counts['train'] == dataset.counts['train']

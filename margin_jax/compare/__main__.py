@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     best = runs.find_best(args.workdir)
     commands.finish(
       f'{args.workdir}/compare.md, and the tables and plots beside it',
-      commands.line('analyze', f'--workdir={best}'),
+      file.analyze_line(best),
     )
 
 

@@ -358,6 +358,7 @@ def with_controls(
       name: fields[name]
       for name in sorted({*fields} - {RULE, *unused})
       if fields[name] != unchanged[name]
+      or ('steps' in fields and name in schedules.FIELDS)  # which is not scaled
     }
 
   complete = dict(methods)

@@ -18,6 +18,7 @@ DESCRIPTION = checks.mapping(
   num_classes=checks.integer(1),
   class_names=checks.optional(checks.items(checks.text())),
   vocabulary=checks.optional(checks.integer(1)),
+  weighted=checks.flag(),
   examples=checks.integer(1),
   input_shape=checks.items(checks.integer(1)),
   input_dtype=checks.dtype(),
@@ -40,8 +41,8 @@ class Description:
   counts: dict[str, int]
   input_shape: tuple[int, ...]
   input_dtype: np.dtype
+  weighted: bool
   prepare: Callable[[Any], Any]
-  weighted = False
 
 
 def to_json(dataset: Dataset) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def to_json(dataset: Dataset) -> dict[str, Any]:
     'num_classes': int(dataset.num_classes),
     'class_names': dataset.class_names and [*dataset.class_names],
     'vocabulary': dataset.vocabulary,
+    'weighted': dataset.weighted,
     'examples': dataset.counts['train'],
     'input_shape': [*dataset.input_shape],
     'input_dtype': np.dtype(dataset.input_dtype).name,
@@ -68,6 +70,7 @@ def from_json(described: dict[str, Any]) -> Description:
     num_classes=described['num_classes'],
     class_names=None if names is None else tuple(names),
     vocabulary=described['vocabulary'],
+    weighted=described['weighted'],
     counts={'train': described['examples']},
     input_shape=tuple(described['input_shape']),
     input_dtype=np.dtype(described['input_dtype']),

@@ -130,7 +130,7 @@ def _folders(path: str) -> dict[str, str]:
   others = [name for name in _OTHERS if name in present]
   if {'val', 'validation'} <= {*others}:
     raise DatasetError(
-      f"folder {path!r} has both 'val' and 'validation': leave one of them"
+      f"folder {path!r} has both 'val' and 'validation': remove or rename one"
     )
   folders = dict(zip(('test', 'validation'), others, strict=False))
   return {'train': train} | {

@@ -49,13 +49,14 @@ def class_names(
   if not found:
     return None
   try:
-    names = found[-1].read_text(encoding='utf-8').splitlines()
+    lines = found[-1].read_text(encoding='utf-8').splitlines()
   except (OSError, ValueError) as error:
     raise DatasetError(f'{found[-1]} cannot be read: {error}') from error
+  names = [line.strip() for line in lines if line.strip()]  # as TFDS reads it
   if len(names) != num_classes:
     raise DatasetError(
-      f'{found[-1]} has {len(names)} lines: it must name {num_classes} '
-      'classes, one a line'
+      f'{found[-1]} has {len(names)} names: it must have {num_classes}, one a '
+      'line'
     )
   return tuple(names)
 

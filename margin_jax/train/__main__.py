@@ -6,12 +6,7 @@ Any field can be set on the command line: --config.steps=300. The same command
 again goes on where the run stopped.
 """
 
-from typing import TYPE_CHECKING
-
 from margin_jax import commands, terminal
-
-if TYPE_CHECKING:
-  from margin_jax import config_files
 
 
 @commands.command
@@ -50,7 +45,8 @@ def main(argv: list[str]) -> None:
   from margin_jax.train import loop, process, progress
 
   process.silence_libraries()
-  config = args.config_file.config
+  file = args.config_file
+  config = file.config
   with process.one_line_errors():
     if args.coordinator is not None:
       try:
@@ -58,7 +54,7 @@ def main(argv: list[str]) -> None:
       except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     elif loop.say_if_complete(config, args.workdir, terminal.say):
-      _finish(args.config_file, args.workdir)
+      commands.finish(args.workdir, file.analyze_line(args.workdir))
       return
     cpu.tune()
     devices_lib.use_compilation_cache()
@@ -70,19 +66,7 @@ def main(argv: list[str]) -> None:
       wait=terminal.wait,
     )
     if devices_lib.is_main_process():
-      _finish(args.config_file, args.workdir)
-
-
-def _finish(file: 'config_files.ConfigFile', workdir: str) -> None:
-  """Names the next command; it needs the file if that registers something."""
-  from margin_jax import models
-  from margin_jax.data import registered
-
-  config, arguments = file.config, [f'--workdir={workdir}']
-  used = {config.data.name, config.model.name, config.selection.proxy}
-  if used & {*registered.REGISTERED, *models.REGISTERED}:
-    arguments.append(f'--config={file.path}')
-  commands.finish(workdir, commands.line('analyze', *arguments))
+      commands.finish(args.workdir, file.analyze_line(args.workdir))
 
 
 if __name__ == '__main__':

@@ -228,10 +228,12 @@ def train(
     say(_opening(run))
 
     # Run the steps that are left, and evaluate.
-    with contextlib.closing(_reporter(run, log, hook, view)) as reporter:
+    with contextlib.closing(
+      _reporter(run, result, log, hook, view)
+    ) as reporter:
       if result is None:
         result = _result(run, _run_steps(run, reporter, interrupts))
-      # Beside what other attacks came to, which commands before asked for.
+      # Keeps the results of earlier attacks.
       result['attack'] = {
         **result.get('attack', {}),
         **_evaluate_attacked(run, reporter),
@@ -397,8 +399,15 @@ def _opening(run: Run) -> str:
 
 
 def _reporter(
-  run: Run, log: Log, hook: Hook | None, view: progress.View | None
+  run: Run,
+  result: dict[str, Any] | None,
+  log: Log,
+  hook: Hook | None,
+  view: progress.View | None,
 ) -> Reporter:
+  """Opens the files of the run, which may have a result to be attacked."""
+  earlier = {*(result or {}).get('attack', {})}
+  attacks = earlier - {*runs.attack_names(run.saved_config)}
   if not run.devices.is_main_process:
     return Silent()
   vocabulary.keep(run.config, str(run.workdir.folder))
@@ -410,7 +419,7 @@ def _reporter(
     best=run.best,
     config=run.saved_config,
     splits=run.splits,
-    attacks=[ATTACKED + name for name in _attacks(run.config)],
+    attacks=[ATTACKED + name for name in attacks],
     class_names=run.dataset.class_names,
     log=log,
     hook=hook,
@@ -652,22 +661,14 @@ def _evaluate_attacked(
   """Evaluates the test split under the attack, by its name and epsilon."""
   counters = dataclasses.asdict(run.counters)
   results = {}
-  for name, epsilon in _attacks(run.config).items():
+  settings = runs.attack_settings(run.saved_config)
+  for name, epsilon in runs.attack_names(run.saved_config).items():
     results[name] = run.evaluator('test', run.state, epsilon)
     reporter.evaluation(
       run.config.steps, f'{ATTACKED}{name}', counters, results[name]
     )
+    results[name]['config'] = settings
   return results
-
-
-def _attacks(config: ml_collections.ConfigDict) -> dict[str, float]:
-  """Returns the epsilons of the attack, by the names of their results."""
-  if config.attack.name is None:
-    return {}
-  kind = config.attack.name
-  if config.attack.source is not None:
-    kind = f'black-box {kind}'
-  return {f'{kind} {epsilon}': epsilon for epsilon in config.attack.epsilons}
 
 
 def _headline(result: dict[str, Any]) -> str:

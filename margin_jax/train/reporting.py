@@ -31,7 +31,7 @@ class _Table:
     path: pathlib.Path,
     after: int,
     texts: tuple[str, ...] = (),
-    redone: Sequence[str] = (),
+    is_redone: Callable[[dict[str, str]], bool] = lambda row: False,
   ):
     """Reads what is there; `begin` drops what will be redone.
 
@@ -39,7 +39,7 @@ class _Table:
       path: of the file.
       after: the step that the run continues from; later rows are dropped.
       texts: the columns that hold no numbers.
-      redone: at `after` no rows of these splits are kept.
+      is_redone: which rows at `after` are dropped too.
 
     Raises:
       FileError: the file is no such table.
@@ -51,7 +51,7 @@ class _Table:
       row
       for row in rows
       if int(row['step']) < after
-      or (int(row['step']) == after and not (redone and row['split'] in redone))
+      or (int(row['step']) == after and not is_redone(row))
     ]
 
   def begin(self) -> None:
@@ -157,7 +157,7 @@ class Reporter:
       log: takes the progress lines.
       config: the fields by name, for TensorBoard's table of hyperparameters.
       splits: that are evaluated.
-      attacks: the names of those that are under an attack.
+      attacks: those under earlier attacks, whose rows stay at the end.
       class_names: of the classes; None are their indices.
       hook: takes every row, after the files have it.
       view: shows every row of training, in place of a line.
@@ -166,9 +166,12 @@ class Reporter:
     self._steps = steps
     self._log = log
     self._train = _Table(folder / 'train.csv', after)
-    # At the end of a run its attack is made again.
-    redone = attacks if after == steps else ()
-    self._eval = _Table(folder / 'eval.csv', after, ('split',), redone)
+
+    def is_redone(row: dict[str, str]) -> bool:
+      attacked = row['split'].startswith(ATTACKED)
+      return after == steps and attacked and row['split'] not in attacks
+
+    self._eval = _Table(folder / 'eval.csv', after, ('split',), is_redone)
     self._classes = _Table(folder / 'classes.csv', after)
     for table in (self._train, self._eval, self._classes):
       table.begin()

@@ -60,6 +60,7 @@ RESULT = {
   'test': _EVALUATION,
   'validation': checks.optional(_EVALUATION),
   'test_mismatched': checks.optional(_EVALUATION),
+  'attack': checks.optional(checks.mappings()),
   'device': checks.string(),
   'devices': checks.integer(1),
   'versions': checks.mapping(),
@@ -212,11 +213,27 @@ def _has_last(workdir: pathlib.Path, result: dict[str, Any]) -> bool:
 
 def attacked(result: dict[str, Any], saved: dict[str, Any]) -> bool:
   """Returns whether a result has what the config's attack asks for, if any."""
-  return saved.get('attack.name') is None or all(
-    result['config'].get(name) == value
-    for name, value in saved.items()
-    if name.startswith('attack.')
+  results, settings = result.get('attack') or {}, attack_settings(saved)
+  return all(
+    results.get(name, {}).get('config') == settings
+    for name in attack_names(saved)
   )
+
+
+def attack_names(saved: dict[str, Any]) -> dict[str, float]:
+  """Returns the epsilons of a config's attack, by the names of its results."""
+  kind = saved.get('attack.name')
+  if kind is None:
+    return {}
+  if saved.get('attack.source') is not None:
+    kind = f'black-box {kind}'
+  return {f'{kind} {epsilon}': epsilon for epsilon in saved['attack.epsilons']}
+
+
+def attack_settings(saved: dict[str, Any]) -> dict[str, Any]:
+  """Returns what else decides the result of an attack."""
+  names = 'attack.steps', 'attack.step_size', 'attack.source'
+  return {name: saved.get(name) for name in names}
 
 
 def complete(
@@ -241,7 +258,7 @@ class TrainedRun:
     config: the run's, for the devices of this machine.
     checkpoints: open while the run is.
     devices: all of this machine.
-    dataset: the one that the run was trained on.
+    dataset: the one that the run was trained on, or its `Description`.
     spec: holds the model.
   """
 
@@ -451,8 +468,9 @@ def _check_registered(saved: dict[str, Any], names_data: bool) -> None:
       continue
     if name is not None and not known(name):
       raise config_lib.ConfigError(
-        f'{field}={name!r} of the run is registered nowhere: name the file '
-        'that registers it by --config'
+        f'{field}={name!r} of the run is registered nowhere: register it '
+        f'first, or name the file that does: {commands.line("analyze")} '
+        '--config=FILE'
       )
 
 
@@ -475,7 +493,7 @@ def attack_source(
   try:
     with workdirs.opened(source) as place:
       itself = str(place) == str(workdir)
-      name = None if itself else _dataset_of(place)
+      name, digest = (None, None) if itself else _dataset_of(place)
     network = None
     if name == config.data.name:
       network = trained_lib.load(source)
@@ -492,6 +510,11 @@ def attack_source(
     network is not None, 'attack.source', source,
     f'{allowed}, and it is of one on {name!r}',
   )  # fmt: skip
+  own_digest = _digests(config).get(config_lib.DIGESTS['data.name'])
+  config_lib.require(
+    digest in (None, own_digest), 'attack.source', source,
+    f'{allowed} with the same examples, and it is of one on others',
+  )  # fmt: skip
   config_lib.require(
     network.input_shape == dataset.input_shape, 'attack.source', source,
     f'{allowed} with inputs of {dataset.input_shape}, and it is of one with '
@@ -500,10 +523,11 @@ def attack_source(
   return network
 
 
-def _dataset_of(workdir: Workdir) -> str:
-  """Returns the name of the dataset that a run was trained on."""
+def _dataset_of(workdir: Workdir) -> tuple[str | None, str | None]:
+  """Returns the name and the digest of the data that a run was trained on."""
   with contextlib.closing(_checkpoints(workdir, None)) as checkpoints:
-    return dict(checkpoints.info()['config']).get('data.name')
+    saved = dict(checkpoints.info()['config'])
+  return saved.get('data.name'), saved.get(config_lib.DIGESTS['data.name'])
 
 
 def register_from(path: str) -> None:

@@ -27,7 +27,7 @@ def find(config: ml_collections.ConfigDict, workdir: str | None) -> str | None:
   if not kinds.needs_vocabulary(config.data.name):
     return None
   named, weights = config.data.vocabulary, config.model.pretrained
-  copy = _copy(workdir)
+  copy = kept(workdir)
   paths = {}
   if named is not None and (_exists(named) or not copy):
     paths['data.vocabulary'] = os.path.expanduser(named)
@@ -65,7 +65,7 @@ def _exists(path: str) -> bool:
   return os.path.exists(os.path.expanduser(path))
 
 
-def _copy(workdir: str | None) -> str | None:
+def kept(workdir: str | None) -> str | None:
   """Returns the copy in the workdir of a run that has begun.
 
   What else is there may be of a start that came to nothing.

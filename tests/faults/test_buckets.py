@@ -413,6 +413,7 @@ def start_both(workdir, **options):
   ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_with_a_copy_each_end_as_in_a_folder(store, tmp_path):
   for process in start_both(tmp_path / 'whole'):

@@ -68,6 +68,7 @@ def stop_at(processes, line):
   return int(output.split('stopped at step ')[1].split()[0])
 
 
+@pytest.mark.long
 def test_two_processes_then_one_then_two(tmp_path):
   """The choices of one process, and nearly its numbers.
 
