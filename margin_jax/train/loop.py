@@ -662,7 +662,8 @@ def _evaluate_attacked(
   counters = dataclasses.asdict(run.counters)
   results = {}
   settings = runs.attack_settings(run.saved_config)
-  for name, epsilon in runs.attack_names(run.saved_config).items():
+  names = runs.attack_names(run.saved_config)
+  for name, epsilon in zip(names, run.config.attack.epsilons, strict=True):
     results[name] = run.evaluator('test', run.state, epsilon)
     reporter.evaluation(
       run.config.steps, f'{ATTACKED}{name}', counters, results[name]

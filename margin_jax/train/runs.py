@@ -220,14 +220,14 @@ def attacked(result: dict[str, Any], saved: dict[str, Any]) -> bool:
   )
 
 
-def attack_names(saved: dict[str, Any]) -> dict[str, float]:
-  """Returns the epsilons of a config's attack, by the names of its results."""
+def attack_names(saved: dict[str, Any]) -> list[str]:
+  """Returns the names of an attack's results, one for each epsilon."""
   kind = saved.get('attack.name')
   if kind is None:
-    return {}
+    return []
   if saved.get('attack.source') is not None:
     kind = f'black-box {kind}'
-  return {f'{kind} {epsilon}': epsilon for epsilon in saved['attack.epsilons']}
+  return [f'{kind} {epsilon}' for epsilon in saved['attack.epsilons']]
 
 
 def attack_settings(saved: dict[str, Any]) -> dict[str, Any]:
