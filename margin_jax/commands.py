@@ -50,11 +50,15 @@ def finish(results: Any, following: str) -> None:
 def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
   """Makes a main function: of arguments, or those of the process.
 
-  Ctrl-C, and a pipe that is closed (`| head`), end it without a traceback.
+  Ctrl-C, and a pipe that is closed (`| head`), end it without a traceback. What
+  the output's encoding lacks is written as an escape.
   """
 
   @functools.wraps(main)
   def run(argv: list[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+      if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='backslashreplace')
     try:
       main(sys.argv[1:] if argv is None else argv)
       if sys.stdout is not None:
@@ -95,7 +99,7 @@ class Parser(argparse.ArgumentParser):
   def __init__(
     self,
     name: str,
-    doc: str,
+    doc: str | None,
     *,
     fields: bool = False,
     more: Callable[[], str] | None = None,
@@ -110,7 +114,7 @@ class Parser(argparse.ArgumentParser):
     """
     super().__init__(
       prog=line(name),
-      description=doc.strip(),
+      description=(doc or '').strip(),  # python -OO has none
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
       add_help=False,

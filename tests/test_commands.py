@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -339,6 +340,30 @@ def test_waiting_is_a_line_where_there_is_no_terminal(capsys):
   with terminal.wait('measuring', line=False):
     pass
   assert capsys.readouterr().out == 'loading JAX ...\ninside\n'
+
+
+@pytest.mark.parametrize(
+  ('options', 'workdir', 'encoding'),
+  [(['-OO'], 'run', 'utf-8'), ([], 'tortoise_\U0001f422', 'ascii')],
+)
+@pytest.mark.slow
+def test_it_ends_well_without_docstrings_and_without_letters(
+  tmp_path, options, workdir, encoding
+):
+  command = [
+    sys.executable, *options, '-m', 'margin_jax.train', DIGITS,
+    '--config.steps=2', f'--workdir={tmp_path / workdir}',
+    *(f'--config.{x}_every=2' for x in ('log', 'eval', 'checkpoint')),
+  ]  # fmt: skip
+  process = subprocess.run(
+    command,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'PYTHONIOENCODING': encoding},
+  )
+  assert process.returncode == 0, process.stderr
+  assert 'next:    python -m margin_jax.analyze' in process.stdout
 
 
 def test_interrupted_and_cut_commands_have_no_traceback(capfd):
