@@ -34,6 +34,7 @@ class Trained:
     encode: of sentences, or tuples of two, or the paths of images -> what the
       dataset stores; None of other data.
     input_shape: of one example's inputs as stored; None where it may vary.
+    input_dtype: of inputs as stored.
     class_names: of the classes, None where they are not known.
   """
 
@@ -44,6 +45,7 @@ class Trained:
   prepare: Callable[[Any], Any]
   encode: Callable[[Sequence[Any]], np.ndarray] | None
   input_shape: tuple[int, ...] | None
+  input_dtype: np.dtype
   class_names: tuple[str, ...] | None
 
   def apply(self, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +61,8 @@ class Trained:
       Logits (N, C) and features (N, D), float32.
 
     Raises:
-      ValueError: the inputs are of another shape, or a single string or path.
+      ValueError: the inputs are of another shape or range, or a single string
+        or path.
     """
     inputs = self._stored(inputs)
     found = []
@@ -88,6 +91,16 @@ class Trained:
       raise ValueError(
         f'inputs must have shape {("N", *shape)}, as data.name='
         f'{self.config.data.name!r} has them, got {inputs.shape}'
+      )
+    # Pixels may be floating, under an attack say, but not from 0 to 1.
+    pixels = self.input_dtype == np.uint8
+    if (
+      pixels and inputs.size and inputs.dtype.kind == 'f' and inputs.max() <= 1
+    ):
+      raise ValueError(
+        'inputs must be pixels from 0 to 255, as data.name='
+        f'{self.config.data.name!r} has them, got {inputs.dtype} up to '
+        f'{inputs.max():g}'
       )
     return inputs
 
@@ -160,5 +173,6 @@ def load(
       prepare=run.dataset.prepare,
       encode=encode,
       input_shape=shape,
+      input_dtype=run.dataset.input_dtype,
       class_names=run.dataset.class_names,
     )

@@ -201,6 +201,7 @@ def test_a_black_box_attack_equals_its_parts():
     prepare=prepare,
     encode=None,
     input_shape=(8, 8, 1),
+    input_dtype=np.dtype(np.uint8),
     class_names=None,
   )
   evaluator = evaluation.Evaluator(

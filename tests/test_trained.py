@@ -142,6 +142,13 @@ def test_inputs_of_another_shape_are_refused(finished):
   trained = margin_jax.load(finished[0])
   with pytest.raises(ValueError, match=r"\('N', 8, 8, 1\)"):
     trained.predict(np.zeros((5, 64), np.uint8))
+  with pytest.raises(ValueError, match=r'from 0 to 255, .* up to 1'):
+    trained.predict(np.ones((5, 8, 8, 1), np.float32))
+  grey = np.full((5, 8, 8, 1), 100)
+  floating = trained.predict(grey.astype(np.float32))
+  np.testing.assert_array_equal(
+    floating, trained.predict(grey.astype(np.uint8))
+  )
 
 
 @pytest.mark.slow
