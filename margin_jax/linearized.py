@@ -141,9 +141,9 @@ def layer_margins(
   *,
   norm: Norm = 'l2',
 ) -> PyTree[Float32[Array, ' B'], ' T']:
-  """Margins linearised at one layer or several.
+  r"""Margins linearised at one layer or several.
 
-      d_i = (s_iy - s_im) / || grad_h (s_iy - s_im) ||_q
+  $$d_i = (s_{iy} - s_{im}) \,/\, \|\nabla_h (s_{iy} - s_{im})\|_q$$
 
   q is dual to `norm`. With labels y they are signed margins, negative where
   misclassified, and m is the competitor. Without, y and m are the two
@@ -175,7 +175,7 @@ def layer_margins(
     Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
     (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
 
-  Example:
+  Examples:
     >>> logits_fn = lambda x: x @ jnp.array([[3.0, 0.0], [0.0, 4.0]])
     >>> inputs, labels = jnp.array([[2.0, 0.25]]), jnp.array([0])
     >>> layer_margins(logits_fn, inputs, labels).tolist()  # (6 - 1) / 5
@@ -370,7 +370,7 @@ def at_layers(
     ValueError: there is no such layer; lists those there are. Or it is called
       twice, or Flax cannot see its call.
 
-  Example:
+  Examples:
     >>> kernels = {'hidden': jnp.eye(2), 'head': jnp.diag(jnp.array([3., 4.]))}
     >>> def network(kernels, inputs, add):
     ...   inputs = add('input', inputs)

@@ -35,18 +35,19 @@ def mmr_penalty(
   weights: Float[Array, ' B'] | None = None,
   axis_name: str | None = None,
 ) -> Float[Array, '']:
-  """Computes the multi-margin regularization (MMR) of a batch.
+  r"""Computes the multi-margin regularization (MMR) of a batch.
 
-      R_i = || w_y - w_m ||^2 * max_k || phi_k ||^2       mmr = mean_i R_i
+  $$R_i = \|w_y - w_m\|^2 \, \max_k \|\phi_k\|^2, \qquad
+  \mathrm{MMR} = \mathrm{mean}_i \, R_i$$
 
   m is the competitor of example i. Add `alpha * mmr` to the loss. Minimising it
   widens the margin between label and competitor, relative to the largest
   feature norm. The bias is in neither factor. `reduction='square_of_mean'`
-  gives the form of the authors' later code,
+  gives the form of the authors' later code:
 
-      mmr = (max_k || phi_k || * mean_i || w_y - w_m ||)^2
+  $$\mathrm{MMR} = (\max_k \|\phi_k\| \; \mathrm{mean}_i \|w_y - w_m\|)^2$$
 
-  With `weights` v the means are of v_i R_i and of v_i || w_y - w_m ||.
+  With `weights` v the means are of $v_i R_i$ and of $v_i \|w_y - w_m\|$.
 
   The gradient flows through both factors, and is 0 (never NaN) at equal
   columns, at zero features, and where the penalty is infinite. A factor may be
@@ -78,7 +79,7 @@ def mmr_penalty(
   References:
     Weinstein et al. 2020, Eq. 8.
 
-  Example:
+  Examples:
     >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1||^2 = 25
     >>> features = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> labels = jnp.array([0, 1])
@@ -198,11 +199,13 @@ def large_margin_loss(
   layer_weights: PyTree[float] | None = None,
   second_order: bool = False,
 ) -> Float32[Array, ' B']:
-  """Computes every example's large-margin loss, at one layer or several.
+  r"""Computes every example's large-margin loss, at one layer or several.
 
-      g_ik = || grad_h (p_iy - p_ik) ||_q
-      d_ik = (p_iy - p_ik) / (g_ik + epsilon)
-      loss_i = mean_h - sum_k clip(d_ik, gamma * (1 - alpha), gamma)
+  $$g_{ik} = \|\nabla_h (p_{iy} - p_{ik})\|_q, \qquad
+  d_{ik} = (p_{iy} - p_{ik}) \,/\, (g_{ik} + \epsilon)$$
+
+  $$\mathrm{loss}_i = \mathrm{mean}_h
+  \big( -\sum_k \mathrm{clip}(d_{ik}, \gamma (1 - \alpha), \gamma) \big)$$
 
   p is softmax of the logits, or the logits themselves; q is dual to `norm`; k
   runs over the `top_k` highest-scoring classes other than the label. An example
@@ -246,7 +249,7 @@ def large_margin_loss(
   References:
     Elsayed et al. 2018 and its released code.
 
-  Example:
+  Examples:
     >>> logits_fn = lambda x: x @ jnp.array([[3.0, 0.0], [0.0, 4.0]])
     >>> loss = large_margin_loss(
     ...   logits_fn, jnp.array([[1.0, 0.0]]), jnp.array([0]), gamma=1.0,
@@ -347,7 +350,7 @@ def trimmed_mean(
   References:
     Fassold, section 2.
 
-  Example:
+  Examples:
     >>> float(trimmed_mean(jnp.array([4.0, 3.0, 2.0, 1.0]), 2))
     3.5
   """

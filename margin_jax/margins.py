@@ -147,9 +147,9 @@ def _row_norms_jvp(primals, tangents):
 def competitors(
   logits: Float[Array, 'B C'], labels: Integer[Array, ' B']
 ) -> Int32[Array, ' B']:
-  """Finds the competitor of every example: the best class but the label.
+  r"""Finds the competitor of every example: the best class but the label.
 
-      m_i = argmax_{j != y_i} s_ij
+  $$m_i = \arg\max_{j \ne y_i} s_{ij}$$
 
   Ties go to the lowest class, and a NaN logit counts as the largest, as in
   `jnp.argmax`. The result never equals the label, not even where all other
@@ -169,7 +169,7 @@ def competitors(
   References:
     Weinstein et al. 2020, section 2 (the competitive class of Eq. 5).
 
-  Example:
+  Examples:
     >>> logits = jnp.array([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
     >>> competitors(logits, jnp.array([0, 2])).tolist()
     [2, 1]
@@ -204,9 +204,11 @@ def signed_margins(
   kernel: Float[Array, 'D C'],
   labels: Integer[Array, ' B'],
 ) -> Float[Array, ' B']:
-  """Computes signed distances in feature space to the competitor's boundary.
+  r"""Computes signed distances in feature space to the competitor's boundary.
 
-      d_i = (s_iy - s_im) / || w_y - w_m ||,   m_i = competitors(logits, labels)
+  $$d_i = (s_{iy} - s_{im}) \,/\, \|w_y - w_m\|$$
+
+  y is the label and m its competitor (see `competitors`).
 
   Positive where the label wins, negative where the example is misclassified,
   in units of the features.
@@ -232,7 +234,7 @@ def signed_margins(
   References:
     Weinstein et al. 2020, Eq. 7.
 
-  Example:
+  Examples:
     >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1|| = 5
     >>> logits = jnp.array([[10.0, 5.0], [0.0, 5.0]])
     >>> signed_margins(logits, kernel, jnp.array([0, 0])).tolist()
@@ -270,11 +272,11 @@ def signed_margins(
 def mms_scores(
   logits: Float[Array, 'B C'], kernel: Float[Array, 'D C']
 ) -> Float[Array, ' B']:
-  """Computes minimal margin scores: distances to the nearest decision boundary.
+  r"""Computes minimal margin scores: distances to the nearest boundary.
 
-      d_i = (s_ij1 - s_ij2) / || w_j1 - w_j2 ||
+  $$d_i = (s_{i j_1} - s_{i j_2}) \,/\, \|w_{j_1} - w_{j_2}\|$$
 
-  j1 and j2 are the two highest-scoring classes of example i; no label is
+  $j_1$ and $j_2$ are the two highest-scoring classes of example i; no label is
   used. It is the smallest L2 displacement of the features that puts the
   example on the boundary between them. (A third class with a long column can
   be nearer still; the papers' score does not look at it.) It equals
@@ -299,7 +301,7 @@ def mms_scores(
   References:
     Weinstein et al. 2020, Eq. 9; ICLR 2020 submission, Appendix A.
 
-  Example:
+  Examples:
     >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])  # ||w_0 - w_1|| = 5
     >>> mms_scores(jnp.array([[10.0, 5.0], [0.0, 5.0]]), kernel).tolist()
     [1.0, 1.0]

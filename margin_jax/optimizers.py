@@ -53,7 +53,7 @@ def learning_rate(
   References:
     'cosine': Loshchilov & Hutter 2017, Eq. 5, without restarts.
 
-  Example:
+  Examples:
     >>> rate = learning_rate((0.1,), (), warmup=10, decay='cosine', end=110)
     >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.05, 0.1, 0.05, 0.0]

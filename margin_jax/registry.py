@@ -44,7 +44,7 @@ def register_rule(
     TypeError: `rule` is not a function of one argument.
     ValueError: the name is taken.
 
-  Example:
+  Examples:
     >>> def least_confident(scored):
     ...   return jax.nn.softmax(scored.logits).max(axis=1)
     >>> register_rule('least_confident', least_confident)
@@ -87,7 +87,7 @@ def register_loss(name: str, loss: losses.Loss) -> None:
     TypeError: `loss` is not a function of one argument.
     ValueError: the name is taken.
 
-  Example:
+  Examples:
     >>> register_loss('largest', lambda outputs: outputs.logits.max(axis=1))
     >>> config = config_lib.default()
     >>> config.loss.names, config.loss.weights = ('largest',), (1e-3,)
@@ -126,7 +126,7 @@ def register_optimizer(
     TypeError: `optimizer` is neither.
     ValueError: the name is taken.
 
-  Example:
+  Examples:
     >>> register_optimizer('lion', optax.lion)
     >>> register_optimizer(
     ...   'lookahead', lambda rate: optax.chain(optax.sign(), optax.sgd(rate))
@@ -216,7 +216,7 @@ def register_model(
     TypeError: `module` is not such a class.
     ValueError: the name is taken.
 
-  Example:
+  Examples:
     >>> class Linear(nn.Module):
     ...   num_classes: int
     ...   @nn.compact
@@ -274,7 +274,7 @@ def register_dataset(
   Raises:
     ValueError: the name is taken, or the arrays are not as described.
 
-  Example:
+  Examples:
     >>> corners = np.eye(4), np.arange(4) % 2
     >>> register_dataset('corners', train=corners, test=corners)
     >>> config = config_lib.default()

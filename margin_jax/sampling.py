@@ -61,7 +61,7 @@ def shuffle(
     examples: N; static.
     weighted: whether the order has weights, which are 1; static.
 
-  Example:
+  Examples:
     >>> order = shuffle(jax.random.key(0), 4)
     >>> sorted(order.rows.tolist()), int(order.count)
     ([0, 1, 2, 3], 4)
@@ -101,7 +101,7 @@ def prune(
   References:
     Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
 
-  Example:
+  Examples:
     >>> scores = jnp.array([0.1, 3.0, 0.2, 4.0])
     >>> order = prune(scores, jax.random.key(0), share=0.5, drop=0.5)
     >>> epoch = order.rows[: order.count].tolist()
@@ -133,7 +133,7 @@ def prune(
 def above_mean(scores: Scores) -> Bool[Array, ' N']:
   """Returns which scores are above the mean of those that are finite.
 
-  Example:
+  Examples:
     >>> above_mean(jnp.array([1.0, 2.0, 6.0, -jnp.inf])).tolist()
     [False, False, True, False]
   """
@@ -149,7 +149,7 @@ def largest(
 
   Ties go by `key`; -inf and NaN are never among them.
 
-  Example:
+  Examples:
     >>> scores = jnp.array([0.1, 3.0, 0.2, 4.0])
     >>> largest(scores, 0.5, jax.random.key(0)).tolist()
     [False, True, False, True]
@@ -166,7 +166,7 @@ def ranks(scores: Scores, key: Key[Array, '']) -> Int32[Array, ' N']:
   Ties do not go by index. Before the first epoch many scores are equal, and the
   order of the examples would decide which are trained on.
 
-  Example:
+  Examples:
     >>> ranks(jnp.array([0.3, jnp.nan, 0.1]), jax.random.key(0)).tolist()
     [1, 2, 0]
   """
@@ -176,20 +176,20 @@ def ranks(scores: Scores, key: Key[Array, '']) -> Int32[Array, ' N']:
 
 
 def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
-  """Returns a share of easy examples that follows what is learned.
+  r"""Returns a share of easy examples that follows what is learned.
 
-      share = min(1 - e, (1 - sqrt(e))^2 / drop)
+  $$\mathrm{share} = \min(1 - e, \; (1 - \sqrt{e})^2 / \mathrm{drop})$$
 
   e is the fraction of examples that were misclassified when they were in a
-  batch last, or were in none. So the fraction (1 - sqrt(e))^2 of all examples
-  is dropped in an epoch: a quarter of them where a quarter is misclassified,
-  81% where 1% is.
+  batch last, or were in none. So an epoch drops the fraction
+  $(1 - \sqrt{e})^2$ of all examples: a quarter of them where a quarter is
+  misclassified, 81% where 1% is.
 
   Args:
     wrong: (N,) bool.
     drop: the fraction of the easy examples that is dropped, above 0.
 
-  Example:
+  Examples:
     >>> wrong = jnp.array([True, False, False, False])
     >>> round(float(learned_share(wrong, drop=0.5)), 3)
     0.5
@@ -226,7 +226,7 @@ def weighted(
   References:
     Song et al. 2018 (Ada-Boundary).
 
-  Example:
+  Examples:
     >>> order = weighted(
     ...   jnp.arange(6.0), jax.random.key(0), batch_size=2, pressure=100.0
     ... )
@@ -257,9 +257,9 @@ def weighted(
 def inclusion_probabilities(
   p: Float32[Array, ' N'], k: int
 ) -> Float32[Array, ' N']:
-  """Returns how probably each example is among k sampled without replacement.
+  r"""Returns how probably each example is among k sampled without replacement.
 
-      pi_i = 1 - exp(-t p_i),    t such that the sum is k
+  $$\pi_i = 1 - \exp(-t \, p_i), \quad t \text{ such that } \sum_i \pi_i = k$$
 
   Gumbel top-k takes the k first arrivals of Poisson processes of rates p_i, and
   t is about when the k-th arrives. So this is an approximation, within a few
@@ -269,7 +269,7 @@ def inclusion_probabilities(
     p: (N,) probabilities of a single sample; their sum is 1.
     k: how many are sampled, at most N; static.
 
-  Example:
+  Examples:
     >>> inclusion_probabilities(jnp.full(4, 0.25), 2).round(3).tolist()
     [0.5, 0.5, 0.5, 0.5]
   """
@@ -307,7 +307,7 @@ def pools(
     batch_size: b; static.
     explore: fraction of the batch by age; static.
 
-  Example:
+  Examples:
     >>> order = pools(
     ...   jnp.arange(8.0), (), jax.random.key(0), pool_size=8, batch_size=2
     ... )

@@ -98,7 +98,7 @@ def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
     TypeError: `scores` is not floating or `k` is not an int.
     ValueError: `scores` is not a vector or `k` is out of range.
 
-  Example:
+  Examples:
     >>> select_lowest(jnp.array([0.3, jnp.nan, 0.1, 0.3]), 3).tolist()
     [2, 0, 3]
   """
@@ -145,7 +145,7 @@ def query(
     Weinstein et al. 2020 and the ICLR 2020 submission, which name active
     learning as a use of MMS.
 
-  Example:
+  Examples:
     >>> labelled = jnp.array([False, True, False])
     >>> query(jnp.array([0.3, 0.1, 0.2]), 1, labelled).tolist()
     [2]
@@ -208,7 +208,7 @@ def take_lowest(
     ValueError: k is out of range or not divisible by the number of devices,
       or the arrays of `examples` do not have n rows.
 
-  Example:
+  Examples:
     >>> pool = {'label': jnp.array([7, 8, 9])}
     >>> take_lowest(jnp.array([0.3, 0.1, 0.2]), pool, 2)['label'].tolist()
     [8, 9]
@@ -276,9 +276,9 @@ def signed_margin(scored: Scored) -> Scores:
 
 
 def loss(scored: Scored) -> Scores:
-  """Scores by minus the cross-entropy: hard-negative mining.
+  r"""Scores by minus the cross-entropy: hard-negative mining.
 
-      log p_y,    p = softmax(logits)
+  $$\log p_y, \quad p = \mathrm{softmax}(s)$$
 
   References:
     The "NM-samples" of the ICLR 2020 submission.
@@ -289,9 +289,9 @@ def loss(scored: Scored) -> Scores:
 
 
 def entropy(scored: Scored) -> Scores:
-  """Scores by minus the entropy of the softmax: most uncertain first.
+  r"""Scores by minus the entropy of the softmax: most uncertain first.
 
-      sum_j p_j log p_j,    p = softmax(logits)
+  $$\sum_j p_j \log p_j, \quad p = \mathrm{softmax}(s)$$
 
   References:
     ICLR 2020 submission, section 4.2.
@@ -304,9 +304,9 @@ def entropy(scored: Scored) -> Scores:
 
 
 def margin(scored: Scored) -> Scores:
-  """Scores by the gap of the two highest probabilities: smallest first.
+  r"""Scores by the gap of the two highest probabilities: smallest first.
 
-  p_j1 - p_j2,    p = softmax(logits)
+  $$p_{j_1} - p_{j_2}, \quad p = \mathrm{softmax}(s)$$
   """
   margins.check_logits(scored.logits)
   p = jax.nn.softmax(scored.logits.astype(jnp.float32))
@@ -429,9 +429,9 @@ def loss_percentile_sampler(
   *,
   beta: float,
 ) -> Scores:
-  """Samples examples with a probability that grows with the loss.
+  r"""Samples examples with a probability that grows with the loss.
 
-      weight_i = percentile(loss_i) ^ beta
+  $$\mathrm{weight}_i = \mathrm{percentile}(\mathrm{loss}_i)^\beta$$
 
   The k lowest of the returned scores are a sample of k examples without
   replacement, with these weights (the Gumbel trick). The authors of

@@ -17,9 +17,11 @@ SIGNATURES = ('quartiles', 'moments')
 def normalize(
   margins: Float[np.ndarray, ' N'], total_variation: float
 ) -> Float[np.ndarray, ' N']:
-  """Margins at a layer, free of the scale of its activations.
+  r"""Margins at a layer, free of the scale of its activations.
 
-      d / sqrt(nu),   nu = trace of the covariance of the layer's activations
+  $$d \,/\, \sqrt{\nu}$$
+
+  nu is the trace of the covariance of the layer's activations.
 
   Args:
     margins: (N,), in the units of the activations.
@@ -117,9 +119,9 @@ def fit_generalization_gap(
   folds: int = 10,
   seed: int = 0,
 ) -> GapFit:
-  """Predicts generalization gaps from signatures of margin distributions.
+  r"""Predicts generalization gaps from signatures of margin distributions.
 
-      gap ~ a . log(signature) + b
+  $$\mathrm{gap} \approx a \cdot \log(\mathrm{signature}) + b$$
 
   by least squares.
 
@@ -141,7 +143,7 @@ def fit_generalization_gap(
   References:
     Jiang et al. 2019, section 3.4, Eq. 7.
 
-  Example:
+  Examples:
     >>> signatures = np.exp(np.arange(6.0))[:, None]  # of six networks
     >>> fit = fit_generalization_gap(signatures, 0.3 - 0.02 * np.arange(6))
     >>> round(float(fit.coefficients[0]), 3), round(fit.r2, 3)

@@ -131,7 +131,7 @@ def load(
       is registered nowhere.
     CorruptError: the checkpoint cannot be read.
 
-  Example:
+  Examples:
     >>> trained = load('/tmp/digits', 'best')  # doctest: +SKIP
     >>> classes = trained.predict(images)  # doctest: +SKIP
   """

@@ -34,4 +34,4 @@ def test_examples_run(module):
 def test_a_public_function_has_an_example(name):
   function = getattr(margin_jax, name)
   if inspect.isfunction(function):
-    assert 'Example:' in function.__doc__
+    assert 'Examples:' in function.__doc__
