@@ -177,7 +177,7 @@ def most_negative(
         fontweight='bold' if wrong else 'normal',
       )  # fmt: skip
     figure.suptitle(
-      f'The {len(images)} most negative margins of the {split} split. Above: '
+      f'The {len(images)} lowest margins of the {split} split. Above: '
       'the label. Below: the\nprediction (bold where it is another) and the '
       'margin.'
     )

@@ -188,7 +188,7 @@ def _sentence_table(
 ) -> list[str]:
   """Returns the lines of a table of sentences, in Markdown."""
   lines = [
-    f'# The {len(rows)} most negative margins of the {split} split',
+    f'# The {len(rows)} lowest margins of the {split} split',
     '',
     '| margin | label | prediction | index | sentences |',
     '| --- | --- | --- | --- | --- |',
