@@ -32,7 +32,8 @@ Set a field on the command line by its dotted name:
 
 * A value that is not allowed stops the run before anything is compiled
   ([the messages](../bad_inputs.md)).
-* A field marked *needs* has no effect otherwise, and the trainer warns you.
+* A field marked *needs* has no effect unless the need is met, and the trainer
+  warns you.
 * You may change a field marked *may change* when you resume a run.
 """
 MESSAGES = """---

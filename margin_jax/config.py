@@ -258,10 +258,9 @@ FIELDS: dict[str, Field] = {
     True,
     flag(),
     'If the command line, or a method or sweep of a comparison, sets fewer '
-    '`steps` than the config file, scale '
-    'optimizer.boundaries, optimizer.warmup, selection.start and '
-    'selection.stop with them, unless these are set there too. A '
-    'longer run keeps them.',
+    '`steps` than the config file, the trainer scales optimizer.boundaries, '
+    'optimizer.warmup, selection.start and selection.stop by the same factor, '
+    'except those that are set there too. A longer run keeps them.',
     resumable=True,
   ),
   'batch_size': Field(
@@ -272,16 +271,17 @@ FIELDS: dict[str, Field] = {
   'accumulate': Field(
     1,
     integer(1),
-    'Differentiate the batch in so many equal parts, one after the other: the '
-    'same gradient, but for rounding, with less memory. BatchNorm normalises '
-    'each part by itself, unless model.batch_norm_examples says otherwise.',
+    'Differentiate the batch in this many equal parts, one after the other. '
+    'The gradient is the same up to rounding, and takes less memory. '
+    'BatchNorm normalises each part by itself, unless '
+    'model.batch_norm_examples says otherwise.',
     resumable=_parts_may_change,
   ),
   'pool_size': Field(
     POOL_FACTOR * 64,
     integer(1),
-    'Number of examples to select a batch from, B, over all devices. Unless '
-    'it is set, it is ten times batch_size.',
+    'Number of examples to select a batch from, B, over all devices. By '
+    'default it is ten times batch_size.',
     needs=POOL,
   ),
   'devices': Field(
@@ -315,10 +315,10 @@ FIELDS: dict[str, Field] = {
   'log_rows': Field(
     None,
     optional(integer(1)),
-    'After so many rows of train.csv, and at every doubling of the steps from '
-    'there, log_every doubles, so that a long run has small tables and '
-    'TensorBoard files; a row is the mean since the one before, as ever. '
-    'Evaluations and checkpoints end a row too. None never doubles it.',
+    'Makes the tables and TensorBoard files of a long run small: after this '
+    'many rows of train.csv, and each time the number of steps doubles from '
+    'there, log_every doubles. A row is always the mean since the row before. '
+    'Evaluations and checkpoints end a row too. None never doubles log_every.',
     resumable=True,
   ),
   'eval_every': Field(
@@ -364,8 +364,8 @@ FIELDS: dict[str, Field] = {
   'data.data_dir': Field(
     None,
     optional(string()),
-    "Where TFDS has prepared datasets; None is TFDS's own folder. Where the "
-    'PATH of folder:PATH or csv:PATH begins, unless it is absolute.',
+    "Folder of the datasets that TFDS has prepared; None is TFDS's own "
+    'folder. A relative PATH in folder:PATH or csv:PATH also starts there.',
     needs=[_dataset('a dataset that is read from a folder', kinds.is_read)],
     resumable=True,
   ),
@@ -373,8 +373,8 @@ FIELDS: dict[str, Field] = {
     0,
     integer(0),
     'How many of the last training examples to hold out for validation. The '
-    'order is the original one where records tell it (CIFAR, GLUE), else '
-    'the stored one.',
+    'order is the original one if the records tell it (CIFAR, GLUE), '
+    'otherwise the stored one.',
   ),
   'data.fraction': Field(
     1.0,
@@ -384,9 +384,10 @@ FIELDS: dict[str, Field] = {
   'data.labels': Field(
     None,
     optional(string()),
-    'A .npy file with labels of your own for all N training examples, (N,) '
+    'A .npy file with your own labels for all N training examples, (N,) '
     'integers. `data.validation_examples` and `data.fraction` divide the '
-    'examples afterwards. A resumed run may read the same labels elsewhere.',
+    'examples afterwards. A resumed run may read the same labels from another '
+    'file.',
     resumable=True,  # its digest is compared
   ),
   'data.label_noise': Field(
@@ -415,24 +416,25 @@ FIELDS: dict[str, Field] = {
   'data.normalization': Field(
     'dataset',
     one_of(*data.NORMALIZATIONS),
-    "Which mean and deviation normalise images: the training split's "
-    "('dataset') or ImageNet's ('imagenet'). ImageNet always has its own. "
-    "'unit' leaves images in [0, 1]; distances at the input are then in "
-    'units of pixels, as attack.epsilons are.',
+    "Which mean and standard deviation normalise images: the training split's "
+    "('dataset') or ImageNet's ('imagenet'). The dataset ImageNet always uses "
+    "its own. 'unit' leaves images in [0, 1]; then distances at the input are "
+    'in pixels, as attack.epsilons are.',
     needs=[IMAGES],
   ),
   'data.image_size': Field(
     224,
     integer(1),
-    'Images that have no common size are cut to squares of this side: those of '
-    'ImageNet, of a folder, and of some other datasets of TFDS.',
+    'Images of different sizes are cut to squares of this side: those of '
+    'ImageNet, of a folder, and of some other TFDS datasets.',
     needs=[ANY_SIZE],
   ),
   'data.streamed': Field(
     False,
     flag(),
-    'Read such images while training, in worker processes, if they do not fit '
-    "into the memory of a device. ImageNet's are always read so.",
+    'Read images of different sizes while training, in worker processes, if '
+    'they do not fit into the memory of a device. ImageNet is always read '
+    'like this.',
     needs=[ANY_SIZE],
   ),
   'data.undecodable': Field(
@@ -454,7 +456,7 @@ FIELDS: dict[str, Field] = {
   'data.max_length': Field(
     128,
     integer(5),  # [CLS] and, of a pair, a token and [SEP] of each
-    'Largest number of tokens in an example; longer examples of GLUE and of a '
+    'Largest number of tokens in an example. Longer examples of GLUE and of a '
     'CSV file are cut.',
     needs=[SENTENCES],
   ),
@@ -468,7 +470,8 @@ FIELDS: dict[str, Field] = {
   'data.vocabulary': Field(
     None,
     optional(string()),
-    'A vocab.txt for GLUE or a CSV file; None uses that of model.pretrained.',
+    'A vocab.txt for GLUE or a CSV file; None uses the vocabulary of '
+    'model.pretrained.',
     needs=[_dataset('GLUE or a CSV file', kinds.needs_vocabulary)],
   ),
   # The model.
@@ -477,8 +480,8 @@ FIELDS: dict[str, Field] = {
     'he',
     one_of(*models.VARIANTS),
     "Layout of the CIFAR ResNets: He's, or that of the MMS authors' code. "
-    "'mms_select' is the authors' layout, with the bias folded into the "
-    "last layer's weights, so into the norm and weight decay too, as in "
+    "'mms_select' is the authors' layout, with the bias folded into the last "
+    "layer's weights, and so into the norm and weight decay, as in "
     'mms-select.',
     needs=[_model('a model with variants', 'variant')],
   ),
@@ -505,9 +508,9 @@ FIELDS: dict[str, Field] = {
   'model.batch_norm': Field(
     'global',
     one_of('global', 'device'),
-    'Which examples BatchNorm normalises with: those of all devices '
-    "('global', which does not depend on their number), or each device's "
-    "own ('device').",
+    'Which examples BatchNorm normalises with: the examples of all devices '
+    "('global', which does not depend on the number of devices), or each "
+    "device's own ('device').",
     needs=[
       BATCH_NORM,
       Need(
@@ -578,9 +581,9 @@ FIELDS: dict[str, Field] = {
   'optimizer.decay': Field(
     'steps',
     one_of(*optimizers.DECAYS),
-    "How the learning rate changes: only at the boundaries ('steps'), or "
-    "from the end of the warm-up down to 0 at the last step, 'linear' or as "
-    "half a wave of a 'cosine'.",
+    "How the learning rate changes: only at the boundaries ('steps'), or from "
+    "the end of the warm-up down to 0 at the last step, on a line ('linear') "
+    "or on half a cosine wave ('cosine').",
   ),
   'optimizer.momentum': Field(
     0.9,
@@ -611,7 +614,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.epsilon': Field(
     None,
     optional(POSITIVE),
-    "Added to the denominator; None is optax's own.",
+    "Added to the denominator; None uses optax's default.",
     needs=[_equal('optimizer.name', 'adam', 'adamw', 'rmsprop')],
   ),
   'optimizer.clip_norm': Field(
@@ -623,9 +626,10 @@ FIELDS: dict[str, Field] = {
   'ema.decay': Field(
     0.0,
     number(least=0, below=1),
-    'Of the exponential moving average of parameters and BatchNorm statistics, '
-    'over the last 1 / (1 - decay) steps, which is evaluated and loaded in '
-    'their place, and exported; 0 is none. Without a bias to the first steps.',
+    'Decay of the exponential moving average of the parameters and the '
+    'BatchNorm statistics, which covers about the last 1 / (1 - decay) steps. '
+    'The average is evaluated, loaded and exported in place of the '
+    'parameters. It has no bias towards the first steps. 0 keeps no average.',
   ),
   # Selection of the batch from a pool.
   'selection.rule': Field(
@@ -651,7 +655,7 @@ FIELDS: dict[str, Field] = {
   'selection.reuse': Field(
     1,
     integer(1),
-    'Number of steps that one scored pool feeds, best ranks first.',
+    'Number of steps that one scored pool feeds, the lowest scores first.',
     needs=FRESH,
   ),
   'selection.every': Field(
@@ -687,8 +691,8 @@ FIELDS: dict[str, Field] = {
   'selection.proxy': Field(
     None,
     optional(MODEL),
-    'A small model that trains along and scores; None scores with the model '
-    'itself.',
+    'A small model that trains along with the model and scores in its place; '
+    'None scores with the model itself.',
     needs=FRESH,
   ),
   'selection.proxy_every': Field(
@@ -759,9 +763,9 @@ FIELDS: dict[str, Field] = {
   'selection.share': Field(
     0.5,
     number_or(number(least=0, most=1), 'auto'),
-    "Fraction of easy examples. 'auto' follows what is learned: an epoch "
-    'leaves out (1 - sqrt(e))^2 of all examples, where e is the fraction '
-    'misclassified when last seen.',
+    "Fraction of examples that are easy. 'auto' follows what is learned: an "
+    'epoch leaves out (1 - sqrt(e))^2 of all examples, where e is the '
+    'fraction misclassified when last seen.',
     needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
   ),
   'selection.drop': Field(
@@ -773,16 +777,17 @@ FIELDS: dict[str, Field] = {
   'selection.pressure': Field(
     100.0,
     number(least=1, most=losses.LARGEST),
-    'How many times more often the lowest score is sampled than the '
-    'largest, at first. It falls geometrically to 1.',
+    'How many times more often the lowest score is sampled than the largest, '
+    'in the beginning. It falls geometrically to 1.',
     needs=[MEMORY, _equal('selection.sampler', 'weighted')],
   ),
   'selection.unbiased': Field(
     False,
     flag(),
-    'Weigh examples to make the expected loss that of all examples. With '
-    "'prune', easy examples that stay weigh 1 / (1 - drop); with "
-    "'weighted', examples weigh their clipped inverse probability.",
+    'Weigh examples to make the expected loss equal to that of all examples. '
+    "With 'prune', the easy examples that stay have the weight 1 / (1 - "
+    "drop); with 'weighted', the weight of an example is its clipped inverse "
+    'probability.',
     needs=[MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(
@@ -808,14 +813,15 @@ FIELDS: dict[str, Field] = {
   'trimming.first': Field(
     1.0,
     FRACTION,
-    'Fraction of the batch that counts in the first epoch: its largest '
-    'losses. It changes linearly in the epoch. 1 in the first and the last '
-    'epoch turns trimming off.',
+    'Fraction of the batch that counts in the first epoch: the examples with '
+    'the largest losses. The fraction changes linearly in the epoch. 1 in the '
+    'first and the last epoch turns trimming off.',
   ),
   'trimming.last': Field(
     1.0,
     FRACTION,
-    'The same fraction in the last epoch; the paper has 1.0 and 0.2.',
+    'The fraction that counts in the last epoch; the paper has 1.0 in the '
+    'first and 0.2 in the last.',
   ),
   'trimming.backward': Field(
     'all',
@@ -887,22 +893,25 @@ FIELDS: dict[str, Field] = {
   'large_margin.cross_entropy': Field(
     1.0,
     AT_LEAST_0,
-    'Weight of the risk beside it; 0 trains on the large-margin loss alone.',
+    'Weight of the risk beside the large-margin loss; 0 trains on the '
+    'large-margin loss alone.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.layers': Field(
     ('input',),
     several(string(), order='different', least=1),
     "Layers at which to widen margins: 'input', 'features', or paths of "
-    'submodules. Each margin is in units of its layer. At the input these '
-    "come from data.normalization; with 'unit' they are the attack's.",
+    'submodules. Each margin is in the units of its layer. At the input these '
+    "units come from data.normalization; with 'unit' they are the units of "
+    'the attack.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.layer_weights': Field(
     (),
     several(POSITIVE),
-    'One weight for each layer, which multiplies its distances. So a '
-    "layer's gamma is large_margin.gamma over its weight. () is 1 for each.",
+    'One weight for each layer, which multiplies the distances there. So the '
+    'gamma of a layer is large_margin.gamma divided by its weight. () means 1 '
+    'for each.',
     needs=[LARGE_MARGIN],
   ),
   'large_margin.norm': Field(
@@ -920,7 +929,7 @@ FIELDS: dict[str, Field] = {
   'large_margin.worst_case': Field(
     False,
     flag(),
-    'Count only the nearest of these classes.',
+    'Count only the nearest of the large_margin.top_k wrong classes.',
     needs=[LARGE_MARGIN, _above(1, 'large_margin.top_k')],
   ),
   'large_margin.difference': Field(
@@ -984,8 +993,8 @@ FIELDS: dict[str, Field] = {
   'attack.step_size': Field(
     None,
     optional(number(above=0, most=1)),
-    'Largest change of a pixel in one such step. None is epsilon over the '
-    'number of steps with IFGSM, and 2.5 times that with PGD.',
+    'Largest change of a pixel in one step. None is epsilon over the number '
+    'of steps with IFGSM, and 2.5 times that with PGD.',
     needs=[IN_STEPS],
     resumable=True,
   ),
