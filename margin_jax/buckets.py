@@ -268,7 +268,7 @@ class Lock:
     other = self._bucket.read(LOCK)
     if other is not None and other != self._content:
       raise BucketError(
-        f'{self._bucket.url}: {_name(other)} has taken it over, since this '
+        f'{self._bucket.url}: {_name(other)} has taken it over, because this '
         f'process was silent for {STALE_SECONDS} s'
       )
 
@@ -281,7 +281,7 @@ class Lock:
           self._bucket.remove([LOCK])
       if self._bucket.create(LOCK, self._content):
         return
-    raise BlockingIOError('in use by several that start at once')
+    raise BlockingIOError('in use by several runs that start at once')
 
   def _refuse_if_alive(self, owner: bytes) -> None:
     if is_gone(owner):

@@ -106,7 +106,7 @@ def load(text: str) -> ConfigFile:
   takes_argument = bool(inspect.signature(module.get_config).parameters)
   if argument and not takes_argument:
     raise ConfigError(
-      f'--config: {path} takes no argument, and {argument!r} is given'
+      f'--config: {path} takes no argument, but {argument!r} is given'
     )
   with (
     config_lib.asked_for_arguments() as arguments,
@@ -116,13 +116,13 @@ def load(text: str) -> ConfigFile:
     config = module.get_config(*given)
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(
-      f'--config: get_config of {path} returns no ConfigDict: begin with '
+      f'--config: get_config of {path} must return a ConfigDict: start from '
       'margin_jax.config.default()'
     )
   missing = [x for x in FIELDS if x not in config_lib.flatten(config)]
   if missing:
     raise ConfigError(
-      f'--config: the config of {path} has no field {missing[0]!r}: begin with '
+      f'--config: the config of {path} has no field {missing[0]!r}: start from '
       'margin_jax.config.default()'
     )
   return ConfigFile(path, argument or None, arguments, module, config.lock())
@@ -139,7 +139,7 @@ def run(path: str) -> types.ModuleType:
     raise ConfigError(f'--config: {_no_file(path, shown)}')
   spec = importlib.util.spec_from_file_location(_MODULE, path)
   if spec is None or spec.loader is None:
-    raise ConfigError(f'--config: {shown} is no Python file')
+    raise ConfigError(f'--config: {shown} is not a Python file')
   module = importlib.util.module_from_spec(spec)
   sys.modules[_MODULE] = module
   with _explained(path):
@@ -219,7 +219,7 @@ def is_unknown(name: str, prefix: str = '') -> str:
   if members(name):
     return f'is a group of config fields: {", ".join(members(name))}'
   group = name.rpartition('.')[0]
-  message = 'is no config field' + did_you_mean(near(name, prefix))
+  message = 'is not a config field' + did_you_mean(near(name, prefix))
   if members(group):
     message += f' The fields of {group} are {", ".join(members(group))}'
   return message
@@ -338,5 +338,5 @@ def _about_field(name: str, value: Any, default: Any) -> str:
     text += f' Default: {default!r}.'
   return head + '\n' + textwrap.fill(
     text, 79, initial_indent=' ' * 6, subsequent_indent=' ' * 6,
-    break_long_words=False,
+    break_long_words=False, break_on_hyphens=False,
   )  # fmt: skip

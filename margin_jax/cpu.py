@@ -152,8 +152,8 @@ def is_default() -> bool:
     reason = str(error).partition(' (set JAX_PLATFORMS')[0].rstrip('.')
     reason = reason or 'JAX finds none'
     raise BackendError(
-      f'JAX_PLATFORMS={platforms!r} is not allowed: {reason}. Unset, JAX takes '
-      'what there is'
+      f'JAX_PLATFORMS={platforms!r} is not allowed: {reason}. If you unset it, '
+      'JAX uses what is available'
     ) from error
 
 

@@ -72,7 +72,7 @@ def read(path: pathlib.Path, largest: int, remedy: str) -> bytes:
   """
   with _explained(path, remedy):
     if path.exists() and not path.is_file():
-      raise ValueError(f'it is {"a folder" if path.is_dir() else "no file"}')
+      raise ValueError(f'it is {"a folder" if path.is_dir() else "not a file"}')
     with path.open('rb') as file:
       content = file.read(largest + 1)
     if len(content) > largest:
@@ -105,7 +105,7 @@ def read_json(
 def check_object(content: Any, schema: Mapping[str, Check] | Check) -> None:
   """Raises a ValueError unless it is a dict that fits a schema."""
   if not isinstance(content, dict):
-    raise ValueError('it holds no object')
+    raise ValueError('it must hold a JSON object')
   if isinstance(schema, Check):
     schema = dict.fromkeys(content, schema)
   for name, check in schema.items():
@@ -164,7 +164,7 @@ def read_table(
         _is_number(cell) or name in texts or not (cell or name in numbers)
         for name, cell in row.items()
       ):
-        raise ValueError(f'line {reader.line_num} is no row of this table')
+        raise ValueError(f'line {reader.line_num} is not a row of this table')
       rows.append(row)
   return columns, rows
 
@@ -174,7 +174,7 @@ def _check_columns(columns: list[str], needed: tuple[str, ...]) -> None:
   if missing:
     raise ValueError(f'it has no column {missing[0]!r}')
   if len({*columns}) < len(columns):
-    raise ValueError('it has a column twice')
+    raise ValueError('it has the same column twice')
 
 
 def _is_step(cell: str) -> bool:
@@ -201,7 +201,7 @@ def _explained(path: pathlib.Path, remedy: str) -> Iterator[None]:
   except RecursionError as error:
     problem, cause = 'it is nested too deep', error
   except UnicodeDecodeError as error:
-    problem, cause = 'it is no text', error
+    problem, cause = 'it is not text', error
   except OSError as error:
     problem, cause = error.strerror or str(error), error
   except (ValueError, csv.Error) as error:
@@ -252,7 +252,7 @@ def _check_lock(path: pathlib.Path) -> None:
     content = b'' if path.is_symlink() else read(path, LARGEST_LOCK, remedy)
     begin = b'process '
     if path.is_symlink() or not content.startswith(begin[: len(content)]):
-      raise ValueError('it is no lock of margin_jax')
+      raise ValueError('it is not a lock of margin_jax')
 
 
 @contextlib.contextmanager
@@ -319,11 +319,11 @@ def check_outputs(
     if path.is_symlink():
       wrong.append(f'{name} is a link')
     elif path.exists() and not path.is_file():
-      wrong.append(f'{name} is {"a folder" if path.is_dir() else "no file"}')
+      wrong.append(f'{name} is {"a folder" if path.is_dir() else "not a file"}')
   for name in folders:
     path = folder / name
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-      wrong.append(f'{name} is no folder')
+      wrong.append(f'{name} is not a folder')
   if wrong:
     raise FileError(f'{folder}: {", ".join(wrong)}: move it away')
 

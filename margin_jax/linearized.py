@@ -52,7 +52,7 @@ def check_norm(norm: Norm) -> None:
   is_number = isinstance(norm, int | float) and not isinstance(norm, bool)
   if norm not in NORMS and not (is_number and norm >= 1):
     raise ValueError(
-      f'norm must be one of {NORMS}, or a number, at least 1, got {norm!r}'
+      f'norm must be one of {NORMS}, or a number of at least 1, got {norm!r}'
     )
 
 
@@ -409,7 +409,7 @@ def at_layers(
         f"model's last layer is not called {HEAD!r}"
       )
       raise ValueError(
-        f'layer {name!r} is called {fired[name]} times{where}, and must be '
+        f'layer {name!r} is called {fired[name]} times{where}, but must be '
         f'called once{why if where else ""}'
       )
   return logits_fn, zeros

@@ -104,7 +104,7 @@ def check_kernel(kernel: Array, classes: int) -> None:
   """Raises unless `kernel` is floating, (D, classes), with D >= 1."""
   check_floating('kernel', kernel, 2)
   check_shape(
-    'kernel', kernel, (None, classes), 'one column a class of the logits'
+    'kernel', kernel, (None, classes), 'one column for each class of the logits'
   )
   if not kernel.shape[0]:
     raise ValueError('kernel must have at least one row, of a feature')

@@ -93,8 +93,8 @@ def _is_known(name: str) -> bool:
 
 def _list_names() -> str:
   text = (
-    f'NAME is one of {", ".join(names())}, or what TFDS calls another dataset '
-    'of images with one label each.'
+    f'NAME is one of {", ".join(names())}, or the name in TFDS of another '
+    'dataset of images with one label each.'
   )
   return textwrap.fill(text, 79, break_on_hyphens=False)
 

@@ -52,9 +52,9 @@ def register_rule(
     >>> config.selection.rule = 'least_confident'
   """
   if name in (*selection.RULES, 'uniform'):
-    raise ValueError(f'rule {name!r} is there already; take another name')
+    raise ValueError(f'rule {name!r} already exists; choose another name')
   if name in PRESETS:
-    raise ValueError(f'rule {name!r}: a preset has that name; take another')
+    raise ValueError(f'rule {name!r}: a preset has that name; choose another')
   check_rule(name, rule)
   selection.REGISTERED[name] = selection.Rule(rule, whole_pool, distance)
 
@@ -93,7 +93,7 @@ def register_loss(name: str, loss: losses.Loss) -> None:
     >>> config.loss.names, config.loss.weights = ('largest',), (1e-3,)
   """
   if name in losses.LOSSES:
-    raise ValueError(f'loss {name!r} is there already; take another name')
+    raise ValueError(f'loss {name!r} already exists; choose another name')
   if not callable(loss):
     raise TypeError(f'loss {name!r} must be a function, got {loss!r}')
   problem = _problem_of(loss, 'outputs')
@@ -133,7 +133,7 @@ def register_optimizer(
     ... )
   """
   if name in optimizers.NAMES:
-    raise ValueError(f'optimizer {name!r} is there already; take another name')
+    raise ValueError(f'optimizer {name!r} already exists; choose another name')
   optimizers.REGISTERED[name] = _factory(name, optimizer)
 
 
@@ -228,7 +228,7 @@ def register_model(
     >>> config.model.name = 'linear'
   """
   if name not in models.REGISTERED and models.find(name):
-    raise ValueError(f'model {name!r} is there already; take another name')
+    raise ValueError(f'model {name!r} already exists; choose another name')
   if not (isinstance(module, type) and issubclass(module, nn.Module)):
     raise TypeError(
       f'model {name!r} must be a class that is a flax.linen.Module, got '
@@ -281,7 +281,7 @@ def register_dataset(
     >>> config.data.name = 'corners'
   """
   if name in data.NAMES or ':' in name:
-    raise ValueError(f'dataset {name!r} is there already; take another name')
+    raise ValueError(f'dataset {name!r} already exists; choose another name')
   registered.REGISTERED[name] = registered.from_arrays(
     name, train=train, test=test, num_classes=num_classes
   )

@@ -159,7 +159,7 @@ def query(
     raise TypeError(f'labelled must be bool, got dtype {labelled.dtype}')
   if labelled.shape != scores.shape:
     raise ValueError(
-      f'labelled must have shape {scores.shape}, one a score, got '
+      f'labelled must have shape {scores.shape}, one for each score, got '
       f'{labelled.shape}'
     )
   if not isinstance(labelled, jax.core.Tracer):
@@ -220,8 +220,8 @@ def take_lowest(
   for leaf in jax.tree.leaves(examples):
     if leaf.shape[:1] != (rows,):
       raise ValueError(
-        f'examples must hold arrays with {rows} rows, one a score, got shape '
-        f'{leaf.shape}'
+        f'examples must hold arrays with {rows} rows, one for each score, got '
+        f'shape {leaf.shape}'
       )
   devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   if devices == 1 or not k:

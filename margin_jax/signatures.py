@@ -162,7 +162,7 @@ def fit_generalization_gap(
     raise ValueError(f'gaps must have shape ({networks},), got {gaps.shape}')
   if networks < 3:
     raise ValueError(
-      f'signatures must be of at least 3 networks, got {networks}'
+      f'signatures must come from at least 3 networks, got {networks}'
     )
   if not (np.isfinite(signatures).all() and (signatures > 0).all()):
     raise ValueError('signatures must be positive and finite')

@@ -227,7 +227,7 @@ BAD_TOGETHER = [
     {'loss.names': ('cross_entropy',), 'loss.weights': (1.0,)},
     "without 'cross_entropy', which is the risk",
   ),
-  ({'loss.risk': 'hinge', **TRIMMING}, 'is of cross-entropy'),
+  ({'loss.risk': 'hinge', **TRIMMING}, 'trims cross-entropy'),
   (
     {
       'loss.names': ('hinge',),
@@ -263,7 +263,7 @@ BAD_TOGETHER = [
       'data.augmentations': ('random_resized_crop',),
       'data.name': 'imagenet2012',
     },
-    'images are read as such crops',
+    'images are already read as such crops',
   ),
   ({'pool_size': 63, 'selection.rule': 'mms'}, 'selection.reuse = 64'),
   ({'steps_per_call': 3, 'steps': 1000}, 'a divisor of steps=1000'),
@@ -271,7 +271,7 @@ BAD_TOGETHER = [
   ({'steps_per_call': 50, 'eval_every': 10}, 'a divisor of eval_every=10'),
   ({'steps_per_call': 20, 'checkpoint_every': 50}, 'of checkpoint_every'),
   ({'steps': 1, 'mmr.alpha_end': 1e-3}, 'at least 2 with mmr.alpha_end'),
-  ({RATES: (0.1, 0.1, 0.1), BOUNDARIES: (5,)}, '2 values'),
+  ({RATES: (0.1, 0.1, 0.1), BOUNDARIES: (5,)}, '2 value'),
   ({'model.pretrained': 'w.pt', 'model.name': 'wrn16_1'}, 'no published'),
   (
     {
@@ -288,7 +288,7 @@ BAD_TOGETHER = [
   ({'pool_size': 63, **MEMORY}, 'from batch_size = 64'),
   (
     {**MEMORY, 'selection.rule': 'selective_backprop'},
-    "of samplers 'weighted'",
+    "selection.sampler='weighted'",
   ),
   (
     {'selection.drop': 0.0, 'selection.share': 'auto', **PRUNE},
@@ -308,7 +308,7 @@ BAD_TOGETHER = [
   ({'selection.batch_stats': 'pool', **MMS}, 'has no BatchNorm'),
   (
     {'selection.proxy': 'cnn', 'selection.batch_stats': 'pool', **MMS},
-    'not be of what the model sees',
+    'not describe what the model sees',
   ),
   (
     {
@@ -317,7 +317,7 @@ BAD_TOGETHER = [
       'model.name': 'resnet8',
       **MMS,
     },
-    'not be of what the model sees',
+    'not describe what the model sees',
   ),
   ({**MMS, **TRIMMING}, 'both choose'),
   ({'selection.log_counts': True, **TRIMMING}, 'inside the loss'),
@@ -329,7 +329,7 @@ BAD_TOGETHER = [
     {'mmr.alpha': 1e-3, 'trimming.backward': 'kept', **TRIMMING},
     'over the whole batch',
   ),
-  ({'large_margin.weight': 1.0, **TRIMMING}, 'is of cross-entropy'),
+  ({'large_margin.weight': 1.0, **TRIMMING}, 'trims cross-entropy'),
   ({'keep_every': 1500, 'steps': 3000}, 'a multiple of checkpoint_every=1000'),
   ({'attack.epsilons': (), 'attack.name': 'pgd'}, 'one or more values'),
 ]

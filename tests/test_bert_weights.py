@@ -233,7 +233,7 @@ def test_shards_are_read_together(folder):
   with pytest.raises(PretrainedError, match="'weight_map' is None"):
     bert_weights.read(folder, shapes())
   path.unlink()
-  with pytest.raises(PretrainedError, match='has no weights: needed are'):
+  with pytest.raises(PretrainedError, match='has no weights: it must have'):
     bert_weights.read(folder, shapes())
 
 
@@ -267,7 +267,7 @@ def test_shards_are_read_together(folder):
 )
 def test_other_networks_are_refused(fields, words, folder):
   reconfigure(folder, **fields)
-  expected = f'is of no BERT that can be read: {words}'
+  expected = f'describes no BERT that can be read: {words}'
   with pytest.raises(PretrainedError) as caught:
     bert_weights.describe(folder)
   assert str(caught.value) == f'{str(folder / "config.json")!r} {expected}'
@@ -306,7 +306,7 @@ def test_broken_folders(folder):
   for text, words in (
     (100_000 * '[', 'nested too deep'),
     ('{', r'cannot be read \('),
-    ('[]', 'holds no object'),
+    ('[]', 'hold a JSON object'),
     (None, 'there is no file'),
   ):
     config.unlink()
@@ -331,7 +331,7 @@ def test_paths(folder, monkeypatch):
   assert bert_weights.resolve('~/hf') == folder
   assert bert_weights.resolve(str(folder)) == folder
   for name, words in (
-    (str(folder / 'vocab.txt'), 'is a file; of a BERT the folder'),
+    (str(folder / 'vocab.txt'), 'is a file: give the folder'),
     (str(folder / 'gone'), 'there is no folder'),
     ('./bert', 'there is no folder'),
     ('a/b/c', 'there is no folder'),
@@ -381,7 +381,7 @@ def test_pytorch_is_asked_for_where_there_is_nothing_else(folder, monkeypatch):
   assert len(asked) == 2
   (folder / 'pytorch_model.bin').unlink()
   hub(monkeypatch, lambda patterns: str(folder))
-  with pytest.raises(PretrainedError, match='has no weights: needed are'):
+  with pytest.raises(PretrainedError, match='has no weights: it must have'):
     bert_weights.resolve('some-bert')
 
 
@@ -393,9 +393,9 @@ def test_without_a_network_the_message_says_what_to_give(monkeypatch):
   with pytest.raises(PretrainedError) as caught:
     pretrained.load('bert-base-uncased', 'bert_base', shapes())
   assert str(caught.value) == (
-    "'bert-base-uncased' is no local folder, and cannot be downloaded from the "
-    'Hugging Face hub: no route to host; a local folder with config.json, '
-    'vocab.txt, and model.safetensors or pytorch_model.bin can be given instead'
+    "'bert-base-uncased' is not a local folder, and cannot be downloaded from "
+    'the Hugging Face hub: no route to host; give a local folder with '
+    'config.json, vocab.txt, and model.safetensors or pytorch_model.bin instead'
   )
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(PretrainedError, match='pip install huggingface_hub, or'):

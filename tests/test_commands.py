@@ -97,25 +97,25 @@ MISTAKES = [
     'no file configs/digts.py; did you mean configs/digits.py',
   ),
   ('train', ('--config=configs', WORKDIR), 'is a folder; it has cifar100_'),
-  ('train', ('--config=README.md', WORKDIR), 'README.md is no Python file'),
+  ('train', ('--config=README.md', WORKDIR), 'README.md is not a Python file'),
   ('train', ('--config={folder}/no_config.py', WORKDIR), 'has no get_config'),
   (
     'train', ('--config={folder}/no_argument.py:mms', WORKDIR),
-    "takes no argument, and 'mms' is given",
+    "takes no argument, but 'mms' is given",
   ),
   ('train', ('--config={folder}/typo.py', WORKDIR), 'line 6: invalid syntax'),
   (
     'train', ('--config={folder}/field.py', WORKDIR),
-    "line 6: 'optimiser.name' is no config field; did you mean "
+    "line 6: 'optimiser.name' is not a config field; did you mean "
     'optimizer.name',
   ),
   (
     'train', ('--config={folder}/foreign.py', WORKDIR),
-    "has no field 'seed': begin with margin_jax.config.default()",
+    "has no field 'seed': start from margin_jax.config.default()",
   ),
   (
     'train', ('--config={folder}/foreign.py', '--help'),
-    "has no field 'seed': begin with margin_jax.config.default()",
+    "has no field 'seed': start from margin_jax.config.default()",
   ),
   (
     'train', (*STARTED, '--config.scale_schedule=maybe', '--config.steps=9'),
@@ -163,7 +163,7 @@ MISTAKES = [
   ),
   (
     'train', (*STARTED, '--config.optimizer.lr=0.1'),
-    "'optimizer.lr' is no config field; did you mean "
+    "'optimizer.lr' is not a config field; did you mean "
     '--config.optimizer.learning_rates? The fields of optimizer are name, ',
   ),
   (
@@ -172,7 +172,7 @@ MISTAKES = [
   ),
   (
     'train', (*STARTED, '--config.stepz=3'),
-    "'stepz' is no config field; did you mean --config.steps?",
+    "'stepz' is not a config field; did you mean --config.steps?",
   ),
   (
     'train', (*STARTED, '--config.selektion.rule=mms'),
@@ -208,7 +208,7 @@ MISTAKES = [
   ('compare', (*STARTED, '--budget=hours'), "invalid choice: 'hours'"),
   ('compare', (*STARTED, '--seeds=three'), "an integer, got 'three'"),
   ('compare', (*STARTED, '--seeds=0'), 'seeds=0 is not allowed'),
-  ('compare', (*STARTED, '--methods=uniform,,mms'), 'an empty name'),
+  ('compare', (*STARTED, '--methods=uniform,,mms'), 'a name is empty'),
   ('compare', (*STARTED, '--methods=entrop'), 'did you mean entropy?'),
   (
     'compare', (*STARTED, '--methods=mms+reus=5'),
@@ -216,7 +216,7 @@ MISTAKES = [
   ),
   (
     'compare', (*STARTED, '--sweep=mmr.alfa=1,2'),
-    "sweep: 'mmr.alfa=1,2': 'mmr.alfa' is no config field; did you mean "
+    "sweep: 'mmr.alfa=1,2': 'mmr.alfa' is not a config field; did you mean "
     'mmr.alpha',
   ),
   ('compare', (*STARTED, '--baseline=plain'), "baseline='plain' is not"),
@@ -490,7 +490,7 @@ def test_a_config_file_is_not_changed_by_fields():
   file = config_files.load('configs/digits.py:memory')
   file.with_fields({'steps': '10', 'seed': '5'})
   assert (file.config.steps, file.config.seed) == (1000, 0)
-  with pytest.raises(ConfigError, match="'sed' is no config field"):
+  with pytest.raises(ConfigError, match="'sed' is not a config field"):
     file.with_fields({'sed': '5'})
 
 

@@ -397,7 +397,7 @@ def test_a_killed_comparison_redoes_nothing_that_was_finished(tmp_path):
   ('arguments', 'message'),
   [
     (('--methods=uniform,,mms',), "methods='uniform,,mms' is not allowed"),
-    (('--config.stepz=3',), "'stepz' is no config field"),
+    (('--config.stepz=3',), "'stepz' is not a config field"),
     (('--budget=hours',), "--budget: invalid choice: 'hours'"),
     (('--methods=uniform,mms+reuse=9',), 'mms+reuse=9: pool_size=128 is not'),
   ],

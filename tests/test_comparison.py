@@ -65,7 +65,7 @@ def test_a_method_is_a_rule_and_fields(text, fields):
       ["'mmr' must be one of the rules", "'mms', 'signed_margin', 'loss'"],
     ),
     ('mms+reuse', ["'reuse' must be field=value"]),
-    ('mms+fast=1', ["'fast' is no config field"]),
+    ('mms+fast=1', ["'fast' is not a config field"]),
     ('mms+reuse=2+selection.reuse=3', ['selection.reuse is given twice']),
     ('mms+reuse=x', ["selection.reuse='x'", 'an integer, at least 1']),
     ('mms+seed=1', ['set seed by --seeds']),
@@ -97,7 +97,7 @@ def test_a_sweep_is_parsed_like_a_flag():
   [
     (['mmr.alpha'], "'mmr.alpha' must be field=value,value"),
     (['mmr.alpha=1,'], 'must be field=value,value'),
-    (['alpha=1'], "'alpha' is no config field"),
+    (['alpha=1'], "'alpha' is not a config field"),
     (['mmr.alpha=1', 'mmr.alpha=2'], 'mmr.alpha is given twice'),
     (['mmr.alpha=1,1.0'], 'a value is given twice'),
     (['seed=1,2'], 'set seed by --seeds'),
@@ -158,7 +158,7 @@ def test_a_method_may_change_nothing():
     (['mms+mmr.alpha=1'], ['mmr.alpha=1,2'], 'sets mmr.alpha, which is swept'),
     (['mms', 'mms'], [], "'mms' is given twice"),
     ({'a/b': {}, 'a b': {}}, [], 'would have the same folder, a_b'),
-    ({'a': {'pool': 3}}, [], "'a': 'pool' is no config field"),
+    ({'a': {'pool': 3}}, [], "'a': 'pool' is not a config field"),
     ({'a': {'steps': 'x'}}, [], "'a': steps: "),
     (['uniform'], ['mmr.alpha=-1,2'], 'uniform, mmr.alpha=-1.0: mmr.alpha=-1'),
   ],
@@ -195,7 +195,7 @@ def test_the_control_is_added_where_a_rule_scores(rules, added):
 
 
 def test_the_name_of_the_control_is_its_own():
-  with pytest.raises(ConfigError, match="'random' is what the control is"):
+  with pytest.raises(ConfigError, match="'random' is the name of the control"):
     methods_lib.with_controls(
       {'random': {'selection.rule': 'mms'}}, small_config()
     )

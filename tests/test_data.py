@@ -345,7 +345,10 @@ def test_classes_have_the_names_that_tfds_gives_them(data_dir, tmp_path):
 
 @pytest.mark.parametrize(
   ('content', 'message'),
-  [(b'cat\n', 'must have 3, one a line'), (b'\xff\nb\nc', 'cannot be read')],
+  [
+    (b'cat\n', 'must have 3, one on each line'),
+    (b'\xff\nb\nc', 'cannot be read'),
+  ],
 )
 def test_damaged_names_of_classes(tmp_path, content, message):
   path = tmp_path / 'pets' / '1.0.0' / 'label.labels.txt'

@@ -17,8 +17,8 @@ GOOD = '{"steps": 5, "test": {"accuracy": 0.5, "loss": NaN}, "more": [1]}'
 JSON = {
   'empty': ('', 'Expecting value'),
   'cut': (GOOD[:20], 'line 1'),
-  'no object': ('[1]', 'holds no object'),
-  'null': ('null', 'holds no object'),
+  'no object': ('[1]', 'hold a JSON object'),
+  'null': ('null', 'hold a JSON object'),
   'a null value': ('{"steps": null}', "'steps' is None, and must be an"),
   'a word': ('{"steps": "5"}', "'steps' is '5', and must be an integer"),
   'too large': ('{"steps": 1' + 30 * '0' + '}', r'below 2\*\*31'),
@@ -29,8 +29,8 @@ JSON = {
   ),
   'nested': (100_000 * '[' + 100_000 * ']', 'nested too deep'),
   'nested objects': (100_000 * '{"a":' + '1' + 100_000 * '}', 'nested'),
-  'not UTF-8': (b'{"steps": "\xff"}', 'it is no text'),
-  'binary': (bytes(range(256)), 'it is no text'),
+  'not UTF-8': (b'{"steps": "\xff"}', 'it is not text'),
+  'binary': (bytes(range(256)), 'it is not text'),
 }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_a_table_is_read_without_the_line_that_was_cut(tmp_path):
 TABLES = {
   'another table': ('a,b\n1,2\n', "no column 'step'"),
   'without a column': ('step,loss\n1,2\n', "no column 'split'"),
-  'a column twice': ('step,split,loss,loss\n', 'a column twice'),
+  'a column twice': ('step,split,loss,loss\n', 'the same column twice'),
   'a short row': ('step,split,loss\n1,test\n2,test,3\n', 'line 2'),
   'a long row': ('step,split,loss\n1,test,2,3\n', 'line 2'),
   'a superscript two': (
@@ -109,7 +109,7 @@ TABLES = {
   'an open quote': ('step,split,loss\n1,"test,1\n', 'end of data'),
   'a field of 200 KB': (f'step,split,loss\n1,{"x" * 200_000},1\n', 'limit'),
   'zeros': ('step,split,loss\n' + 9 * '\0' + '\n1,test,1\n', 'line 2'),
-  'not UTF-8': (b'step,split,loss\n1,\xff,1\n', 'it is no text'),
+  'not UTF-8': (b'step,split,loss\n1,\xff,1\n', 'it is not text'),
 }
 
 
@@ -130,7 +130,7 @@ def test_what_is_no_file_or_too_large_is_one_line(tmp_path, monkeypatch):
   large.write_bytes(bytes(101))
   monkeypatch.setattr(files, 'LARGEST_JSON', 100)
   for path, words in (
-    (folder, 'it is a folder'), (pipe, 'it is no file'), (large, 'than 100')
+    (folder, 'it is a folder'), (pipe, 'it is not a file'), (large, 'than 100')
   ):  # fmt: skip
     assert words in message(files.read_json, path, SCHEMA)
   loop = tmp_path / 'loop'

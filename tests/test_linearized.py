@@ -299,7 +299,7 @@ def test_a_layer_that_a_function_does_not_name_once_is_refused():
   def twice(kernels, inputs, add):
     return tiny(kernels, add('hidden', inputs), add)
 
-  with pytest.raises(ValueError, match="'hidden' is called 2 times, and must"):
+  with pytest.raises(ValueError, match="'hidden' is called 2 times, but must"):
     linearized.at_layers(twice, kernels, inputs, ('hidden',))
 
 

@@ -499,7 +499,7 @@ def test_what_does_not_optimize_is_refused_in_a_line(
 
 
 def test_what_is_no_optimizer_cannot_be_registered():
-  with pytest.raises(ValueError, match=r"'adam' is there already"):
+  with pytest.raises(ValueError, match=r"'adam' already exists"):
     margin_jax.register_optimizer('adam', optax.adam)
   with pytest.raises(TypeError, match='must be an optax transformation or a'):
     margin_jax.register_optimizer('number', 3)

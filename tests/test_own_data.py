@@ -142,7 +142,7 @@ def test_a_folder_with_test_and_val_has_a_validation_split(tmp_path):
   for streamed in (False, True):
     dataset = load(name, streamed=streamed)
     assert dataset.counts == {'train': 11, 'test': 5, 'validation': 4}
-    with pytest.raises(ValueError, match='has a validation split of its own'):
+    with pytest.raises(ValueError, match='has its own validation split'):
       load(name, streamed=streamed, validation_examples=2)
 
 
@@ -223,12 +223,12 @@ SPOILED = {
   'empty': (lambda x: (x / 'train/eel').mkdir(), 'eel.* has no images'),
   'link': (
     lambda x: (x / 'train/cat/z.png').symlink_to(x / 'nothing'),
-    r"z\.png' is a link to nothing",
+    r"z\.png' is a broken link",
   ),
   'name': (spoil_name, r"class b'c\\xff' is not UTF-8"),
   'unknown': (
     lambda x: write_image(x / 'test/eel/1.png', 0),
-    "class 'eel' of test is none of those",
+    "class 'eel' of test is not among those",
   ),
   'text': (
     lambda x: (x / 'train/dog/1.png').write_text('no image'),
@@ -265,7 +265,7 @@ def test_a_split_without_classes_is_refused(tmp_path):
   (tmp_path / 'test').mkdir()
   write_image(tmp_path / 'test' / '1.png', 0)
   with pytest.raises(
-    data.DatasetError, match='test holds no folders of images'
+    data.DatasetError, match='test must have a folder of images'
   ):
     load(f'folder:{tmp_path}')
 
@@ -374,7 +374,7 @@ def test_other_mistakes_with_csv_files(tmp_path):
   with pytest.raises(data.DatasetError, match=r"it has \['train.csv'\]"):
     csv_sentences.load(str(tmp_path / 'z'), VOCAB, 8)
   write_csv(tmp_path / 'z/test.csv', 'text,label\na,3\n')
-  with pytest.raises(data.DatasetError, match="line 2: label '3' is none of"):
+  with pytest.raises(data.DatasetError, match="line 2: label '3' is not among"):
     csv_sentences.load(str(tmp_path / 'z'), VOCAB, 8)
 
 
@@ -437,10 +437,10 @@ def test_labels_of_streamed_and_of_bucketed_examples(tmp_path, vocabulary):
   [
     (np.zeros(1436, int), r'shape \(1436,\): it must be \(1437,\)'),
     (np.zeros((1437, 1), int), r'shape \(1437, 1\)'),
-    (np.zeros(1437), 'dtype float64: it must be of integers'),
-    (np.zeros(1437, bool), 'dtype bool: it must be of integers'),
-    (np.arange(1437), r'from 0 to 1436, in row 10 10: .* in \[0, 10\)'),
-    (np.full(1437, -1), r'from -1 to -1, in row 0 -1'),
+    (np.zeros(1437), 'dtype float64: it must hold integers'),
+    (np.zeros(1437, bool), 'dtype bool: it must hold integers'),
+    (np.arange(1437), r'from 0 to 1436 \(row 10 has 10\): .* in \[0, 10\)'),
+    (np.full(1437, -1), r'from -1 to -1 \(row 0 has -1\)'),
   ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, labels, words):
@@ -573,13 +573,13 @@ def test_names_that_are_none_and_sets_that_are_not_of_images(tmp_path):
   write_tfds(
     tmp_path, 'of_text', (4, 4, 1), {'train': 3}, tfds.features.Scalar(np.int64)
   )
-  with pytest.raises(data.DatasetError, match=f'is not of images.*{words}'):
+  with pytest.raises(data.DatasetError, match=f'must have images.*{words}'):
     data.load('of_text', data_dir=str(tmp_path))
 
 
 def test_what_is_not_of_images_is_not_downloaded(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
-  with pytest.raises(SystemExit, match=r"imdb_reviews' .* is not of images"):
+  with pytest.raises(SystemExit, match=r"imdb_reviews' .* must have images"):
     prepare.main(['imdb_reviews', f'--data_dir={tmp_path}'])
   with pytest.raises(SystemExit, match="no dataset is called 'no_such_set'"):
     prepare.main(['no_such_set'])

@@ -120,7 +120,7 @@ def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
   registry.register_dataset('rings', train=rings(5), test=rings(1, 100))
   with pytest.raises(config.ConfigError, match=r'data\.digest: '):
     run(made, tmp_path)
-  with pytest.raises(config.ConfigError, match='stands for other data'):
+  with pytest.raises(config.ConfigError, match='has other data'):
     analyze.analyze(str(tmp_path))
   MODELS.clear()
   with pytest.raises(config.ConfigError, match=r"model\.name='mlp'.*--config"):
@@ -344,9 +344,9 @@ GOOD = {'train': (X, Y), 'test': (X, Y)}
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'name': 'digits'}, "'digits' is there already"),
+    ({'name': 'digits'}, "'digits' already exists"),
     ({'train': (X[0], Y)}, r'must have shape \(N, \.\.\.\)'),
-    ({'train': (X.astype(np.uint8), Y)}, r'\(N, H, W, channels\), got'),
+    ({'train': (X.astype(np.uint8), Y)}, r'\(N, H, W, channels\) that'),
     ({'train': (X.astype(np.int32), Y)}, 'uint8 or floating, got dtype int32'),
     (
       {'test': (X * np.inf, Y)},
@@ -359,13 +359,13 @@ GOOD = {'train': (X, Y), 'test': (X, Y)}
     ({'train': (X, Y - 1)}, r'got -1 to 1 with C = 2'),
     ({'num_classes': 1}, r'C at least 2, got 0 to 1 with C = 1'),
     ({'train': (X, 0 * Y), 'test': (X, 0 * Y)}, 'with C = 1'),
-    ({'train': (X, Y.astype(np.int64) + 2**40)}, 'may be 1,048,576 classes'),
+    ({'train': (X, Y.astype(np.int64) + 2**40)}, 'at most 1,048,576 classes'),
     ({'num_classes': 10**10}, '1,048,576 classes, got 10000000000$'),
     ({'num_classes': '3'}, "num_classes must be an integer, got '3'"),
     ({'num_classes': True}, 'num_classes must be an integer, got True'),
     (
       dict.fromkeys(('train', 'test'), (np.zeros((20, 0, 8, 3), np.uint8), Y)),
-      r'got shape \(20, 0, 8, 3\), and none is empty',
+      r'that are not empty, got shape \(20, 0, 8, 3\)',
     ),
   ],
 )
@@ -383,14 +383,14 @@ def test_arrays_that_change_later_change_nothing():
 
 
 def test_bad_models_and_rules_are_refused():
-  with pytest.raises(ValueError, match="'resnet8' is there already"):
+  with pytest.raises(ValueError, match="'resnet8' already exists"):
     registry.register_model('resnet8', Mlp)
   with pytest.raises(TypeError, match='must be a class'):
     registry.register_model('mlp', Mlp(2))
   with pytest.raises(TypeError, match='must have a field num_classes'):
     registry.register_model('mlp', nn.Dense)
   for name in ('mms', 'uniform'):
-    with pytest.raises(ValueError, match='is there already'):
+    with pytest.raises(ValueError, match='already exists'):
       registry.register_rule(name, selection.mms)
   with pytest.raises(TypeError, match='must be a function'):
     registry.register_rule('mine', 'mms')

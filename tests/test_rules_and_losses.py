@@ -90,7 +90,7 @@ def test_a_loss_of_two_arguments_is_told_what_to_write():
     margin_jax.register_loss('old', lambda logits, labels: logits)
   with pytest.raises(TypeError, match='must be a function'):
     margin_jax.register_loss('old', 3)
-  with pytest.raises(ValueError, match='is there already'):
+  with pytest.raises(ValueError, match='already exists'):
     margin_jax.register_loss('mmr', lambda outputs: outputs.logits)
 
 

@@ -26,14 +26,16 @@ def main(argv: list[str]) -> None:
   parser.option(
     '--steps',
     type=commands.integers,
-    help='comma-separated checkpoints; default: all that the run has',
+    help='comma-separated checkpoints; default: all of the run',
   )
   parser.option(
     '--examples',
     type=commands.integer,
-    help='the first of each split; default: all',
+    help='how many of each split, from its first; default: all',
   )
-  parser.option('--data_dir', help='default: where the run read it')
+  parser.option(
+    '--data_dir', help='of the dataset; default: where the run read it'
+  )
   parser.option('--out', metavar='FOLDER', help='default: WORKDIR/analysis')
   parser.option(
     '--config',

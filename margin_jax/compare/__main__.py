@@ -19,7 +19,7 @@ from margin_jax import commands, terminal
 def main(argv: list[str]) -> None:
   """Runs the comparison; a mistake of the user is one line."""
   parser = commands.Parser('compare', __doc__, fields=True)
-  parser.require('--workdir', metavar='FOLDER', help='of all that is written')
+  parser.require('--workdir', metavar='FOLDER', help='for all that it writes')
   parser.option(
     '--methods',
     help='comma-separated rules, or presets (memory, proxy, fresh); config '
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     '--budget',
     choices=('steps', 'flops', 'seconds'),
     default='steps',
-    help='what all methods have the same of: steps, or the FLOPs or seconds of '
-    'the baseline. Default: steps',
+    help='what all methods may spend: the same steps, or the FLOPs or seconds '
+    'of the baseline. Default: steps',
   )
   parser.option(
     '--baseline',
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     '--split',
     choices=('test', 'validation'),
     default='test',
-    help='whose errors the curves are. Default: test',
+    help='the split whose errors the curves show. Default: test',
   )
   args = parser.parse(argv)
 

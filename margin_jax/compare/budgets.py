@@ -83,7 +83,7 @@ def allocate(
     if trial.config.steps != own:
       raise ConfigError(
         f'{trial.name}: steps={trial.config.steps} is not allowed with budget='
-        f'{budget!r}, which decides that: it must be {own}'
+        f'{budget!r}, which decides the steps: it must be {own}'
       )
   costs = {t.name: cost(t, periods[t.name]) for t in trials}
   total = max(costs[t.name] for t in trials if t.method == baseline)
@@ -98,8 +98,8 @@ def allocate(
     if not steps:
       raise ConfigError(
         f'{trial.name}: budget={budget!r} is not allowed: {multiple} step(s) '
-        f'need {multiple * per_step:.3g} of the {total:.3g} that {baseline!r} '
-        'spends'
+        f'need {multiple * per_step:.3g}, but {baseline!r} spends only '
+        f'{total:.3g}'
       )
     with named_errors(trial.name):
       config = scaled(trial.config, steps, periods[trial.name].call)
@@ -148,9 +148,9 @@ def scaled(
   inside = [0, *(round(x * ratio) for x in reached), steps]
   if sorted({*inside}) != inside:
     raise ConfigError(
-      f'steps={steps} is not allowed: it must be more, or the schedule of '
-      f'{before.steps:,} with optimizer.boundaries={tuple(boundaries)} does '
-      'not fit'
+      f'steps={steps} is not allowed: it must be larger, or the schedule of '
+      f'{before.steps:,} steps with optimizer.boundaries={tuple(boundaries)} '
+      'does not fit'
     )
   return config
 

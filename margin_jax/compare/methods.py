@@ -105,9 +105,7 @@ def of_command_line(
     return named or METHODS
   names = split(text)
   if not all(names):
-    raise ConfigError(
-      f'methods={text!r} is not allowed: there is an empty name'
-    )
+    raise ConfigError(f'methods={text!r} is not allowed: a name is empty')
   return parse_methods(names, file.config, named)
 
 
@@ -294,7 +292,7 @@ def _with_fields(
   known = config_lib.flatten(config)
   for field, value in fields.items():
     if field not in known:
-      raise ConfigError(f'methods: {method!r}: {field!r} is no config field')
+      raise ConfigError(f'methods: {method!r}: {field!r} is not a config field')
     try:
       changed.update_from_flattened_dict({field: value})
     except TypeError as error:
@@ -376,7 +374,7 @@ def with_controls(
     controls.append(own)
     name = '+'.join([CONTROL, *_as_text(own, config)])
     if name in complete:
-      raise ConfigError(f'methods: {name!r} is what the control is called')
+      raise ConfigError(f'methods: {name!r} is the name of the control')
     complete[name] = {RULE: CONTROL, **own}
   return complete
 

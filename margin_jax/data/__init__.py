@@ -135,7 +135,7 @@ def load(
     if has_validation and validation_examples:
       raise ValueError(
         f'data.validation_examples={validation_examples} must be 0: {name!r} '
-        'has a validation split of its own'
+        'has its own validation split'
       )
     return splits.training_rows(
       name, examples, validation_examples=validation_examples,
@@ -314,9 +314,9 @@ def _arrays(
   if kinds.needs_vocabulary(name):
     if vocabulary is None:
       raise ValueError(
-        f'data.vocabulary=None is not allowed: it must be the path of a '
-        f'vocab.txt with data.name={name!r}, or model.pretrained a folder that '
-        f'holds one'
+        f'data.vocabulary=None is not allowed: with data.name={name!r} it must '
+        f'be the path of a vocab.txt, unless model.pretrained is a folder that '
+        f'has one'
       )
     words = tokenization.read_vocab(vocabulary)
     if name in glue.NAMES:

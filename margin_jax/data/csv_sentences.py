@@ -81,7 +81,7 @@ def load(
     for *_, label, line in examples:
       if label not in number:
         raise DatasetError(
-          f'{file!r}, line {line}: label {label!r} is none of those of the '
+          f'{file!r}, line {line}: label {label!r} is not among those of the '
           f'training file, {classes}'
         )
     found[split] = {
@@ -136,8 +136,8 @@ def _rows(path: str, reader) -> Iterator[tuple]:
     where = f'{path!r}, line {reader.line_num}'
     if len(row) != len(header):
       raise DatasetError(
-        f'{where}: {len(row)} fields, but {len(header)} columns; a text with '
-        'commas stands in double quotes'
+        f'{where}: {len(row)} fields, but {len(header)} columns; put a text '
+        'with commas in double quotes'
       )
     values = [row[i].strip() for i in columns]
     if not all(values):

@@ -159,8 +159,8 @@ def load(max_length: int) -> tuple[dict[str, Split], int, tuple[str, ...]]:
   """
   if max_length < LONGEST:
     raise ValueError(
-      f'max_length={max_length} must be at least {LONGEST}: so long are pairs '
-      f'of the entailment task'
+      f'max_length={max_length} must be at least {LONGEST}, the length of the '
+      f'longest pairs of the entailment task'
     )
   splits = {
     split: {

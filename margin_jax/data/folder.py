@@ -78,13 +78,13 @@ def load(path: str) -> images.Source:
   for split, files in found.items():
     if not files:
       raise DatasetError(
-        f'folder {path!r}: {split} holds no folders of images, one a class'
+        f'folder {path!r}: {split} must have a folder of images for each class'
       )
     unknown = sorted({*files} - {*classes})
     if unknown:
       raise DatasetError(
-        f'folder {path!r}: class {unknown[0]!r} of {split} is none of those of '
-        f'the training split, {classes}'
+        f'folder {path!r}: class {unknown[0]!r} of {split} is not among those '
+        f'of the training split, {classes}'
       )
     paths = [file for name in classes for file in files.get(name, ())]
     counts = [len(files.get(name, ())) for name in classes]
@@ -176,5 +176,5 @@ def _files_by_class(path: str) -> dict[str, list[str]]:
       )
     broken = [x for x in found[name] if not os.path.exists(x)]
     if broken:
-      raise DatasetError(f'{broken[0]!r} is a link to nothing: remove it')
+      raise DatasetError(f'{broken[0]!r} is a broken link: remove it')
   return found

@@ -97,9 +97,9 @@ def check_memory(needed: int) -> None:
   free = psutil.virtual_memory().available
   if needed > free:
     raise DatasetError(
-      f'the images would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} '
-      'GiB of memory are free: read them while training with '
-      'data.streamed=True, or make them smaller with data.image_size'
+      f'the images would take {needed / 2**30:.1f} GiB, but only '
+      f'{free / 2**30:.1f} GiB of memory are free: read them while training '
+      'with data.streamed=True, or make them smaller with data.image_size'
     )
 
 

@@ -41,8 +41,8 @@ def names() -> tuple[str, ...]:
 def allowed() -> str:
   """Returns what a name may be, to follow 'it must be'."""
   return (
-    f"one of {names()}, 'folder:PATH', 'csv:PATH', or what TFDS "
-    'calls a dataset of images with one label each'
+    f"one of {names()}, 'folder:PATH', 'csv:PATH', or the name in "
+    'TFDS of a dataset of images with one label each'
   )
 
 

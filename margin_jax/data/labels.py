@@ -32,13 +32,13 @@ def read(path: str, examples: int, num_classes: int) -> np.ndarray:
     )
   if not np.issubdtype(labels.dtype, np.integer):
     raise DatasetError(
-      f'{where} has dtype {labels.dtype}: it must be of integers'
+      f'{where} has dtype {labels.dtype}: it must hold integers'
     )
   if labels.min() < 0 or labels.max() >= num_classes:
     row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
     raise DatasetError(
-      f'{where} has labels from {labels.min()} to {labels.max()}, in row {row} '
-      f'{labels[row]}: they must be in [0, {num_classes})'
+      f'{where} has labels from {labels.min()} to {labels.max()} (row {row} '
+      f'has {labels[row]}): they must be in [0, {num_classes})'
     )
   return labels.astype(np.int32)
 

@@ -58,8 +58,9 @@ def _inputs(what: str, inputs: np.ndarray) -> np.ndarray:
   if inputs.dtype == np.uint8:
     if inputs.ndim != 4 or not all(inputs.shape[1:]):
       raise ValueError(
-        f'{what}: uint8 inputs are images of shape (N, H, W, channels), got '
-        f'shape {inputs.shape}, and none is empty; others must be floating'
+        f'{what}: uint8 inputs must be images of shape (N, H, W, channels) '
+        f'that are not empty, got shape {inputs.shape}; other inputs must be '
+        'floating'
       )
     return inputs
   if not np.issubdtype(inputs.dtype, np.floating):
@@ -90,8 +91,8 @@ def _labels(what: str, labels: np.ndarray, examples: int) -> np.ndarray:
     )
   if labels.shape != (examples,) or not examples:
     raise ValueError(
-      f'{what}: labels must have shape ({examples},), one an example and at '
-      f'least one, got {labels.shape}'
+      f'{what}: labels must have shape ({examples},), one for each example, '
+      f'and at least one, got {labels.shape}'
     )
   return labels
 
@@ -101,8 +102,8 @@ def _weights(what: str, weights: np.ndarray, examples: int) -> np.ndarray:
   weights = np.asarray(weights)
   if weights.shape != (examples,):
     raise ValueError(
-      f'{what}: weights must have shape ({examples},), one an example, got '
-      f'{weights.shape}'
+      f'{what}: weights must have shape ({examples},), one for each example, '
+      f'got {weights.shape}'
     )
   if not np.issubdtype(weights.dtype, np.floating):
     raise ValueError(
@@ -162,7 +163,7 @@ def from_arrays(
     )
   if classes > MOST_CLASSES:
     raise ValueError(
-      f'dataset {name!r}: there may be {MOST_CLASSES:,} classes, got '
+      f'dataset {name!r}: there may be at most {MOST_CLASSES:,} classes, got '
       f'{shown(classes)}'
       + (', one more than the largest label' if num_classes is None else '')
     )

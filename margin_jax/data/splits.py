@@ -41,7 +41,7 @@ def training_rows(
   train = subset(np.arange(cut), fraction, seed)
   if not train.size:
     raise ValueError(
-      f'data.fraction={fraction} must leave something to train on: it is of '
+      f'data.fraction={fraction} must leave something to train on: there are '
       f'{cut} training examples'
     )
   rows = {'train': train}

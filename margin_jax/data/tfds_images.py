@@ -55,8 +55,8 @@ def class_names(
   names = [line.strip() for line in lines if line.strip()]  # as TFDS reads it
   if len(names) != num_classes:
     raise DatasetError(
-      f'{found[-1]} has {len(names)} names: it must have {num_classes}, one a '
-      'line'
+      f'{found[-1]} has {len(names)} names: it must have {num_classes}, one '
+      'on each line'
     )
   return tuple(names)
 
@@ -97,7 +97,7 @@ def open_builder(name: str, data_dir: str | None):
   if not builder.is_prepared():
     raise DatasetError(
       f'dataset {name!r} is not prepared: looked in {builder.data_path}. '
-      f'Prepare it (once, needs the network and tensorflow-cpu) with: '
+      f'Prepare it (once; this needs a network and tensorflow-cpu) with: '
       f'{command}'
       f' -- or name the folder that holds it with --config.data.data_dir'
     )
@@ -134,7 +134,7 @@ def check_features(builder) -> None:
     holds = False
   if not holds:
     raise DatasetError(
-      f'dataset {builder.name!r} of TFDS is not of images with one class each, '
+      f'dataset {builder.name!r} of TFDS must have images with one class each, '
       f"'image' and 'label': it has {sorted(features)}"
     )
 

@@ -39,7 +39,7 @@ def read_vocab(path: os.PathLike | str) -> tuple[str, ...]:
       has a token twice.
   """
   path = os.path.expanduser(path)
-  remedy = 'it is the vocab.txt that is published with every BERT'
+  remedy = 'use the vocab.txt that is published with every BERT'
   try:
     text = files.read(pathlib.Path(path), LARGEST, remedy).decode('utf-8')
   except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -62,7 +62,7 @@ def check_words(folder: pathlib.Path) -> None:
     DatasetError: it does, or cannot be read; there may be none.
   """
   path = folder / CONFIG
-  remedy = 'take the one that is published beside the vocab.txt, or none'
+  remedy = 'use the one that is published with the vocab.txt, or none'
   try:
     found = files.read_json(path, {}, remedy)
   except FileNotFoundError:
@@ -73,8 +73,8 @@ def check_words(folder: pathlib.Path) -> None:
     # For accents, null is "as for the case".
     if found.get(key) not in (ours, None):
       raise DatasetError(
-        f'{str(path)!r} has {key}={files.shown(found[key])}: such words '
-        f'are not read here, only those of an uncased BERT ({ours!r})'
+        f'{str(path)!r} has {key}={files.shown(found[key])}: it must be '
+        f'{ours!r}, as for an uncased BERT'
       )
 
 

@@ -72,8 +72,8 @@ def _hub_files(name: str) -> pathlib.Path:
     import huggingface_hub
   except ImportError:
     raise PretrainedError(
-      f'{name!r} is no local folder, and to download it the package '
-      'huggingface_hub is missing: pip install huggingface_hub, or give a '
+      f'{name!r} is not a local folder, and the package huggingface_hub, which '
+      'could download it, is missing: pip install huggingface_hub, or give a '
       f'folder with {NEEDED}'
     ) from None
   small = [CONFIG, VOCABULARY, tokenization.CONFIG, INDEX]
@@ -90,11 +90,11 @@ def _hub_files(name: str) -> pathlib.Path:
     first = str(error).strip().partition('\n')[0].rstrip('.')
     first = first or type(error).__name__
     raise PretrainedError(
-      f'{name!r} is no local folder, and cannot be downloaded from the Hugging '
-      f'Face hub: {first}; a local folder with {NEEDED} can be given instead'
+      f'{name!r} is not a local folder, and cannot be downloaded from the '
+      f'Hugging Face hub: {first}; give a local folder with {NEEDED} instead'
     ) from error
   raise PretrainedError(
-    f'{name!r} on the Hugging Face hub has no weights: needed are {NEEDED}'
+    f'{name!r} on the Hugging Face hub has no weights: it must have {NEEDED}'
   )
 
 
@@ -123,17 +123,17 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
   name = os.fspath(name)
   if folder.exists():
     raise PretrainedError(
-      f'{name!r} is a file; of a BERT the folder is needed, with {NEEDED}'
+      f'{name!r} is a file: give the folder of a BERT, with {NEEDED}'
     )
   # Names of the hub start with neither a dot nor a slash.
   if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name):
-    raise PretrainedError(f'there is no folder {name!r}, with {NEEDED}')
+    raise PretrainedError(f'there is no folder {name!r} with {NEEDED}')
   return _hub_files(name)
 
 
 def _json(path: pathlib.Path, **values: checks.Check) -> dict[str, Any]:
   try:
-    return files.read_json(path, values, f'needed are {NEEDED}')
+    return files.read_json(path, values, f'the folder must have {NEEDED}')
   except FileNotFoundError:
     raise PretrainedError(f'there is no file {str(path)!r}') from None
   except files.FileError as error:
@@ -185,7 +185,7 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
     wrong.append('hidden_size must be a multiple of num_attention_heads')
   if wrong:
     raise PretrainedError(
-      f'{str(path)!r} is of no BERT that can be read: {"; ".join(wrong)}'
+      f'{str(path)!r} describes no BERT that can be read: {"; ".join(wrong)}'
     )
   return sizes
 
@@ -201,7 +201,7 @@ def _state(folder: pathlib.Path) -> State:
   path = _weights_file(folder)
   if path is None:
     raise PretrainedError(
-      f'{str(folder)!r} has no weights: needed are {NEEDED}'
+      f'{str(folder)!r} has no weights: it must have {NEEDED}'
     )
   paths = [path]
   if path.name == INDEX:

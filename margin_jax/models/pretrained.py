@@ -43,7 +43,7 @@ def read(
   """
   model = models.find(model_name)
   if model is None or model.published is None:
-    raise PretrainedError(f'no published weights are known of {model_name!r}')
+    raise PretrainedError(f'no published weights are known for {model_name!r}')
   if model.published.folder:
     return bert_weights.read(path, variables, model_name)
   state = weights.read_state(path, model.published)

@@ -74,7 +74,7 @@ def _read_pytorch(path: str) -> State:
     import torch
   except ImportError:
     raise PretrainedError(
-      f'{path!r} needs PyTorch to be read: pip install torch, or convert it to '
+      f'reading {path!r} needs PyTorch: pip install torch, or convert it to '
       f'{SAFETENSORS}'
     ) from None
   state = torch.load(path, map_location='cpu', weights_only=True)

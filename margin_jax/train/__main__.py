@@ -13,12 +13,12 @@ from margin_jax import commands, terminal
 def main(argv: list[str]) -> None:
   """Runs the trainer; what the user can mend is one line, not a traceback."""
   parser = commands.Parser('train', __doc__, fields=True)
-  parser.require('--workdir', metavar='FOLDER', help='of all that is written')
+  parser.require('--workdir', metavar='FOLDER', help='for all that it writes')
   parser.option(
     '--coordinator',
     metavar='HOST:PORT',
-    help='of process 0, where there are several processes; or "auto" on a TPU '
-    'pod or a cluster that JAX knows',
+    help='address of process 0, if there are several processes; or "auto" on a '
+    'TPU pod or a cluster that JAX knows',
   )
   parser.option(
     '--num_processes', type=commands.integer, help='with --coordinator'

@@ -263,8 +263,8 @@ class Checkpoints:
       saved = self._manager.save(step, args=args)
     if not saved:
       raise SaveError(
-        f'{self._folder} holds steps {self.steps()} already, so that step '
-        f'{step} could not be saved'
+        f'{self._folder} already holds steps {self.steps()}, so step {step} '
+        'could not be saved'
       )
     self._workdir.commit(self._manager.is_saving_in_progress)
 
@@ -324,7 +324,7 @@ class Checkpoints:
     info = self._read_info(step)
     digest = (info.pop(_DIGESTS, None) or {}).get('info')
     if info['step'] != step:
-      raise self._corrupt(step, f'it is one of step {info["step"]}')
+      raise self._corrupt(step, f'it belongs to step {info["step"]}')
     if digest not in (None, _digest_info(info)):
       raise self._corrupt(step, 'its info is not what was saved')
     return info
@@ -336,7 +336,7 @@ class Checkpoints:
   def _read_info(self, step: int) -> dict[str, Any]:
     # Asked for what a folder does not have, Orbax takes all for another kind.
     if not (self._folder / str(step) / 'info').is_dir():
-      raise self._corrupt(step, 'it has no info, as those of margin_jax have')
+      raise self._corrupt(step, 'it has no info, unlike those of margin_jax')
     args = ocp.args.Composite(info=ocp.args.JsonRestore())
     with self._read(step):
       info = self._manager.restore(step, args=args).info

@@ -343,7 +343,7 @@ def _restore(
     return state, info
   if corrupt:
     raise CorruptError(
-      f'{corrupt[0][1]}, and there is no older one that can be. To start '
+      f'{corrupt[0][1]}, and there is no older one that can be used. To start '
       'anew, move the folder away or name another workdir'
     )
   return state, {'counters': {}, 'best': None}
@@ -369,7 +369,7 @@ def _check_same_run(
   if info['step'] > config.steps:
     raise config_lib.ConfigError(
       f'steps={config.steps} is not allowed: the checkpoint in the workdir is '
-      f'at step {info["step"]} already'
+      f'already at step {info["step"]}'
     )
 
 
@@ -510,7 +510,7 @@ def _run_steps(
         run.checkpoints.wait()
         raise Interrupted(
           f'stopped at step {step:,} of {config.steps:,}, which is saved; the '
-          'same command goes on from there',
+          'same command resumes from there',
           interrupts.number or signal.SIGTERM,
         )
   except guard.NonFiniteError as error:
@@ -608,16 +608,16 @@ def _with_examples(
   """Writes what the failed step read; returns the error that says where."""
   saved = run.checkpoints.steps()
   last = saved[-1] if saved else 0
-  text = f'{error}; the last checkpoint is of step {last:,}'
+  text = f'{error}; the last checkpoint is at step {last:,}'
   path = run.workdir.folder / f'nonfinite_step_{error.step}.npz'
   try:
     examples = _examples_of_failed_step(run)
     if run.devices.is_main_process:
       with files.whole(path) as aside, aside.open('xb') as file:
         np.savez(file, **examples)
-    text += f', and what the step read is in {path}'
+    text += f', and the examples of the step are in {path}'
   except Exception as lost:  # which must not hide what went wrong first
-    text += f', and what the step read could not be kept: {lost}'
+    text += f', and the examples of the step could not be saved: {lost}'
   return guard.NonFiniteError(text, error.step)
 
 

@@ -89,7 +89,7 @@ class Interrupts:
     """Raises `Interrupted` if a signal came; for between two runs."""
     if self.number is not None:
       raise Interrupted(
-        'stopped between two runs; the same command goes on from there',
+        'stopped between two runs; the same command resumes from there',
         self.number,
       )
 
@@ -220,15 +220,15 @@ def _explained() -> Iterator[None]:
     line = str(error).strip().splitlines()[0]
     _stop(
       f'another process of this run is gone ({line}); start all of them again, '
-      'and they go on from the last checkpoint'
+      'and they resume from the last checkpoint'
     )
   except OSError as error:
     if error.errno in IN_THE_WAY and error.filename is not None:
-      _stop(f'{error}; what was saved before is as it was')
+      _stop(f'{error}; what was saved before is intact')
     if error.errno not in FULL:
       raise
     # TensorBoard's writer would try once more at exit, and complain at length.
-    _stop(f'{error}; what was saved before is as it was', at_once=True)
+    _stop(f'{error}; what was saved before is intact', at_once=True)
   except Interrupted as stopped:
     print(stopped, flush=True)
     sys.exit(stopped.status)

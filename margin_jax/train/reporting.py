@@ -61,7 +61,7 @@ class _Table:
     self._kept = []
 
   def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-    remedy = 'move it away, and the run goes on with a new one'
+    remedy = 'move it away, and the run continues with a new one'
     try:
       return files.read_table(self._path, (), remedy, self._texts)
     except FileNotFoundError:

@@ -167,15 +167,15 @@ def trained(
   path = pathlib.Path(workdir, 'result.json')
   try:
     result = files.read_json(
-      path, RESULT, 'move it away, and the run is finished again'
+      path, RESULT, 'move it away, and the same command finishes the run again'
     )
   except FileNotFoundError:
     return None
   digest = result.pop(_DIGEST, None)
   if digest not in (None, _digest(result)):  # older versions had none
     raise files.FileError(
-      f'{path} is not what was written: move it away, and the run is finished '
-      'again'
+      f'{path} is not what was written: move it away, and the same command '
+      'finishes the run again'
     )
   changed = config_lib.differences(result['config'], saved)
   if not changed and result['steps'] > saved['steps']:
@@ -279,8 +279,8 @@ class TrainedRun:
       return self.checkpoints.restore(self._state, step)[0]
     except CorruptError as error:
       raise CorruptError(
-        f'{error}. Without {self.workdir}/result.json the command that trained '
-        'it goes back to the checkpoint before, and on from there'
+        f'{error}. If you remove {self.workdir}/result.json, the command that '
+        'trained it resumes from the checkpoint before'
       ) from error
 
   def best_step(self) -> int:
@@ -450,7 +450,7 @@ def _saved_config(
   for field, name in config_lib.DIGESTS.items():
     if digests[name] not in (None, now.get(name)):
       raise config_lib.ConfigError(
-        f'{field}={saved[field]!r} stands for other data than the run had'
+        f'{field}={saved[field]!r} has other data than the run had'
       )
   return config
 
@@ -468,7 +468,7 @@ def _check_registered(saved: dict[str, Any], names_data: bool) -> None:
       continue
     if name is not None and not known(name):
       raise config_lib.ConfigError(
-        f'{field}={name!r} of the run is registered nowhere: register it '
+        f'{field}={name!r} of the run is not registered: register it '
         f'first, or name the file that does: {commands.line("analyze")} '
         '--config=FILE'
       )
@@ -508,16 +508,16 @@ def attack_source(
   allowed = f'the workdir of a run on data.name={config.data.name!r}'
   config_lib.require(
     network is not None, 'attack.source', source,
-    f'{allowed}, and it is of one on {name!r}',
+    f'{allowed}, but that run is on {name!r}',
   )  # fmt: skip
   own_digest = _digests(config).get(config_lib.DIGESTS['data.name'])
   config_lib.require(
     digest in (None, own_digest), 'attack.source', source,
-    f'{allowed} with the same examples, and it is of one on others',
+    f'{allowed} with the same examples, but that run has others',
   )  # fmt: skip
   config_lib.require(
     network.input_shape == dataset.input_shape, 'attack.source', source,
-    f'{allowed} with inputs of {dataset.input_shape}, and it is of one with '
+    f'{allowed} with inputs of {dataset.input_shape}, but that run has '
     f'{network.input_shape}',
   )  # fmt: skip
   return network

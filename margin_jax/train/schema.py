@@ -89,7 +89,7 @@ def never_reached(config: ml_collections.ConfigDict) -> list[str]:
   if not beyond:
     return []
   return [
-    f'warning: of optimizer.boundaries={boundaries} {len(beyond)} are never '
+    f'warning: {len(beyond)} of optimizer.boundaries={boundaries} are never '
     f'reached in steps={config.steps}'
   ]
 
@@ -155,11 +155,11 @@ def _check_optimizer(flat: Flat) -> None:
   boundaries = flat['optimizer.boundaries']
   decay = flat['optimizer.decay']
   if decay != 'steps':
-    because = f'with optimizer.decay={decay!r}, which falls from one rate'
+    because = f'with optimizer.decay={decay!r}, which starts from one rate'
     _forbid(flat, ('optimizer.boundaries',), because)
   rates = flat['optimizer.learning_rates']
   allowed = (
-    f'{len(boundaries) + 1} values, one more than optimizer.boundaries has'
+    f'{len(boundaries) + 1} value(s), one more than optimizer.boundaries has'
   )
   holds = len(rates) == len(boundaries) + 1
   require(holds, 'optimizer.learning_rates', rates, allowed)
@@ -176,7 +176,9 @@ def _check_data(flat: Flat) -> None:
     names = ('data.augmentations', 'selection.score_resolution', 'attack.name')
     _forbid(flat, names, because)
   if name in imagenet.NAMES:
-    allowed = "without 'random_resized_crop': images are read as such crops"
+    allowed = (
+      "without 'random_resized_crop': images are already read as such crops"
+    )
     holds = 'random_resized_crop' not in augmentations
     require(holds, 'data.augmentations', augmentations, allowed)
   if 'crop' in augmentations:
@@ -256,8 +258,8 @@ def _check_scoring(flat: Flat) -> None:
     )
   if flat['selection.batch_stats'] == 'pool':
     because = (
-      "with selection.batch_stats='pool': the statistics would not be of what "
-      'the model sees'
+      "with selection.batch_stats='pool': the statistics would not describe "
+      'what the model sees'
     )
     _forbid(flat, ('selection.proxy', field), because)
     allowed = f"'selected' for {name!r}, which has no BatchNorm"
@@ -270,14 +272,14 @@ def _check_memory(flat: Flat) -> None:
   if not MEMORY.met(flat):
     return
   rule, size = flat['selection.rule'], flat['batch_size']
-  allowed = "'loss' with selection.memory, and of samplers 'weighted'"
+  allowed = "'loss' with selection.memory, and selection.sampler='weighted'"
   holds = rule != 'selective_backprop'
   require(holds, 'selection.rule', rule, allowed)
   if flat['selection.sampler'] == 'pool':
     pool, most = flat['pool_size'], 4 * size
     allowed = (
       f'from batch_size = {size} to 4 * batch_size = {most} with '
-      'selection.memory: of larger pools most examples would never be seen'
+      'selection.memory: with larger pools, most examples would never be seen'
     )
     require(size <= pool <= most, 'pool_size', pool, allowed)
   if flat['selection.share'] == 'auto':
@@ -294,7 +296,7 @@ def _check_trimming(flat: Flat) -> None:
   _forbid(flat, ('selection.rule',), because)
   because = 'with trimming, which chooses inside the loss'
   _forbid(flat, ('selection.log_counts',), because)
-  because = 'with trimming, which is of cross-entropy'
+  because = 'with trimming, which trims cross-entropy'
   _forbid(flat, ('loss.risk', 'large_margin.weight'), because)
   if flat['trimming.backward'] == 'kept':
     model = flat['model.name']
@@ -365,7 +367,7 @@ def validate_data(
     epoch = examples // config.batch_size
     require(
       config.steps > epoch, 'steps', config.steps,
-      f"above {epoch}, one epoch, with mmr.schedule='released': it has no MMR",
+      f"above {epoch}, one epoch without MMR, with mmr.schedule='released'",
     )  # fmt: skip
   if kinds.is_sentences(config.data.name):
     return  # what remains is about images
@@ -411,7 +413,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
     holds = config[name] % devices == 0
     require(holds, name, config[name], f'divisible by {devices} devices')
   own, parts = config.batch_size // devices, config.accumulate
-  allowed = f'a divisor of {own}, the examples of a batch on each device'
+  allowed = f'a divisor of {own}, the examples in the batch of each device'
   require(own % parts == 0, 'accumulate', parts, allowed)
   if config.model.batch_norm_examples is not None:
     _check_groups(config, devices)

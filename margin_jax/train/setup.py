@@ -74,9 +74,9 @@ def load(
   _check_custom_rule(config, rule)
   if training and jax.config.jax_disable_jit:
     raise ConfigError(
-      'JAX_DISABLE_JIT is set, and steps are compiled before they run: unset '
+      'JAX_DISABLE_JIT is set, but steps are compiled before they run: unset '
       'it. To look into a step, use jax.debug.print in a rule or a loss, or '
-      'call the functions in a loop of your own'
+      'call the functions in your own loop'
     )
   try:
     devices = devices_lib.Devices(config.devices)
@@ -100,7 +100,7 @@ def _check_custom_rule(
   if config.selection.rule == UNIFORM:
     raise ConfigError(
       "selection.rule='uniform' is not allowed with a rule of your own, which "
-      "needs a pool: set it to another, 'random' say"
+      "needs a pool: set it to another rule, such as 'random'"
     )
   if config.selection.ramp or config.selection.rule == 'selective_backprop':
     raise ConfigError(
@@ -368,8 +368,8 @@ def _check_returned(
     )
   if not jnp.issubdtype(found.dtype, jnp.floating):
     raise ConfigError(
-      f'{what} must return floating numbers, got {found.dtype}: '
-      '.astype(jnp.float32) makes them so, where that says what you mean'
+      f'{what} must return floating numbers, got {found.dtype}: convert them '
+      'with .astype(jnp.float32), if that is what you mean'
     )
 
 
@@ -576,8 +576,8 @@ def _large_margin_options(
       raise ConfigError(
         'large_margin.normalize_by_size=True is not allowed with '
         f'large_margin.layers={options["layers"]}: {name!r} has a row for '
-        'every token, padding too, so that its size says how far a sentence '
-        'was padded'
+        'every token, padding included, so its size depends on how far a '
+        'sentence is padded'
       )
   return options
 
@@ -654,12 +654,12 @@ def steps_per_call(
       raise ConfigError(
         f'steps_per_call={config.steps_per_call} is not allowed: it must be '
         f'{dataset.most_steps_per_call} or None with data.name='
-        f'{config.data.name!r}, fed step by step'
+        f'{config.data.name!r}, which is fed step by step'
       )
     if start % config.steps_per_call:
       raise ConfigError(
         f'steps_per_call={config.steps_per_call} is not allowed: it must be a '
-        f'divisor of {start}, the step at which the workdir stopped'
+        f'divisor of {start}, the step at which the run stopped'
       )
     return config.steps_per_call
   if platform == 'cpu':

@@ -154,7 +154,7 @@ def test_without_a_good_checkpoint_nothing_is_begun_anew(copy):
     cut(files(copy / 'checkpoints' / step / 'state')[0])
   before = sorted(files(copy))
   with pytest.raises(
-    checkpoints_lib.CorruptError, match='no older one that can be'
+    checkpoints_lib.CorruptError, match='no older one that can be used'
   ):
     train(copy)
   assert sorted(files(copy)) == before

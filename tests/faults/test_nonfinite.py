@@ -40,7 +40,7 @@ def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
     train(tmp_path, **EXPLODES, **fields)
   text = str(caught.value)
   assert text.startswith('update_norm is inf at step 13; ')
-  assert 'the last checkpoint is of step 10' in text
+  assert 'the last checkpoint is at step 10' in text
   assert caught.value.step == 13
   path = tmp_path / 'nonfinite_step_13.npz'
   assert str(path) in text
