@@ -185,7 +185,7 @@ def test_one_message_lists_all_that_does_not_fit(path):
 @pytest.mark.parametrize('name', ['cnn', 'resnet50', 'wrn28_10'])
 def test_models_that_nobody_publishes(name, path):
   assert models.find(name).published is None
-  with pytest.raises(pretrained.PretrainedError, match=f'known of {name!r}'):
+  with pytest.raises(pretrained.PretrainedError, match=f'known for {name!r}'):
     pretrained.load(path, name, {})
 
 
