@@ -266,11 +266,11 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
     add(f'{UNIFORM}, {cut:.0%}', PLAIN, size.shortened(cut), PLAIN_FIELDS)
   if early_drop:
     add(f'{UNIFORM}, early drop', PLAIN, size.short, PLAIN_FIELDS)
-  for name, fields in REMEMBERED.items():
-    add(name, MEMORY, size.short, fields)
   for name in SHORTEST:
     schedule = size.shortened(QUARTER)
     add(f'{name}, {QUARTER:.0%}', MEMORY, schedule, REMEMBERED[name])
+  for name, fields in REMEMBERED.items():
+    add(name, MEMORY, size.short, fields)
   proxy = {'proxy': size.proxy, 'proxy_every': 4}
   add('mms, B=128', FRESH, size.short, fresh('mms', 128))
   add('mms, B=128, proxy', FRESH, size.short, fresh('mms', 128, **proxy))

@@ -261,10 +261,12 @@ def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
     axes.set_ylim(bottom, top)
     axes.set_xlabel('seconds of training')
     axes.set_ylabel('test error at the end, %')
+    counts = [len(one.runs) for one in timed]
+    few, many = min(counts), max(counts)
+    seeds = f'{few} to {many}' if few < many else f'{many}'
     axes.set_title(
       'shaded: less error than plain training (uniform) in the same seconds\n'
-      'marker: mean over the seeds; bar: from the lowest to the highest of up '
-      f'to {max(len(one.runs) for one in timed)}'
+      f'marker: mean of {seeds} seeds; bar: from the lowest to the highest'
     )
     figure.canvas.draw()  # the layout is known from here on
     figure.set_layout_engine('none')
