@@ -29,13 +29,13 @@ class BackendError(ValueError):
 
 
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles a program, and on CPUs again if XLA computes nonsense in it.
+  """Compiles a program, on CPUs without the fusions that would be wrong in it.
 
-  XLA:CPU of jax 0.11 and 0.12 fuses a product of matrices in batches with what
-  it is summed into. Where one of the matrices is a constant, as in
-  `jnp.sum((x @ jnp.full_like(x, 0.37)) * x, -1)`, the result is off by 1e32, or
-  NaN. Steps without such fusions are slower (benchmarks/jax_versions.py), so
-  only a program that needs it goes without.
+  XLA:CPU of jax 0.11 and 0.12 fuses a batched matrix product with the sum over
+  it. If one of the matrices is a constant, as in `jnp.sum((x @ jnp.full_like(x,
+  0.37)) * x, -1)`, the result is off by 1e32, or NaN. Steps without such
+  fusions are slower (benchmarks/jax_versions.py), so only programs with the bug
+  are compiled again without them.
   """
   compiled = lowered.compile()
   if _knows_flags() and is_default() and constant_dots(compiled.as_text()):
@@ -85,10 +85,10 @@ def constant_dots(program: str) -> list[str]:
 
 
 def avoid_wrong_results() -> None:
-  """Keeps XLA:CPU from the fusions that `compile` tells of, in every program.
+  """Turns off, in every program, the XLA:CPU fusions that `compile` describes.
 
-  For a loop of your own, before JAX computes anything. What XLA_FLAGS says of
-  them has precedence.
+  Call it in your own loop before JAX computes anything. XLA_FLAGS takes
+  precedence.
   """
   _add_flag(f'--{_YNN}=-reduce')
 
@@ -109,17 +109,17 @@ def _add_flag(flag: str) -> None:
 def tune() -> None:
   """Sets up the process, and starts JAX's backend.
 
-  XLA:CPU takes its temporary memory anew for every step. Of so large a block,
-  glibc gives the pages back to the system at once and gets them one by one,
-  zeroed: 25,000 page faults a step of ResNet-20. Here it keeps them. And
-  jax from 0.11 on computes convolutions and products of matrices with oneDNN,
-  if it is told to before it starts. Programs with these cannot be kept in JAX's
-  compilation cache: a start of ResNet-44 is some 10 s longer, and every step a
-  sixth shorter; XLA_FLAGS with that flag as false decides otherwise.
+  XLA:CPU allocates its temporary memory anew for every step. By default, glibc
+  returns the pages of such a large block to the system at once, and gets them
+  back one by one, zeroed: 25,000 page faults in a step of ResNet-20. After this
+  call, glibc keeps the pages. It also makes jax 0.11 and later compute
+  convolutions and matrix products with oneDNN, which must be set before JAX
+  starts. JAX's compilation cache cannot hold such programs, so a start of
+  ResNet-44 takes some 10 s longer, but every step is a sixth shorter. To turn
+  this off, set the flag to false in XLA_FLAGS.
 
-  What the environment says of either (`MALLOC_*`, that flag) has precedence.
-  Without glibc there is no first part, and on an accelerator neither has an
-  effect.
+  The environment (`MALLOC_*`, that flag) takes precedence. Without glibc the
+  first part does nothing, and on an accelerator neither part has an effect.
   """
   _add_flag(_ONEDNN)
   mine = not any(name.startswith('MALLOC_') for name in os.environ)

@@ -23,7 +23,7 @@ def export(
   """Writes the model of a run for Hugging Face.
 
   Args:
-    workdir: of the run.
+    workdir: the run's folder.
     out: the folder to write to, created if need be.
     step: which checkpoint; None is the last.
 
@@ -31,7 +31,7 @@ def export(
     The folder.
 
   Raises:
-    ConfigError: there is no such checkpoint, or the model is no BERT.
+    ConfigError: there is no such checkpoint, or the model is not a BERT.
     CorruptError: the checkpoint cannot be read.
   """
   from margin_jax import config as config_lib

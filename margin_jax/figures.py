@@ -57,8 +57,9 @@ SPLITS = {
 def look(name: str) -> tuple[str, str, Any]:
   """Returns the colour, the marker and the line of a method.
 
-  They depend on nothing but the name. A method with settings, `mms+reuse=5`,
-  has the colour of its rule; with a preset, `loss+memory`, the preset's marker.
+  They depend on nothing but the name. A method with settings, such as
+  `mms+reuse=5`, has the colour of its rule. A method with a preset, such as
+  `loss+memory`, also has the marker of the preset.
 
   Args:
     name: what precedes the first comma is the method: a grid point may follow.
@@ -77,9 +78,9 @@ def look(name: str) -> tuple[str, str, Any]:
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Returns how each method of a figure is drawn, as arguments of `plot`.
 
-  Of two that `look` would make alike the later gets the next marker and line.
-  Later ones are thinner and above, so that none can hide another that has the
-  same values.
+  If `look` would make two methods look alike, the later one gets the next
+  marker and line. Later lines are thinner and on top, so that none hides
+  another with the same values.
   """
   chosen: dict[str, dict[str, Any]] = {}
   used = set()
@@ -166,7 +167,7 @@ def count_axis(axis: Any) -> None:
 
 
 def seeds_note(seeds: Sequence[int]) -> str:
-  """Returns what lines and bands are, for curves of so many seeds each."""
+  """Returns a note on what lines and bands show, for curves of so many seeds each."""
   least, most = min(seeds), max(seeds)
   if most == 1:
     return 'one seed'
@@ -178,9 +179,9 @@ def legend(figure: Any, axes: Any, note: str = '') -> None:
   """Puts one legend below all axes, in as many columns as fit.
 
   Args:
-    figure: to put it in.
-    axes: that have the labels, or a list of such.
-    note: a line above it: what the bands are.
+    figure: the figure to put the legend in.
+    axes: the axes that have the labels, or a list of axes.
+    note: a line above the legend, such as what the bands are.
   """
   several = axes if isinstance(axes, list) else [axes]
   found: dict[str, Any] = {}
@@ -196,11 +197,12 @@ def legend(figure: Any, axes: Any, note: str = '') -> None:
 
 
 def show(figure: Any, alt: str) -> None:
-  """Shows a figure of pyplot in a notebook, with a text for those who listen.
+  """Shows a pyplot figure in a notebook, with a text for screen readers.
 
   Args:
-    figure: is closed, so that the notebook does not show it again.
-    alt: what the picture shows, in a sentence; nbconvert writes it as `alt`.
+    figure: the figure, which is then closed so that the notebook does not show
+      it again.
+    alt: what the figure shows, in a sentence; nbconvert writes it as `alt`.
   """
   from IPython.display import display
   from matplotlib import pyplot
@@ -219,10 +221,10 @@ def drawing(
   """Yields an empty figure in the style, and writes it as PNG and as PDF.
 
   Args:
-    path: of the PNG file; the PDF file lies beside it.
+    path: the PNG file; the PDF file is beside it.
     height: inches.
     width: inches.
-    suffixes: of the files, if they shall be others.
+    suffixes: the suffixes of the files to write.
   """
   from matplotlib import style
   from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -141,27 +141,28 @@ def layer_margins(
   *,
   norm: Norm = 'l2',
 ) -> PyTree[Float32[Array, ' B'], ' T']:
-  r"""Margins linearised at one layer or several.
+  r"""Computes margins, linearised at one layer or several.
 
   $$d_i = (s_{iy} - s_{im}) \,/\, \|\nabla_h (s_{iy} - s_{im})\|_q$$
 
-  q is dual to `norm`. With labels y they are signed margins, negative where
-  misclassified, and m is the competitor. Without, y and m are the two
-  highest-scoring classes, and d is the label-free minimal margin score of the
-  layer. At a layer after which the network is linear both are exact: at the
+  q is dual to `norm`. With labels y, these are signed margins, negative if the
+  example is misclassified, and m is the competitor. Without labels, y and m are
+  the two highest-scoring classes, and d is the minimal margin score of the
+  layer. Both are exact at a layer after which the network is linear: at the
   features they equal `signed_margins` and `mms_scores`.
 
-  Where the gradient is zero there is no boundary: +inf or -inf by the sign of
-  the difference, and 0 for a tie. A NaN logit, or a label outside [0, C),
-  gives NaN.
+  If the gradient is zero, there is no boundary: the margin is +inf or -inf by
+  the sign of the difference, and 0 for a tie. A NaN logit, or a label outside
+  [0, C), gives NaN.
 
   Args:
     logits_fn: activations -> (B, C) logits; see the module's docstring, and
       `at_layers`.
-    activations: pytree of arrays (B, ...), one a layer: where to linearise.
+    activations: pytree of arrays (B, ...), one for each layer at which to
+      linearise.
     labels: (B,) integers in [0, C), or None.
-    norm: 'l1', 'l2', 'l_inf', or a number p, at least 1: how the distance is
-      measured, in the units of the layer.
+    norm: 'l1', 'l2', 'l_inf', or a number p of at least 1: how to measure the
+      distance, in the units of the layer.
 
   Returns:
     The pytree with (B,) margins for each leaf: float32, or float64 for float64
@@ -344,31 +345,32 @@ def at_layers(
   inputs: PyTree,
   layers: tuple[str, ...],
 ) -> tuple[LogitsFunction, dict[str, Float32[Array, '...']]]:
-  """Makes a network a function of what is added to its activations.
+  """Makes a network a function of perturbations of its activations.
 
   `layer_margins` and `large_margin_loss` take the two results as their first
-  arguments: the gradient by a perturbation, at zero, is that by the
-  activations.
+  arguments. The gradient with respect to a perturbation, at zero, is the
+  gradient with respect to the activations.
 
-  For a network of another library, pass a function. It hands the activations of
-  each layer to `add`, with a name, and continues with what `add` returns.
+  For a network in another library, pass a function that hands the activations
+  of each layer to `add`, with a name, and continues with what `add` returns.
 
   Args:
     model: a Flax module `(inputs, train=) -> (logits, features)`, its last
       layer `head`; or a function `(variables, inputs, add) -> logits`, in
       which `add(name, activations) -> activations`.
-    variables: the model's; BatchNorm uses its running statistics, or what
-      stands in their place: see `batch_statistics`.
+    variables: the model's variables; BatchNorm uses its running statistics, or
+      what replaces them: see `batch_statistics`.
     inputs: a batch, as the model reads it.
-    layers: names as `layer_shapes` returns them, or as `add` is told.
+    layers: names as `layer_shapes` returns them, or as your function passes
+      them to `add`.
 
   Returns:
     `logits_fn(perturbations) -> (B, C)`, and zero perturbations, float32, by
     layer.
 
   Raises:
-    ValueError: there is no such layer; lists those there are. Or it is called
-      twice, or Flax cannot see its call.
+    ValueError: there is no such layer (the message lists the layers), or it is
+      called twice, or Flax cannot see its call.
 
   Examples:
     >>> kernels = {'hidden': jnp.eye(2), 'head': jnp.diag(jnp.array([3., 4.]))}

@@ -47,26 +47,27 @@ def mmr_penalty(
 
   $$\mathrm{MMR} = (\max_k \|\phi_k\| \; \mathrm{mean}_i \|w_y - w_m\|)^2$$
 
-  With `weights` v the means are of $v_i R_i$ and of $v_i \|w_y - w_m\|$.
+  With `weights` v, the means are over $v_i R_i$ and $v_i \|w_y - w_m\|$.
 
-  The gradient flows through both factors, and is 0 (never NaN) at equal
-  columns, at zero features, and where the penalty is infinite. A factor may be
-  outside the range of float32 where the penalty is inside.
+  The gradient flows through both factors. It is 0 (never NaN) at equal columns,
+  at zero features, and where the penalty is infinite. A factor may be outside
+  the range of float32 if the penalty is inside it.
 
-  Under `pmap`, or `shard_map` with `check_vma=False`, pass `axis_name`: the
-  maximum and the mean are then over the examples of all devices, every device
-  returns the same value, and `lax.pmean` of the devices' gradients is its
-  gradient. (With `check_vma=True`, `grad` sums over devices by itself, and the
-  `pmean` would be as many times too large as there are devices.)
+  Under `pmap`, or `shard_map` with `check_vma=False`, pass `axis_name`. Then
+  the maximum and the mean are over the examples of all devices, every device
+  returns the same value, and `lax.pmean` of the devices' gradients is the
+  gradient of that value. (With `check_vma=True`, `grad` itself sums over the
+  devices, and the `pmean` would be too large by a factor of the number of
+  devices.)
 
   Args:
     features: (B, D) floating, the last layer's input.
-    logits: (B, C) floating, C >= 2; only decides the competitors.
-    kernel: (D, C) floating: the last layer's weights, one column a class.
+    logits: (B, C) floating, C >= 2; they only decide the competitors.
+    kernel: (D, C) floating: the last layer's weights, one column per class.
     labels: (B,) integers in [0, C). Another label makes the result NaN.
     reduction: 'mean_of_squares' (the paper) or 'square_of_mean'.
     stop_feature_gradient: treat the second factor as a constant.
-    weights: (B,) floating, of the examples in the mean; None is 1.
+    weights: (B,) floating, the weight of each example in the mean; None is 1.
     axis_name: the mapped axis to reduce over, if any.
 
   Returns:
@@ -207,35 +208,38 @@ def large_margin_loss(
   $$\mathrm{loss}_i = \mathrm{mean}_h
   \big( -\sum_k \mathrm{clip}(d_{ik}, \gamma (1 - \alpha), \gamma) \big)$$
 
-  p is softmax of the logits, or the logits themselves; q is dual to `norm`; k
-  runs over the `top_k` highest-scoring classes other than the label. An example
-  pulls where its distance to a boundary lies between the two bounds: gamma is
-  the margin asked for, and alpha says how far behind the boundary an example
-  is given up.
+  p is the softmax of the logits, or the logits themselves; q is dual to `norm`;
+  k runs over the `top_k` highest-scoring classes other than the label. An
+  example has a gradient only while its distance to a boundary lies between the
+  two bounds: gamma is the margin asked for, and alpha says how far behind the
+  boundary the loss gives an example up.
 
-  By default the gradient treats g as a constant, as the paper's training
-  does: it is a first-order quantity. With `second_order` it is the exact
+  By default the gradient treats g as a constant, as the paper's training does,
+  so it needs only first-order derivatives. With `second_order` it is the exact
   gradient of the loss, through the norm of the gradient.
 
   Args:
     logits_fn: activations -> (B, C) logits, row by row: see `at_layers`, which
-      makes it of a Flax model. BatchNorm must be in evaluation mode.
-    activations: pytree of arrays (B, ...), one a layer: where to linearise.
-      For the input alone, `logits_fn` is the network and this its input.
-    labels: (B,) integers in [0, C). Another label makes its example's loss NaN.
+      makes it from a Flax model. BatchNorm must be in evaluation mode.
+    activations: pytree of arrays (B, ...), one for each layer at which to
+      linearise. For the input alone, `logits_fn` is the network and this is its
+      input.
+    labels: (B,) integers in [0, C). Any other label makes the loss of its
+      example NaN.
     gamma: the upper bound of d, positive.
     alpha: positive; the lower bound of d is gamma * (1 - alpha).
-    norm: 'l1', 'l2', 'l_inf', or a number p, at least 1: how the distance is
-      measured, and so gamma, in the units of the layer.
+    norm: 'l1', 'l2', 'l_inf', or a number p of at least 1: how to measure the
+      distance, and so gamma, in the units of the layer.
     top_k: how many wrong classes count, at most C - 1; static.
-    worst_case: only the least distance of those counts, not their sum.
-    difference: of 'softmax' (the released code) or of 'logits' (the paper).
+    worst_case: count only the least of these distances, not their sum.
+    difference: take differences of the 'softmax' (the released code) or of the
+      'logits' (the paper).
     epsilon: positive, added to g.
     normalize_by_size: divide g by the number of activations of the layer, as
       the released code does for l_inf, where g is a sum over them.
-    layer_weights: a pytree like `activations` of positive numbers w, which g is
-      divided by, as in the released code: the distances of the layer are
-      multiplied by w, and so its own gamma is gamma / w. None is 1.
+    layer_weights: a pytree like `activations` of positive numbers w. g is
+      divided by w, as in the released code. So the distances of the layer are
+      multiplied by w, and its own gamma is gamma / w. None is 1.
     second_order: let the gradient flow through g.
 
   Returns:
@@ -244,7 +248,7 @@ def large_margin_loss(
 
   Raises:
     TypeError: the logits are not floating, or `labels` not integer.
-    ValueError: a shape does not fit, an option is unknown or out of range.
+    ValueError: a shape does not fit, or an option is unknown or out of range.
 
   References:
     Elsayed et al. 2018 and its released code.
@@ -332,13 +336,13 @@ def trimmed_mean(
 ) -> Float[Array, '']:
   """Computes the mean of the `keep` largest losses: mini-batch trimming.
 
-  `keep` may be traced: which losses count is a mask by rank, so another
-  `keep` compiles nothing. Equal losses rank by index. A NaN loss makes the
-  result NaN.
+  `keep` may be traced: a mask by rank decides which losses count, so a new
+  value of `keep` compiles nothing. Equal losses rank by index. A NaN loss makes
+  the result NaN.
 
   Args:
     losses: (M,) floating, M >= 1.
-    keep: how many; outside [1, M] it counts as the nearer end.
+    keep: how many losses; values outside [1, M] are clipped to that range.
 
   Returns:
     () in the dtype of `losses`; computed in float32.
@@ -397,12 +401,12 @@ class Outputs(NamedTuple):
     kernel: (D, C) float32, the last layer's weights.
     labels: (b,) int32 in [0, C).
     index: (b,) int32, which training example each is.
-    weights: (b,) float32, how much each counts in the mean; or None, which is
-      1. The trainer applies them to what is returned for each example.
-    linearize: `layers -> (logits_fn, perturbations)` as of `at_layers`, in
-      evaluation mode with the statistics of the batch itself. In training mode
-      the examples would leak into each other's gradients through BatchNorm, and
-      the running statistics lag behind weights that move fast.
+    weights: (b,) float32, how much each example counts in the mean; None is 1.
+      The trainer multiplies the loss of each example by its weight.
+    linearize: `layers -> (logits_fn, perturbations)` as `at_layers` returns
+      them, in evaluation mode with the statistics of the batch itself. In
+      training mode the examples would leak into each other's gradients through
+      BatchNorm, and the running statistics lag behind weights that move fast.
     axis_name: the mapped axis of the devices.
   """
 
@@ -459,7 +463,7 @@ def large_margin(
   layer_weights: tuple[float, ...] = (),
   **options: object,
 ) -> Float32[Array, ' b']:
-  """Computes `large_margin_loss` at the named layers, each of its weight."""
+  """Computes `large_margin_loss` at the named layers, each with its weight."""
   logits_fn, perturbations = outputs.linearize(layers)
   weights = None
   if layer_weights:

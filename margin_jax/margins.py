@@ -147,7 +147,7 @@ def _row_norms_jvp(primals, tangents):
 def competitors(
   logits: Float[Array, 'B C'], labels: Integer[Array, ' B']
 ) -> Int32[Array, ' B']:
-  r"""Finds the competitor of every example: the best class but the label.
+  r"""Finds each example's competitor: the best class other than the label.
 
   $$m_i = \arg\max_{j \ne y_i} s_{ij}$$
 
@@ -210,18 +210,18 @@ def signed_margins(
 
   y is the label and m its competitor (see `competitors`).
 
-  Positive where the label wins, negative where the example is misclassified,
-  in units of the features.
+  The distance is positive if the label wins and negative if the example is
+  misclassified. It has the units of the features.
 
-  Where the two columns are equal there is no boundary: the distance is +inf
-  or -inf by the sign of `s_iy - s_im`, and 0 for a tie. Two equal infinite
-  logits are a tie, one infinite logit an infinite distance. A NaN logit, or a
-  label outside [0, C), gives NaN. No gradient of an example
-  is NaN for finite inputs; it is 0 where the distance overflows.
+  If the two columns are equal, there is no boundary: the distance is +inf or
+  -inf by the sign of `s_iy - s_im`, and 0 for a tie. Two equal infinite logits
+  are a tie, and one infinite logit gives an infinite distance. A NaN logit, or
+  a label outside [0, C), gives NaN. The gradient of an example is never NaN for
+  finite inputs; it is 0 if the distance overflows.
 
   Args:
     logits: (B, C) floating, C >= 2.
-    kernel: (D, C) floating: the last layer's weights, one column a class.
+    kernel: (D, C) floating: the last layer's weights, one column per class.
     labels: (B,) integers in [0, C).
 
   Returns:
@@ -277,19 +277,19 @@ def mms_scores(
   $$d_i = (s_{i j_1} - s_{i j_2}) \,/\, \|w_{j_1} - w_{j_2}\|$$
 
   $j_1$ and $j_2$ are the two highest-scoring classes of example i; no label is
-  used. It is the smallest L2 displacement of the features that puts the
-  example on the boundary between them. (A third class with a long column can
-  be nearer still; the papers' score does not look at it.) It equals
-  `signed_margins` with the prediction as label, and shares its edge cases: 0
-  for a tie, +inf where the two columns are equal and the logits are not, NaN
-  for a NaN logit.
+  used. The score is the smallest L2 displacement of the features that puts the
+  example on the boundary between these two classes. (The boundary with a third
+  class that has a long column can be nearer still; the papers' score ignores
+  it.) The score equals `signed_margins` with the prediction as label, and has
+  the same edge cases: 0 for a tie, +inf if the two columns are equal but the
+  logits are not, NaN for a NaN logit.
 
-  bfloat16 inputs give bfloat16 scores, in which near neighbours tie: pass
-  float32 logits where the order matters.
+  bfloat16 inputs give bfloat16 scores, in which close scores tie. If the order
+  matters, pass float32 logits.
 
   Args:
     logits: (B, C) floating, C >= 2.
-    kernel: (D, C) floating: the last layer's weights, one column a class.
+    kernel: (D, C) floating: the last layer's weights, one column per class.
 
   Returns:
     (B,) non-negative, in the dtype of `logits` and `kernel` together.

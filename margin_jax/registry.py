@@ -31,14 +31,14 @@ def register_rule(
 
   Args:
     name: one that no built-in rule has.
-    rule: a pure, traceable function `scored -> (B,) scores`; the lowest are
-      selected. `selection.Scored` lists what it can read.
-    whole_pool: whether it sees the pool of all devices at once; with
+    rule: a pure, traceable function `scored -> (B,) scores`. The lowest scores
+      are selected. `selection.Scored` lists what the function can read.
+    whole_pool: whether the rule sees the pool of all devices at once (with
       `selection.memory`, the batch; with `selection.scope='device'`, its own
-      device's. It can then compare examples with each other, on any number of
-      devices. Otherwise it sees one device's shard.
+      device's pool). It can then compare examples with each other, on any
+      number of devices. Otherwise it sees one device's shard.
     distance: whether scores are distances between features and boundaries.
-      `selection.memory` divides those by the mean norm of the features.
+      `selection.memory` divides such scores by the mean norm of the features.
 
   Raises:
     TypeError: `rule` is not a function of one argument.
@@ -78,10 +78,10 @@ def register_loss(name: str, loss: losses.Loss) -> None:
 
   Args:
     name: one that no built-in loss has.
-    loss: a pure, differentiable function of one `losses.Outputs`. It returns a
-      loss for each example of this device, (b,), and the trainer takes the
-      mean; or the loss of the batch of all devices, (). As `loss.risk` it must
-      return (b,).
+    loss: a pure, differentiable function of one `losses.Outputs`. It returns
+      either a loss for each example of this device, (b,), of which the trainer
+      takes the mean, or one loss for the batch of all devices, (). As
+      `loss.risk` it must return (b,).
 
   Raises:
     TypeError: `loss` is not a function of one argument.
@@ -117,10 +117,10 @@ def register_optimizer(
   Args:
     name: one that no built-in optimizer has.
     optimizer: a function of the learning rate that returns an
-      `optax.GradientTransformation`, such as `optax.lion`. It gets the config's
-      `optax.Schedule` (`optimizer.learning_rates`, boundaries, warm-up and
-      decay). Or a transformation with its own rate. Its `update` gets gradient,
-      state and parameters.
+      `optax.GradientTransformation`, such as `optax.lion`; the function gets
+      the config's `optax.Schedule` (`optimizer.learning_rates`, boundaries,
+      warm-up and decay). It may also be a transformation with its own rate.
+      `update` gets the gradient, the state and the parameters.
 
   Raises:
     TypeError: `optimizer` is neither.
@@ -203,12 +203,13 @@ def register_model(
 
   Args:
     name: one that no built-in model has.
-    module: its class. `__call__(inputs, *, train)` returns logits (B, C) and
-      the features (B, D) that its last layer, `nn.Dense(..., name='head')`,
-      reads. It has a field `num_classes`. It may have fields `dtype`, `dropout`
-      and `width`; `model.dtype` (and `selection.score_dtype`), `model.dropout`
-      and `model.width` set them. With BatchNorm it has `batch_norm_axis`, and
-      passes it on as the `axis_name` of each `nn.BatchNorm`.
+    module: the class of the module. `__call__(inputs, *, train)` returns logits
+      (B, C) and the features (B, D) that its last layer,
+      `nn.Dense(..., name='head')`, reads. The class has a field `num_classes`.
+      It may have fields `dtype`, `dropout` and `width`; `model.dtype` (and
+      `selection.score_dtype`), `model.dropout` and `model.width` set them. With
+      BatchNorm it has a field `batch_norm_axis`, and passes it on as the
+      `axis_name` of each `nn.BatchNorm`.
     any_size: whether the same parameters can read images of another size.
       `selection.score_resolution` needs this.
 

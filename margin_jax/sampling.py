@@ -42,8 +42,8 @@ class Order(NamedTuple):
   Attributes:
     rows: (N,) int32, indices of examples; only the first `count` are used.
     count: () int32, the examples of the epoch.
-    weights: (N,) float32, of the examples at the same positions; () where all
-      weigh 1.
+    weights: (N,) float32, the weights of the examples at the same positions; ()
+      if every weight is 1.
   """
 
   rows: Int32[Array, ' N']
@@ -86,14 +86,15 @@ def prune(
   all others once, in random order.
 
   Args:
-    scores: (N,) floating, the largest are easy. -inf and NaN never are.
-    key: decides which are dropped, and the order.
-    share: the fraction of easy examples: those with the largest scores, ties at
-      random. With None, examples above the mean score are easy.
+    scores: (N,) floating. The largest are easy; -inf and NaN never are.
+    key: decides which examples are dropped, and the order.
+    share: the fraction of examples that are easy: those with the largest
+      scores, ties at random. With None, examples above the mean score are easy.
     drop: the fraction of the easy examples that is dropped, below 1.
     least: an epoch has at least this many examples.
-    unbiased: whether the easy examples that stay weigh 1 / (1 - drop), up to
-      rounding. The expected loss of the epoch is then that of all examples.
+    unbiased: whether the easy examples that stay have the weight 1 / (1 -
+      drop), up to rounding. The expected loss of the epoch is then that of all
+      examples.
 
   Returns:
     The order; its `count` is N - ceil(drop * easy), or `least`.
@@ -180,10 +181,10 @@ def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
 
   $$\mathrm{share} = \min(1 - e, \; (1 - \sqrt{e})^2 / \mathrm{drop})$$
 
-  e is the fraction of examples that were misclassified when they were in a
-  batch last, or were in none. So an epoch drops the fraction
-  $(1 - \sqrt{e})^2$ of all examples: a quarter of them where a quarter is
-  misclassified, 81% where 1% is.
+  e is the fraction of examples that were misclassified when they were last in a
+  batch, or that were never in one. So an epoch drops the fraction $(1 -
+  \sqrt{e})^2$ of all examples: a quarter of them if a quarter is misclassified,
+  81% if 1% is.
 
   Args:
     wrong: (N,) bool.
@@ -206,7 +207,7 @@ def weighted(
   pressure: float | Float32[Array, ''],
   unbiased: bool = False,
 ) -> Order:
-  """Returns an epoch of batches sampled by rank, hardest most often.
+  """Returns an epoch of batches sampled by rank, the lowest scores most often.
 
       p_i proportional to pressure ^ (-rank_i / N),    rank 0 is the lowest
 
@@ -218,10 +219,10 @@ def weighted(
     key: decides the sample.
     batch_size: b; static. An epoch has N // b batches.
     pressure: how many times more often the lowest score is sampled than the
-      largest; 1 samples all alike.
-    unbiased: whether example i weighs min(b / (N pi_i), `LARGEST_WEIGHT`),
-      where pi_i is the probability that it is in a batch, see
-      `inclusion_probabilities`.
+      largest; 1 samples all scores equally often.
+    unbiased: whether example i has the weight min(b / (N pi_i),
+      `LARGEST_WEIGHT`). pi_i is the probability that the example is in a batch:
+      see `inclusion_probabilities`.
 
   References:
     Song et al. 2018 (Ada-Boundary).
@@ -257,17 +258,17 @@ def weighted(
 def inclusion_probabilities(
   p: Float32[Array, ' N'], k: int
 ) -> Float32[Array, ' N']:
-  r"""Returns how probably each example is among k sampled without replacement.
+  r"""Returns the probability that each example is in a sample of k.
 
   $$\pi_i = 1 - \exp(-t \, p_i), \quad t \text{ such that } \sum_i \pi_i = k$$
 
-  Gumbel top-k takes the k first arrivals of Poisson processes of rates p_i, and
-  t is about when the k-th arrives. So this is an approximation, within a few
-  percent where no p_i is large.
+  The sample is without replacement. Gumbel top-k takes the first k arrivals of
+  Poisson processes with rates p_i, and t is about the time of the k-th arrival.
+  So this is an approximation, within a few percent if no p_i is large.
 
   Args:
-    p: (N,) probabilities of a single sample; their sum is 1.
-    k: how many are sampled, at most N; static.
+    p: (N,) probabilities of a sample of one; their sum is 1.
+    k: how many examples are sampled, at most N; static.
 
   Examples:
     >>> inclusion_probabilities(jnp.full(4, 0.25), 2).round(3).tolist()
@@ -294,14 +295,14 @@ def pools(
 ) -> Order:
   """Returns an epoch made of the lowest scores of small pools.
 
-  Divides all examples at random into pools of B; a remainder is left out. Each
-  pool gives one batch: the round(explore * b) examples trained on longest ago,
-  and the lowest scores of the others.
+  Divides all examples at random into pools of B, and leaves out the remainder.
+  Each pool gives one batch: the round(explore * b) examples that were trained
+  on longest ago, and the lowest scores of the others.
 
   Args:
     scores: (N,) floating; NaN ranks last.
-    visited: (N,) int32, the step at which each was in a batch last, -1 for
-      never; () without `explore`.
+    visited: (N,) int32, the step at which each example was last in a batch, -1
+      for never; () without `explore`.
     key: decides the pools.
     pool_size: B; static.
     batch_size: b; static.

@@ -22,17 +22,17 @@ def scaled(
   before: int | None = None,
   keep: Collection[str] = (),
 ) -> ml_collections.ConfigDict:
-  """Returns the config with other steps, to which its schedule is scaled.
+  """Returns the config with another number of steps and a scaled schedule.
 
-  Each of `FIELDS` is multiplied by steps / before, and rounded. Of boundaries
-  that then coincide the last one counts, and with those at the first step or
-  the end go the rates that are never used.
+  Multiplies each of `FIELDS` by steps / before, and rounds. If boundaries then
+  coincide, the last one counts. Boundaries at the first step or at the end are
+  removed, with the learning rates that are never used.
 
   Args:
-    config: whose schedule it is.
+    config: the config whose schedule to scale.
     steps: the new number of steps.
-    before: the steps that the schedule is for; None is those of the config.
-    keep: of `FIELDS`, those that stay as they are.
+    before: the steps that the schedule is for; None is the steps of the config.
+    keep: those of `FIELDS` to leave as they are.
   """
   before = before or config.steps
   ratio = steps / before

@@ -1,10 +1,10 @@
 """Selection: rules score examples, and the lowest k are kept, on any devices.
 
-A rule is a pure function `scored -> scores`: it reads what is known of every
-example, a `Scored`, and returns one number each; the lowest are selected.
-`RULES` is the table of the built-in ones: a new one is a function and a line
-there, or `register_rule`. A score transform then changes the scores of a whole
-pool at once, for the rules that need it.
+A rule is a pure function `scored -> scores`. It reads what is known of every
+example, a `Scored`, and returns one number for each. The lowest scores are
+selected. `RULES` is the table of the built-in rules. To add one, write a
+function and add a line there, or call `register_rule`. A score transform then
+changes the scores of a whole pool at once, for the rules that need it.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Scored(NamedTuple):
   """The examples to score, of one device's shard or of all devices.
 
   Attributes:
-    logits: (B, C) float32, of the scoring forward: evaluation mode, by the
-      model or its proxy.
+    logits: (B, C) float32, from the scoring forward pass of the model or its
+      proxy, in evaluation mode.
     features: (B, D), what the last layer reads.
     kernel: (D, C) float32, the last layer's weights.
     labels: (B,) int32 in [0, C).
@@ -85,7 +85,8 @@ def select_lowest(scores: Float[Array, ' B'], k: int) -> Int32[Array, ' {k}']:
   The order is that of NumPy's stable argsort: -inf first, +inf after every
   finite score, NaN after everything, equal scores (-0 and +0 are equal) by
   index. So a NaN is selected only when there are fewer than k other scores.
-  (`lax.top_k` on negated floats would put NaN first; hence integer keys.)
+  (`lax.top_k` on negated floats would put NaN first, so this sorts integer
+  keys.)
 
   Args:
     scores: (B,) floating.
@@ -130,15 +131,17 @@ def query(
   Args:
     scores: (N,) floating; ties go by index, NaN ranks last.
     k: how many; static.
-    labelled: (N,) bool, examples that have a label and are left out.
+    labelled: (N,) bool, the examples that already have a label; they are left
+      out.
 
   Returns:
-    (k,) int32 indices, ascending by score. Under `jit`, where the number of
-    labelled examples is unknown, labelled ones come last, by index, if there
-    are fewer than k others.
+    (k,) int32 indices, ascending by score. Under `jit` the number of labelled
+    examples is unknown. There, if fewer than k examples have no label, labelled
+    ones follow, by index.
 
   Raises:
-    TypeError: `scores` is not floating, `k` no integer or `labelled` not bool.
+    TypeError: `scores` is not floating, `k` is not an integer, or `labelled` is
+      not bool.
     ValueError: a shape does not fit, or there are fewer than k examples.
 
   References:
@@ -183,28 +186,30 @@ def take_lowest(
 ) -> PyTree[Shaped[Array, 'm ...'], ' T']:
   """Returns the k lowest-scored examples, exactly, of one device or many.
 
-  Without `axis_name`, the rows of `examples` at `select_lowest(scores, k)`.
-  Under `pmap` with `axis_name`, `scores` and `examples` are this device's
-  shard of the pool, k counts over all D devices, and device d returns the
-  examples of global ranks `[d*k/D, (d+1)*k/D)`. The selected set does not
-  depend on D: ties go to the lower index in the pool, that is in device order.
+  Without `axis_name`, it returns the rows of `examples` at
+  `select_lowest(scores, k)`. Under `pmap` with `axis_name`, `scores` and
+  `examples` are this device's shard of the pool, k counts over all D devices,
+  and device d returns the examples with the global ranks `[d*k/D, (d+1)*k/D)`.
+  The selected set does not depend on D: ties go to the lower index in the pool,
+  that is, in device order.
 
-  Every device gathers all scores (4 bytes each) and finds the same ranking.
-  It then writes the selected examples that it holds at their ranks into a
-  buffer of zeros, and a reduce-scatter hands every device its ranks: only the
-  k selected examples travel, never the pool.
+  Every device gathers all scores (4 bytes each) and finds the same ranking. It
+  then writes the selected examples that it holds into a buffer of zeros, at
+  their ranks. A reduce-scatter hands every device the examples of its ranks. So
+  only the k selected examples travel, never the pool.
 
   Args:
     scores: (n,) floating, on every device.
     examples: pytree of arrays (n, ...), of any numeric or bool dtype.
-    k: how many over all devices; static, divisible by the number of devices.
+    k: how many examples over all devices; static, divisible by the number of
+      devices.
     axis_name: the mapped axis that the pool is split over, if any.
 
   Returns:
     The pytree with k/D rows in each array.
 
   Raises:
-    TypeError: `scores` is not floating, or `k` no integer.
+    TypeError: `scores` is not floating, or `k` is not an integer.
     ValueError: k is out of range or not divisible by the number of devices,
       or the arrays of `examples` do not have n rows.
 
@@ -315,7 +320,7 @@ def margin(scored: Scored) -> Scores:
 
 
 def random(scored: Scored) -> Scores:
-  """Scores at random: the control that pays for scoring and ignores it."""
+  """Scores at random: the control that pays for scores and ignores them."""
   return jax.vmap(jax.random.uniform)(scored.keys)
 
 
@@ -358,23 +363,25 @@ def balanced_ramp(
   """Ramps in hard-negative mining, with balanced classes, as the authors do.
 
   A fraction of the batch, min(1, growth * (epoch + 1)), is hard: classes take
-  turns in a random order, each giving its hardest example left. The rest is
-  random: classes take turns again, each giving a random example of those left.
+  turns in a random order, and each gives the hardest of its examples that are
+  left. The rest is random: classes take turns again, and each gives a random
+  one of the examples left.
 
   Args:
     scores: (B,) the rule's scores, lowest is hardest.
     labels: (B,) integers in [0, num_classes).
     uniforms: (B,) uniform in [0, 1).
     key: decides the order of the classes; the same on all devices.
-    epoch: () passes of pools over the data done.
-    k: how many will be selected; static.
-    growth: of the hard fraction, per pass.
+    epoch: (), the number of completed passes of pools over the data.
+    k: how many examples will be selected; static.
+    growth: how much the hard fraction grows in a pass.
     num_classes: C.
     batches: how many batches of k / batches are taken, in order of rank; each
       has the same hard fraction.
 
   Returns:
-    (B,) scores whose k lowest are those examples; NaN where `scores` is.
+    (B,) scores whose k lowest belong to those examples; NaN where `scores` is
+    NaN.
 
   References:
     The code of the ICLR 2020 submission ("NM-samples").
@@ -435,9 +442,9 @@ def loss_percentile_sampler(
 
   The k lowest of the returned scores are a sample of k examples without
   replacement, with these weights (the Gumbel trick). The authors of
-  Selective-Backprop toss a coin per example, with percentiles over the last
-  losses seen; here the percentile is over the pool, and the batch always has
-  its size.
+  Selective-Backprop toss a coin for each example, with percentiles over the
+  last losses seen. Here the percentile is over the pool, and the batch always
+  has the same size.
 
   Args:
     scores: (B,) minus the loss.
@@ -448,7 +455,7 @@ def loss_percentile_sampler(
     beta: 0 samples uniformly; the larger, the harder the examples.
 
   Returns:
-    (B,) scores; NaN where `scores` is.
+    (B,) scores; NaN where `scores` is NaN.
 
   References:
     A. H. Jiang et al. 2019, arXiv 1910.00762.

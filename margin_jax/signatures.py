@@ -1,6 +1,7 @@
 """Margin distributions, their signatures, and the generalization gap.
 
-NumPy on the host: what comes in are margins that the devices have measured.
+The functions use NumPy on the host. They take margins that the devices have
+measured.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ SIGNATURES = ('quartiles', 'moments')
 def normalize(
   margins: Float[np.ndarray, ' N'], total_variation: float
 ) -> Float[np.ndarray, ' N']:
-  r"""Margins at a layer, free of the scale of its activations.
+  r"""Normalizes margins at a layer by the scale of its activations.
 
   $$d \,/\, \sqrt{\nu}$$
 
@@ -43,11 +44,11 @@ def signature(
 ) -> Float[np.ndarray, '5']:
   """Summarizes a distribution of margins in five numbers.
 
-  Of the positive and finite margins, that is of the examples classified right:
-  'quartiles' are the lower fence (the least margin not below
-  Q1 - 1.5 (Q3 - Q1)), Q1, the median, Q3 and the upper fence (the largest not
-  above Q3 + 1.5 (Q3 - Q1)); 'moments' are (mean d^n)^(1/n) for n = 1, ..., 5.
-  All are positive, so that their logarithm can be taken.
+  Only positive and finite margins count: those of correctly classified
+  examples. 'quartiles' are the lower fence (the least margin not below Q1 - 1.5
+  (Q3 - Q1)), Q1, the median, Q3 and the upper fence (the largest margin not
+  above Q3 + 1.5 (Q3 - Q1)). 'moments' are (mean d^n)^(1/n) for n = 1, ..., 5.
+  All five numbers are positive, so you can take their logarithm.
 
   Args:
     margins: (N,) signed, normalised.
@@ -91,12 +92,12 @@ class GapFit:
 
   Attributes:
     coefficients: (F,) of the logarithms of the signatures' numbers.
-    intercept: of the model.
-    r2: the fraction of the gaps' variance that it explains.
+    intercept: the intercept of the model.
+    r2: the fraction of the gaps' variance that the model explains.
     adjusted_r2: 1 - (1 - r2) (n - 1) / (n - F - 1), for n networks; NaN for
       n <= F + 1, where any numbers fit.
-    cross_validated_r2: the same where each gap is predicted by a model
-      fitted without it.
+    cross_validated_r2: the same, with each gap predicted by a model fitted
+      without it.
   """
 
   coefficients: Float[np.ndarray, ' F']
@@ -126,19 +127,19 @@ def fit_generalization_gap(
   by least squares.
 
   Args:
-    signatures: (n, F) positive: a row for each trained network, of the
+    signatures: (n, F) positive: for each trained network a row with the
       signatures of its layers, concatenated.
     gaps: (n,) training accuracy minus test accuracy.
-    folds: of the cross-validation; n of them, if n is smaller, which leaves
-      one network out at a time.
-    seed: of the shuffle before the folds are cut.
+    folds: number of folds of the cross-validation. If n is smaller, there are n
+      folds, each of which leaves out one network.
+    seed: seed of the shuffle before the networks are split into folds.
 
   Returns:
-    The model and how well it fits.
+    The model, and how well it fits.
 
   Raises:
-    ValueError: a shape does not fit, there are fewer than three networks, or
-      a number is not finite, or a signature not positive.
+    ValueError: a shape does not fit, there are fewer than three networks, a
+      number is not finite, or a signature is not positive.
 
   References:
     Jiang et al. 2019, section 3.4, Eq. 7.

@@ -27,15 +27,15 @@ class Trained:
       train=False)` returns logits (B, C) and features (B, D).
     variables: 'params' and 'batch_stats', as NumPy arrays; the averaged ones
       of a run with `ema.decay`.
-    config: of the run.
-    step: that the checkpoint is of.
-    prepare: what the dataset stores -> what the model reads: images as uint8
-      pixels are normalised.
-    encode: of sentences, or tuples of two, or the paths of images -> what the
-      dataset stores; None of other data.
-    input_shape: of one example's inputs as stored; None where it may vary.
-    input_dtype: of inputs as stored.
-    class_names: of the classes, None where they are not known.
+    config: the run's config.
+    step: the step of the checkpoint.
+    prepare: turns what the dataset stores into what the model reads, such as
+      uint8 pixels into normalised images.
+    encode: turns sentences, pairs of sentences or paths of images into what the
+      dataset stores; None for other data.
+    input_shape: shape of one example's inputs as stored; None if it may vary.
+    input_dtype: dtype of the inputs as stored.
+    class_names: the names of the classes, None if they are not known.
   """
 
   model: nn.Module
@@ -52,16 +52,16 @@ class Trained:
     """Returns the logits and the features of examples.
 
     Args:
-      inputs: as the dataset stores them, any number: images (N, H, W, channels)
-        uint8, or what a registered dataset has. Of sentences also a list of
-        strings, or of tuples of two; of a folder of images also a list of
+      inputs: any number of inputs, as the dataset stores them: images (N, H, W,
+        channels) uint8, or what a registered dataset has. For sentences, also a
+        list of strings or of pairs; for a folder of images, also a list of
         paths.
 
     Returns:
       Logits (N, C) and features (N, D), float32.
 
     Raises:
-      ValueError: the inputs are of another shape or range, or a single string
+      ValueError: the inputs have another shape or range, or are a single string
         or path.
     """
     inputs = self._stored(inputs)
@@ -119,16 +119,16 @@ class Trained:
 def load(
   workdir: str | os.PathLike, checkpoint: str | int = 'latest'
 ) -> Trained:
-  """Loads the network of a run that has trained; needs no data.
+  """Loads the trained network of a run; needs no data.
 
   Args:
-    workdir: of the run; "~" is expanded.
-    checkpoint: 'latest', 'best' (of the highest validation accuracy), or the
-      step of one that the run has kept.
+    workdir: the run's folder; "~" is expanded.
+    checkpoint: 'latest', 'best' (the highest validation accuracy), or the step
+      of a checkpoint that the run has kept.
 
   Raises:
     ConfigError: there is no such checkpoint, or the config names a model that
-      is registered nowhere.
+      is not registered.
     CorruptError: the checkpoint cannot be read.
 
   Examples:

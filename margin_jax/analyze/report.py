@@ -36,15 +36,15 @@ def analyze(
   """Measures the margins of a trained run; writes tables and figures.
 
   Args:
-    workdir: of the run.
-    layer_names: where margins are linearised and normalised; None is 'input'
-      (if it is not of integers) and 'features'.
-    steps: which checkpoints; None is all that the run has kept.
-    examples: how many of each split, its first; None is all.
-    data_dir: where the dataset lies now, if not where the run read it.
+    workdir: the run's folder.
+    layer_names: the layers at which to linearise and normalise margins; None is
+      'input' (unless it holds integers) and 'features'.
+    steps: which checkpoints; None is all checkpoints that the run has kept.
+    examples: how many examples of each split, from its first; None is all.
+    data_dir: where the dataset is now, if it has moved since the run.
     out: the folder to write to; None is WORKDIR/analysis.
     log: takes the progress lines.
-    wait: shows what is loaded or measured, while it is: `terminal.wait`.
+    wait: shows what is being loaded or measured: `terminal.wait`.
 
   Returns:
     The folder.

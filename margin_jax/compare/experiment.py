@@ -33,37 +33,39 @@ def compare(
 ) -> list[dict[str, Any]]:
   """Trains every method with every seed; writes tables and plots.
 
-  Every run is one of `loop.train`, in WORKDIR/runs. The same call again redoes
-  nothing that is complete, and continues what is not. Writes to `workdir`
+  Every run is a call of `loop.train`, in WORKDIR/runs. The same call again
+  keeps complete runs and continues the others. It writes to `workdir`
   compare.md, runs.csv (a row for each run), compare.csv (a row for each
-  evaluation), error.png, mean_mms.png, cost.png, and with a sweep sweep.md;
-  compare.md and the plots then show each method at its grid point of the lowest
-  validation error, and are not made without a validation split.
+  evaluation), error.png, mean_mms.png, cost.png and, with a sweep, sweep.md.
+  With a sweep, compare.md and the plots show each method at its grid point with
+  the lowest validation error, and are not made without a validation split.
 
   Args:
-    config: what all methods have in common; its `seed` is the first. A field
-      of it holds for the methods that use it.
+    config: what all methods have in common; its `seed` is the first seed. A
+      field applies to the methods that use it.
     workdir: a folder, created if need be; "~" is expanded.
     methods: rules, with or without fields ('mms+reuse=5'); or the fields to
-      change, by the method's name. The baseline is added if it is missing, and
-      the control `random` where a rule scores, with the fields of that method.
-    seeds: how many.
-    budget: what all have the same of: 'steps', or the 'flops' or 'seconds' of
-      the baseline, scoring included; schedules are scaled to the steps that
-      this makes.
+      change, by the method's name. The baseline is added if it is missing. For
+      each method that scores, the control `random` is added, with the fields of
+      that method.
+    seeds: how many seeds.
+    budget: what all methods may spend: the same 'steps', or the 'flops' or
+      'seconds' of the baseline, scoring included. Schedules are scaled to the
+      resulting number of steps.
     baseline: the method that the others are compared with.
-    sweep: fields and their values, 'mmr.alpha=1e-5,1e-4'; several make a grid.
-    split: whose errors the curves are: 'test' or 'validation'.
-    command: how this was started, for compare.md.
-    summary: takes the rows that are returned; its lines stand below the
+    sweep: fields and their values, 'mmr.alpha=1e-5,1e-4'; several fields make a
+      grid.
+    split: the split whose errors the curves show: 'test' or 'validation'.
+    command: the command that started this, for compare.md.
+    summary: takes the returned rows and returns lines to print below the
       tables.
     log: takes the progress lines and the tables.
-    wait: shows what is done, while it is: `terminal.wait`.
+    wait: shows what is being done: `terminal.wait`.
 
   Returns:
     A row for each run, as in runs.csv: 'method', the swept fields, 'seed',
     'steps', 'validation_error' (if there is a validation split) and
-    'test_error' at the last step, as fractions, of some tasks 'test_f1' and
+    'test_error' at the last step, as fractions, for some tasks 'test_f1' and
     'test_mismatched_error', and the cumulative costs.
 
   Raises:
@@ -71,8 +73,7 @@ def compare(
       other configs; raised before anything is trained.
     DatasetError: the dataset is missing or broken.
     NonFiniteError: some runs were not finite; raised at the end, when all
-      others are done and written down.
-    CorruptError, SaveError: as in `loop.train`.
+      others are done and saved. CorruptError, SaveError: as in `loop.train`.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'

@@ -28,21 +28,21 @@ def pgd(
 
   starting from the inputs themselves, and clipped to `bounds` too. The gradient
   of a is that of the cross-entropy over 1 - p_y, so its sign is the same; but
-  where the margin is large, that of the cross-entropy rounds to 0, and a
-  network would look robust that is not.
+  if the margin is large, the gradient of the cross-entropy rounds to 0, and a
+  network that is not robust would look robust.
 
   Args:
     logits_fn: (B, ...) -> (B, C); row by row, so in evaluation mode.
     inputs: (B, ...) floating.
     labels: (B,) integers in [0, C).
-    epsilon: the largest change, in the units of the inputs; may be traced.
-    steps: how many, at least 1; static, and unrolled: XLA:CPU runs
-      convolutions in a loop several times slower.
-    step_size: of each; None is 2.5 * epsilon / steps.
+    epsilon: the largest change of an input, in its own units; may be traced.
+    steps: how many steps, at least 1; static, and unrolled, because XLA:CPU
+      runs convolutions in a loop several times slower.
+    step_size: the size of each step; None is 2.5 * epsilon / steps.
     bounds: the least and the largest value an input can have.
 
   Returns:
-    (B, ...) inputs, none further than epsilon from where they were.
+    (B, ...) inputs, none further than epsilon from the original.
 
   Raises:
     ValueError: `steps` is below 1.

@@ -116,46 +116,46 @@ def train(
   """Trains as `config` says, and continues where `workdir` stopped.
 
   If you call it again, it restores the latest checkpoint and ends with the same
-  bits as an uninterrupted run. Writes to `workdir`: checkpoints/, train.csv,
-  eval.csv, tensorboard/ and, at the end, result.json; with a selection also
-  classes.csv (the fraction of each class that was selected) and, on request,
-  selection_counts.npy. Of several processes, the first writes.
+  bits as an uninterrupted run. It writes to `workdir`: checkpoints/, train.csv,
+  eval.csv, tensorboard/ and, at the end, result.json. A run that selects also
+  writes classes.csv (the fraction of each class that was selected) and, on
+  request, selection_counts.npy. With several processes, the first one writes.
 
   Args:
     config: every field of `config.default()`.
     workdir: a folder, created if need be; "~" is expanded.
-    rule: a rule of your own, `scored -> scores`, in place of
-      `config.selection.rule`, without a name that configs could use: see
-      `register_rule`. It sees one device's shard of the pool.
-    optimizer: an optax transformation of your own, or a function of the
-      learning rate that returns one, in place of `config.optimizer.name`: see
+    rule: your own rule, `scored -> scores`, in place of
+      `config.selection.rule`. It sees one device's shard of the pool. To give a
+      rule a name that configs can use, see `register_rule`.
+    optimizer: your own optax transformation, or a function of the learning rate
+      that returns one, in place of `config.optimizer.name`: see
       `register_optimizer`.
     log: takes the progress lines.
-    hook: called as `hook(prefix, step, row)` for every row of train.csv
-      (prefix 'train') and of eval.csv ('validation', 'test', ...), with the
-      columns' names and numbers, NaN where there is none; on the first process
-      only. For Weights & Biases: `hook=lambda prefix, step, row: wandb.log(
+    hook: called as `hook(prefix, step, row)` for every row of train.csv (prefix
+      'train') and of eval.csv ('validation', 'test', ...), where row maps
+      column names to numbers, NaN where there is none. Only the first process
+      calls it. For Weights & Biases: `hook=lambda prefix, step, row: wandb.log(
       {f'{prefix}/{k}': v for k, v in row.items()}, step=step)`. If it raises,
       the run ends; the row is written, and saved files are kept.
-    view: shows training in place of progress lines, `progress.on_terminal()`.
-    wait: shows what is loaded or compiled, while it is: `terminal.wait`.
+    view: shows training in place of progress lines: `progress.on_terminal()`.
+    wait: shows what is being loaded or compiled: `terminal.wait`.
 
   Returns:
-    What result.json holds, that is 'test' and 'validation' at the last step,
-    'best' (the step of the best validation accuracy), the cumulative cost,
-    'config', 'seed', 'versions', the device, and 'attack': the test split under
-    each epsilon of the attack, if there is one.
+    What result.json holds: 'test' and 'validation' at the last step, 'best'
+    (the step of the best validation accuracy), the cumulative cost, 'config',
+    'seed', 'versions', the device, and, if there is an attack, 'attack': the
+    test split under each epsilon.
 
   Raises:
     ConfigError: a field is bad, or the workdir holds a run of another config.
     DatasetError: the dataset is missing or broken.
     NonFiniteError: a loss, a gradient, an update or BatchNorm's statistics
       became NaN or infinite, or a score NaN, and `config.on_nonfinite` is
-      'stop'. Checkpoints saved before are kept, and what the step read is in
-      nonfinite_step_N.npz.
+      'stop'. Earlier checkpoints are kept, and nonfinite_step_N.npz holds the
+      examples of the step.
     FileError: a table of the workdir, or its result, is not what was written.
-    CorruptError: there are checkpoints, and none can be read.
-    SaveError: one could not be written.
+    CorruptError: there are checkpoints, but none can be read.
+    SaveError: a checkpoint could not be written.
     Interrupted: SIGTERM or SIGINT came, and the state is saved.
   """
   if optimizer is not None:
@@ -322,7 +322,7 @@ def _restore(
 
   Raises:
     ConfigError: the checkpoint was made by another config.
-    CorruptError: there are checkpoints, and none can be read.
+    CorruptError: there are checkpoints, but none can be read.
   """
   corrupt = []
   for step in reversed(checkpoints.steps()):

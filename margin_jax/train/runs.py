@@ -251,15 +251,15 @@ def complete(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-  """A run that has trained, open to be read.
+  """A run that has trained, open for reading.
 
   Attributes:
-    workdir: its place.
-    config: the run's, for the devices of this machine.
-    checkpoints: open while the run is.
-    devices: all of this machine.
-    dataset: the one that the run was trained on, or its `Description`.
-    spec: holds the model.
+    workdir: the run's workdir.
+    config: the run's config, adapted to the devices of this machine.
+    checkpoints: the run's checkpoints, open as long as the run is.
+    devices: all devices of this machine.
+    dataset: the dataset that the run was trained on, or its `Description`.
+    spec: the `StepSpec`, which holds the model.
   """
 
   workdir: Workdir
@@ -270,7 +270,7 @@ class TrainedRun:
   spec: StepSpec
 
   def restore(self, step: int | None = None) -> PyTree:
-    """Returns the state at a step; None is the last that was saved.
+    """Returns the state at a step; None is the last saved step.
 
     Raises:
       CorruptError: it cannot be read.
@@ -337,13 +337,13 @@ def open_run(
   Args:
     workdir: of the run; "~" is expanded.
     steps: checkpoints that must be there.
-    data_dir: where the dataset lies now, if not where the run read it.
-    reads_data: whether the examples will be read. If not, the dataset is just
-      as the checkpoint describes it, and need not be here.
+    data_dir: where the dataset is now, if it has moved since the run.
+    reads_data: whether the examples will be read. If not, the checkpoint
+      describes the dataset, which need not be here.
 
   Raises:
     ConfigError: there is no such checkpoint, or the config names a model or a
-      dataset that is registered nowhere.
+      dataset that is not registered.
     DatasetError: the dataset is missing or broken.
   """
   cpu.is_default()  # starts JAX's backend, or says why not
