@@ -29,13 +29,13 @@ class BackendError(ValueError):
 
 
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles a program, on CPUs without the fusions that would be wrong in it.
+  """Compiles a program, and on CPUs again if XLA would compute wrong numbers.
 
   XLA:CPU of jax 0.11 and 0.12 fuses a batched matrix product with the sum over
-  it. If one of the matrices is a constant, as in `jnp.sum((x @ jnp.full_like(x,
-  0.37)) * x, -1)`, the result is off by 1e32, or NaN. Steps without such
-  fusions are slower (benchmarks/jax_versions.py), so only programs with the bug
-  are compiled again without them.
+  it. If one of the matrices is a constant, as in
+  `jnp.sum((x @ jnp.full_like(x, 0.37)) * x, -1)`, the result is off by 1e32, or
+  NaN. Steps without such fusions are slower (benchmarks/jax_versions.py), so
+  only programs with the bug are compiled again without them.
   """
   compiled = lowered.compile()
   if _knows_flags() and is_default() and constant_dots(compiled.as_text()):

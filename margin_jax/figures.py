@@ -62,7 +62,7 @@ def look(name: str) -> tuple[str, str, Any]:
   `loss+memory`, also has the marker of the preset.
 
   Args:
-    name: what precedes the first comma is the method: a grid point may follow.
+    name: the method; after a comma, a grid point may follow.
   """
   name = name.lower().split(',')[0].strip()
   number = zlib.crc32(name.encode())
@@ -167,7 +167,7 @@ def count_axis(axis: Any) -> None:
 
 
 def seeds_note(seeds: Sequence[int]) -> str:
-  """Returns a note on what lines and bands show, for curves of so many seeds each."""
+  """Returns a note on what lines and bands show, given seeds per curve."""
   least, most = min(seeds), max(seeds)
   if most == 1:
     return 'one seed'

@@ -335,7 +335,7 @@ def open_run(
         state = run.restore()
 
   Args:
-    workdir: of the run; "~" is expanded.
+    workdir: the run's folder; "~" is expanded.
     steps: checkpoints that must be there.
     data_dir: where the dataset is now, if it has moved since the run.
     reads_data: whether the examples will be read. If not, the checkpoint
