@@ -74,7 +74,7 @@ def compare(
     DatasetError: the dataset is missing or broken.
     NonFiniteError: some runs were not finite; raised at the end, when all
       others are done and saved. CorruptError, SaveError: as in `loop.train`.
-    Interrupted: SIGTERM or SIGINT came, and the state is saved.
+    Interrupted: SIGTERM, SIGINT or SIGHUP came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'
   require(budget in budgets.BUDGETS, 'budget', budget, allowed)

@@ -20,8 +20,9 @@ def _prepare_worker(index: int, count: int) -> None:
   goes on to the end of its call, and needs examples.
   """
   del index, count
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    with contextlib.suppress(AttributeError):  # Windows has no SIGHUP
+      signal.signal(getattr(signal, name), signal.SIG_IGN)
   with contextlib.suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # of Linux
 

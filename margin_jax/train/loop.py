@@ -156,7 +156,7 @@ def train(
     FileError: a table of the workdir, or its result, is not what was written.
     CorruptError: there are checkpoints, but none can be read.
     SaveError: a checkpoint could not be written.
-    Interrupted: SIGTERM or SIGINT came, and the state is saved.
+    Interrupted: SIGTERM, SIGINT or SIGHUP came, and the state is saved.
   """
   if optimizer is not None:
     config = registry.with_optimizer(config, optimizer)

@@ -18,7 +18,8 @@ from margin_jax import cpu, data, files, user_code
 from margin_jax.train import checkpoints, guard
 from margin_jax.train import devices as devices_lib
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = getattr(signal, 'SIGHUP', None)  # which Windows has not
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,6 +45,9 @@ def leave(status: int) -> NoReturn:
 
 class Interrupts:
   """While open, remembers the first signal; a second one ends the process.
+
+  But a second SIGHUP does not: of a terminal that closes, the kernel sends one,
+  and the shell another.
 
   Only the main thread may handle signals; in another, nothing is remembered.
   Nor are those that the process was started to ignore.
@@ -108,7 +112,8 @@ class Interrupts:
     while byte := os.read(self._pipe[0], 1):
       if byte[0] not in self._before:
         continue
-      if came or self._passed_on:
+      is_second = came or self._passed_on
+      if is_second and byte[0] != HANGUP:
         leave(128 + byte[0])
       came += 1
     os.close(self._pipe[0])

@@ -68,8 +68,20 @@ class _Table:
       return [], []
 
   def add(self, row: dict[str, Any]) -> None:
+    """Appends a row.
+
+    Raises:
+      FileError: the folder is gone.
+    """
+    if not self._path.parent.is_dir():
+      raise files.FileError(
+        f'{self._path.parent} is gone: was it moved or removed while the run '
+        'was training? If you moved it, the same command with its new path '
+        'resumes the run'
+      )
     new = [name for name in row if name not in self._fields]
-    if new:  # the first row, or a run continued by a later version
+    # The first row, a run continued by a later version, or a file removed.
+    if new or not self._path.exists():
       rows = self._read()[1] if self._fields else []
       self._fields += new
       files.write_csv(self._path, self._fields, rows)
