@@ -29,8 +29,8 @@ config fields:
   --config.FIELD=VALUE  sets a field over the config file, as in
                         --config.steps=300 or --config.optimizer.warmup=10
 
-What can stand behind the colon of a config file, and every field with its
-value, its meaning and what it may be:
+To list the arguments of a config file, and every field with its value, its
+meaning and its allowed values:
   {line}
 """
 

@@ -1,11 +1,11 @@
-"""A trained BERT in the layout of Hugging Face.
+"""Writes a trained BERT in the layout of Hugging Face.
 
     python -m margin_jax.export --workdir=/tmp/glue_rte --out=/tmp/rte_model
 
-writes config.json, model.safetensors and, if the run read words of a vocab.txt,
-vocab.txt and tokenizer_config.json:
-`BertForSequenceClassification.from_pretrained('/tmp/rte_model')` loads it, and
-so does `--config.model.pretrained=/tmp/rte_model`.
+This writes config.json, model.safetensors and, if the run read the words of a
+vocab.txt, vocab.txt and tokenizer_config.json.
+`BertForSequenceClassification.from_pretrained('/tmp/rte_model')` loads the
+model, and so does `--config.model.pretrained=/tmp/rte_model`.
 """
 
 import pathlib
@@ -60,10 +60,10 @@ def export(
 def main(argv: list[str]) -> None:
   """Runs the command line."""
   parser = commands.Parser('export', __doc__)
-  parser.require('--workdir', metavar='FOLDER', help='of the run')
-  parser.require('--out', metavar='FOLDER', help='to write to')
+  parser.require('--workdir', metavar='FOLDER', help='the run to read')
+  parser.require('--out', metavar='FOLDER', help='where to write the model')
   parser.option(
-    '--step', type=commands.integer, help='default: the last checkpoint'
+    '--step', type=commands.integer, help='which checkpoint; default: the last'
   )
   args = parser.parse(argv)
   with terminal.wait('loading JAX'):

@@ -2,9 +2,10 @@
 
     python -m margin_jax.prepare cifar10 --data_dir=~/tensorflow_datasets
 
-Needs the network and TensorFlow (`pip install tensorflow-cpu`), once; reading
-needs neither. Behind a firewall, put the archives that TFDS asks for into
-DATA_DIR/downloads/manual, or copy a folder prepared elsewhere into DATA_DIR.
+This needs a network and TensorFlow (`pip install tensorflow-cpu`), once.
+Reading the dataset needs neither. Behind a firewall, put the archives that TFDS
+asks for into DATA_DIR/downloads/manual, or copy a folder prepared elsewhere
+into DATA_DIR.
 """
 
 import importlib.util
@@ -52,8 +53,12 @@ def names() -> tuple[str, ...]:
 def main(argv: list[str]) -> None:
   """Runs the command line: NAME and --data_dir."""
   parser = commands.Parser('prepare', __doc__, more=_list_names)
-  parser.require('name', metavar='NAME', help='of the dataset')
-  parser.option('--data_dir', metavar='FOLDER', help="default: TFDS's own")
+  parser.require('name', metavar='NAME', help='the name of the dataset')
+  parser.option(
+    '--data_dir',
+    metavar='FOLDER',
+    help="where to prepare it; default: TFDS's own folder",
+  )
   args = parser.parse(argv)
   with terminal.wait('loading TFDS'):
     known = names()

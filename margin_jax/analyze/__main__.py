@@ -2,13 +2,14 @@
 
     python -m margin_jax.analyze --workdir=/tmp/digits
 
-Writes to WORKDIR/analysis: distributions.csv (signed margins, MMS, and
-normalised margins at the layers, at every checkpoint), signatures.csv (of the
-normalised margins), margins.png, and for the last checkpoint train.csv and
-test.csv (of MNLI also test_mismatched.csv): every example, the most negative
-margin first. The first 32 of each, candidates for label errors, are also a
-sheet of images, most_negative_train.png, or a table of sentences. The examples
-with the smallest MMS are those that an annotator should see next. Figures are
+It writes these files to WORKDIR/analysis: distributions.csv (signed margins,
+MMS, and normalised margins at the layers, for every checkpoint), signatures.csv
+(the signatures of the normalised margins), margins.png, and, for the last
+checkpoint, train.csv and test.csv (for MNLI also test_mismatched.csv): every
+example, the most negative margin first. The first 32 examples of each, which
+are candidates for label errors, are also shown as images,
+most_negative_train.png, or as a table of sentences. The examples with the
+smallest MMS are the ones that an annotator should label next. Figures are
 written as PNG and as PDF.
 """
 
@@ -21,8 +22,10 @@ from margin_jax import commands, terminal
 def main(argv: list[str]) -> None:
   """Runs the command line; a mistake of the user is one line."""
   parser = commands.Parser('analyze', __doc__)
-  parser.require('--workdir', metavar='FOLDER', help='of the run')
-  parser.option('--layers', help='comma-separated; default: input,features')
+  parser.require('--workdir', metavar='FOLDER', help='the run to read')
+  parser.option(
+    '--layers', help='comma-separated layers; default: input,features'
+  )
   parser.option(
     '--steps',
     type=commands.integers,
@@ -34,9 +37,11 @@ def main(argv: list[str]) -> None:
     help='how many of each split, from its first; default: all',
   )
   parser.option(
-    '--data_dir', help='of the dataset; default: where the run read it'
+    '--data_dir', help='folder of the dataset; default: where the run read it'
   )
-  parser.option('--out', metavar='FOLDER', help='default: WORKDIR/analysis')
+  parser.option(
+    '--out', metavar='FOLDER', help='where to write; default: WORKDIR/analysis'
+  )
   parser.option(
     '--config',
     metavar='FILE',

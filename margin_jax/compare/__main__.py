@@ -3,11 +3,10 @@
     python -m margin_jax.compare --config=configs/digits.py \\
         --methods=uniform,random,mms,loss --workdir=/tmp/compare
 
-The same command again redoes nothing that is complete. Tables and plots are
-written to the workdir. A sweep of config fields:
---sweep=mmr.alpha=1e-5,1e-4,1e-3. A config file may have methods of its own
-(`get_methods`), a baseline (`get_baseline`), and lines for below the table
-(`get_summary`).
+It writes tables and plots to the workdir. The same command again keeps complete
+runs. --sweep=mmr.alpha=1e-5,1e-4,1e-3 sweeps a config field. A config file may
+define its own methods (`get_methods`), a baseline (`get_baseline`), and lines
+to print below the table (`get_summary`).
 """
 
 import functools
@@ -19,7 +18,9 @@ from margin_jax import commands, terminal
 def main(argv: list[str]) -> None:
   """Runs the comparison; a mistake of the user is one line."""
   parser = commands.Parser('compare', __doc__, fields=True)
-  parser.require('--workdir', metavar='FOLDER', help='for all that it writes')
+  parser.require(
+    '--workdir', metavar='FOLDER', help='where to write everything'
+  )
   parser.option(
     '--methods',
     help='comma-separated rules, or presets (memory, proxy, fresh); config '
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     '--seeds',
     type=commands.integer,
     default=3,
-    help='how many; the first is config.seed. Default: 3',
+    help='how many seeds; the first is config.seed. Default: 3',
   )
   parser.option(
     '--budget',

@@ -2,8 +2,8 @@
 
     python -m margin_jax.train --config=configs/digits.py --workdir=/tmp/digits
 
-Any field can be set on the command line: --config.steps=300. The same command
-again goes on where the run stopped.
+You can set any field on the command line: --config.steps=300. If the run
+stopped, the same command resumes it.
 """
 
 from margin_jax import commands, terminal
@@ -13,7 +13,9 @@ from margin_jax import commands, terminal
 def main(argv: list[str]) -> None:
   """Runs the trainer; what the user can mend is one line, not a traceback."""
   parser = commands.Parser('train', __doc__, fields=True)
-  parser.require('--workdir', metavar='FOLDER', help='for all that it writes')
+  parser.require(
+    '--workdir', metavar='FOLDER', help='where to write everything'
+  )
   parser.option(
     '--coordinator',
     metavar='HOST:PORT',
@@ -21,10 +23,14 @@ def main(argv: list[str]) -> None:
     'TPU pod or a cluster that JAX knows',
   )
   parser.option(
-    '--num_processes', type=commands.integer, help='with --coordinator'
+    '--num_processes',
+    type=commands.integer,
+    help='with --coordinator: how many processes train together',
   )
   parser.option(
-    '--process_id', type=commands.integer, help='with --coordinator'
+    '--process_id',
+    type=commands.integer,
+    help='with --coordinator: the number of this process, from 0',
   )
   parser.option(
     '--join_seconds',
