@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from margin_jax import figures
 from margin_jax.compare import report
@@ -305,6 +306,8 @@ def label(axes: Any, timed: Sequence[Outcome], line: np.ndarray) -> None:
       one.name, (one.seconds, 100 * one.error), (0, 0),
       textcoords='offset points', ha='center', va='center',
       arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6},
+      # Readable where another one's line crosses it.
+      path_effects=[withStroke(linewidth=2.5, foreground='white')], zorder=6,
     )  # fmt: skip
     half = np.array(text.get_window_extent().size) / 2
     for radius in range(14, 300, 8):
