@@ -6,9 +6,9 @@
 
 Arguments: the method (`baseline`, `mmr`, `mms`, `mms_mmr`), regime=standard
 (156.2K steps) or early_drop (80K steps), selection=fresh (the papers' pools),
-memory (soft pruning by remembered margins; no pool) or proxy, and
-penalty=paper, or released: MMR as in its authors' code (alpha by epoch, 0 and
-then 1e-4 to 1e-2; the square of the mean).
+memory (soft pruning by remembered margins; no pool) or proxy, and penalty=paper
+or released. `released` is MMR as in its authors' code (alpha changes by epoch,
+0 first and then from 1e-4 to 1e-2; the square of the mean).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1; ICLR 2020 submission,
 Table 1):
@@ -17,11 +17,12 @@ Table 1):
     mmr       standard    83.52%
     mms       early_drop  82.2% after 80K steps
 
-SGD with momentum 0.9 and without Nesterov's, as in the authors' code; the
-network is Zagoruyko & Komodakis's (activation first), which the papers cite;
-the command in the authors' repository trains a ResNet of that depth and width.
+SGD has momentum 0.9 without Nesterov's form, as in the authors' code. The
+network is that of Zagoruyko & Komodakis (activation first), which the papers
+cite. The command in the authors' repository trains a ResNet of that depth and
+width.
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
 Cost, calculated from XLA's FLOP count of the step (1.83 TFLOP, with MMS 7.93),
 in PFLOP and in GPU-hours at 50 TFLOP/s:

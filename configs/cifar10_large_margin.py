@@ -4,20 +4,20 @@
         --workdir=/tmp/cifar10_large_margin
 
 Arguments: loss=large_margin, or cross_entropy as the control; norm=l_inf, l1 or
-l2; small=1.0 and noisy=0.0, fractions of the training set that is used and of
-wrong labels; attack=none, fgsm, ifgsm or pgd with epsilon=0.03 and source=, the
-workdir of another run for a black-box attack.
+l2; small=1.0, the fraction of the training set to use; noisy=0.0, the fraction
+of wrong labels; attack=none, fgsm, ifgsm or pgd, with epsilon=0.03 and source=,
+the workdir of another run for a black-box attack.
 
-The paper's rows: generalization from few labels, corrupted labels, and white-
-and black-box attacks, of cross-entropy and of the loss in each norm. Its text
-was not at hand, and its released code has MNIST only, so no number of it is
-here. As for MNIST there: images in [0, 1], Glorot's initialisation, no
+The paper's rows compare cross-entropy with the loss in each norm, for few
+labels, corrupted labels, and white- and black-box attacks. The paper's text was
+not at hand, and its released code has only MNIST, so none of its numbers are
+here. From the code for MNIST: images in [0, 1], Glorot's initialisation, no
 cross-entropy, gamma 1e4, alpha 4, RMSProp at 0.1 times 0.96 every 2,000 steps,
 clipping to 5. Chosen: a wide ResNet of depth 28 and width 4, margins at the
 input and after each of its three stages, 45,000 training images, crops and
-flips, 200 epochs of 128.
+flips, 200 epochs with batches of 128.
 
-Expected: nothing yet; not run at full length.
+Expected: nothing yet; not yet run at full length.
 
 Cost, calculated from XLA's FLOP count of the step (1.38 TFLOP): 97 PFLOP, at
 50 TFLOP/s 0.5 GPU-hours; 2.3 times those of cross-entropy.

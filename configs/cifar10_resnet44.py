@@ -6,13 +6,13 @@
 Arguments: `baseline`, `mmr`, `mms` or `mms_mmr`, then `regime=standard` (156K
 steps, the papers' 200 epochs of 50,000 images; 5,000 are held out here) or
 `regime=early_drop` (44K steps), and `selection=fresh` (the papers' pools),
-`memory` (soft pruning by remembered margins; no pool) or `proxy`; and
-`penalty=paper`, or `released`: MMR as in its authors' code (alpha by epoch, 0
-and then 1e-4 to 1e-2; the square of the mean).
+`memory` (soft pruning by remembered margins; no pool) or `proxy`, and
+`penalty=paper` or `released`. `released` is MMR as in its authors' code (alpha
+changes by epoch, 0 first and then from 1e-4 to 1e-2; the square of the mean).
 
-The network is He's; --config.model.variant=mms_select makes it that of the
-authors' repository mms-select, with a bias that is in the norm of MMS and under
-weight decay.
+The network is He's. --config.model.variant=mms_select uses the network of the
+authors' repository mms-select, whose bias is part of the norm in MMS and decays
+with the weights.
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1 and 5.1; ICLR 2020
 submission, Table 1):
@@ -22,7 +22,7 @@ submission, Table 1):
     mms       early_drop  93.0% after 44K steps
     baseline  early_drop  1.57 points below the standard regime
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
 Cost, from XLA's FLOP count of the step: 34 GFLOP for a plain step (b=64), 149
 for an MMS step (B=640). So a run takes (calculated, in PFLOP, and in GPU-hours

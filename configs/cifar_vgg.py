@@ -3,10 +3,11 @@
     python -m margin_jax.train --config=configs/cifar_vgg.py:mmr \\
         --workdir=/tmp/vgg
 
-Arguments: the method (`baseline`, `mmr`); dataset=cifar10 or cifar100, which
-adds AutoAugment and cutout; head=released or linear, the usual VGG of 32x32
-images without hidden layers; penalty=paper, or released: MMR as in the authors'
-code (alpha by epoch, 0 and then 1e-4 to 1e-2; the square of the mean).
+Arguments: the method (`baseline`, `mmr`); dataset=cifar10, or cifar100, which
+adds AutoAugment and cutout; head=released, or linear, the usual VGG for 32x32
+images without hidden layers; penalty=paper or released. `released` is MMR as in
+the authors' code (alpha changes by epoch, 0 first and then from 1e-4 to 1e-2;
+the square of the mean).
 
 Papers' test accuracy (Weinstein et al. 2020, Table 1), baseline and mmr:
 
@@ -17,10 +18,11 @@ The paper gives neither depth nor schedule for VGG. This is what its authors
 released: BatchNorm, three linear layers (512-4096-4096-C, so that the features
 of MMR have 4096 entries) with dropout of 0.5 after the hidden ones, the
 learning rate times 0.2 at epochs 60, 120 and 160, and weight decay of 5e-4 on
-all parameters. The linear layers start as PyTorch's do. Unlike there, the
-convolutions start as He's, and without biases, which BatchNorm takes away.
+all parameters. The linear layers are initialised as in PyTorch. Unlike in the
+authors' code, the convolutions have He's initialisation and no biases, which
+BatchNorm would cancel.
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
 Cost, calculated from XLA's FLOP count of the step (103 GFLOP): 16 PFLOP, at
 50 TFLOP/s 0.1 GPU-hours.

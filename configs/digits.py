@@ -1,9 +1,9 @@
-"""Digits: MMS selection and MMR on scikit-learn's 8x8 digits, no network.
+"""Digits: MMS selection and MMR on scikit-learn's 8x8 digits, no download.
 
     python -m margin_jax.train --config=configs/digits.py --workdir=/tmp/digits
 
-Argument: how examples are selected, `selection=fresh` (MMS of a pool of 128),
-`memory` (soft pruning by remembered margins, no pool is scored) or `proxy`.
+Argument: how to select examples, `selection=fresh` (MMS of a pool of 128),
+`memory` (soft pruning by remembered margins; no pool) or `proxy`.
 
 Expected: at least 98% test accuracy (benchmarks/rules_on_digits.md). No paper
 has this row; it is the first thing to run.

@@ -1,16 +1,15 @@
-"""The figures of the ICLR submission and the 2020 paper, each by one command.
+"""The figures of the ICLR submission and the 2020 paper, one command each.
 
     python -m margin_jax.compare --config=configs/figures.py:figure2a \\
         --workdir=/tmp/figure2a --config.data.data_dir=DIR
     python -m margin_jax.compare --config=configs/figures.py:2020figure3a \\
         --split=validation --workdir=/tmp/figure3a --config.data.data_dir=DIR
 
-Arguments: the figure; scale=0.01 runs that fraction of the steps, with the
-learning rate's drops at the same fraction of them; model=resnet8, another
-network in place of the paper's. Panels a and b are the training and the test
-error of ResNet-44 on CIFAR-10, c and d those of WRN-28-10 on CIFAR-100; a pair
-comes from the same runs and is in the same plot, so that both letters do the
-same.
+Arguments: the figure; scale=0.01 runs that fraction of the steps, and scales
+the drops of the learning rate too; model=resnet8 replaces the paper's network.
+Panels a and b are the training and the test error of ResNet-44 on CIFAR-10,
+panels c and d those of WRN-28-10 on CIFAR-100. The panels of a pair come from
+the same runs and are in the same plot, so both letters do the same.
 
     figure2a  figure2b  figure2c  figure2d   plain, hard negatives, MMS
     figure3a  figure3c                       their mean MMS: mean_mms.png
@@ -20,13 +19,13 @@ same.
     2020figure2                              plain, MMR (WRN-28-10)
     2020figure3a 2020figure3c                as 5, on a validation split
 
-Figures 3 have no letters in the papers: a is CIFAR-10 here, c is CIFAR-100.
-Those of 2020 are of validation errors, on the last 5,000 training images; those
-of ICLR of test errors, after training on all 50,000. Hard negatives are
+The papers' figures 3 have no letters: here a is CIFAR-10 and c is CIFAR-100.
+The figures of 2020 show validation errors, on the last 5,000 training images.
+Those of ICLR show test errors, after training on all 50,000. Hard negatives are
 `loss+ramp=0.1`, the schedule of the authors' code. The papers do not have
 `random`. ICLR's figure 5 and 2020's figure 3 also have plain training in the
-standard regime: it is the baseline, and where it ends is the dotted line.
-Figure 3 of ICLR is drawn of both forwards, see `mean_mms` in
+standard regime: it is the baseline, and the dotted line marks where it ends.
+ICLR's figure 3 is drawn for both forward passes: see `mean_mms` in
 margin_jax/train/metrics.py.
 
 ICLR's test accuracy (Table 1, 4.1, 4.3), in %:
@@ -38,16 +37,17 @@ ICLR's test accuracy (Table 1, 4.1, 4.3), in %:
     CIFAR-100  early drop  MMS 82.2 at 80K steps; below the standard baseline:
                            plain by about 1, hard negatives by 2.97
 
-Of 2020, figure 2 ends at test accuracies of 82.51 and, with MMR, 83.52; in
-figure 3 MMS has 93 at 44K steps, 0.25 points below the standard baseline, and
-82.2 at 80K steps, 0.07 below; the others lose as above.
+In 2020, figure 2 ends at test accuracies of 82.51 and, with MMR, 83.52. In
+figure 3, MMS has 93 at 44K steps, 0.25 points below the standard baseline, and
+82.2 at 80K steps, 0.07 points below. The others lose as above.
 
-ICLR's figure 4: on CIFAR-10 entropy does as well as MMS, on CIFAR-100 it fails.
+In ICLR's figure 4, entropy does as well as MMS on CIFAR-10, and fails on
+CIFAR-100.
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
-Cost of a seed, calculated from that of the configs of both networks, in PFLOP
-and in GPU-hours at 50 TFLOP/s; any rule that scores costs what MMS does:
+Cost of a seed, calculated from the costs of both networks' configs, in PFLOP
+and in GPU-hours at 50 TFLOP/s; any rule that scores costs as much as MMS:
 
     2, 3, 4  CIFAR-10    75   0.4    CIFAR-100  4,003  22.2
     5        CIFAR-10    26   0.1    CIFAR-100  2,338  13.0

@@ -8,36 +8,36 @@ FOLDER has config.json, vocab.txt and model.safetensors (or
 pytorch_model.bin), or is a name on the Hugging Face hub, which is downloaded:
 google-bert/bert-base-uncased. DIR is where TFDS prepared the task.
 
-A whole row, baseline and MMR with three seeds, is one command; of MNLI its MMR
-is two runs, and the mean of matched and mismatched accuracy is the last line:
+One command runs a whole row, baseline and MMR with three seeds. For MNLI, MMR
+is two runs, and the last line is the mean of matched and mismatched accuracy:
 
     python -m margin_jax.compare --config=configs/glue_bert.py:mnli \\
         --config.model.pretrained=FOLDER --config.data.data_dir=DIR \\
         --workdir=/tmp/glue_mnli
 
-Arguments: the task `rte`, `mrpc`, `sst2`, `qnli`, `qqp` or `mnli`;
-method=mmr or baseline; epochs=3; model=bert_base, or the sizes of the weights
-in FOLDER, as in bert6_384_12.
+Arguments: the task `rte`, `mrpc`, `sst2`, `qnli`, `qqp` or `mnli`; method=mmr
+or baseline; epochs=3; model=bert_base, or the sizes of the weights in FOLDER,
+such as bert6_384_12.
 
-Paper's results (Weinstein et al. 2020, Table 1), baseline and MMR. It calls
-them test results; ours are of the validation splits, because the labels of
-GLUE's test splits are secret:
+Paper's results (Weinstein et al. 2020, Table 1), baseline and MMR. The paper
+calls them test results. Ours are for the validation splits, because the labels
+of GLUE's test splits are secret:
 
     qnli  accuracy  91.06  91.48      sst2  accuracy  92.08  92.43
     mrpc  F1        90.68  91.43      rte   accuracy  68.23  69.67
     qqp   F1        87.9   88.04      mnli  accuracy  84.5   84.70 (mean of two)
 
-Adam as in BERT's pre-training (decoupled weight decay 0.01, but not of biases
-and LayerNorm; epsilon 1e-6) at 2e-5, 3 epochs, dropout 0.1, alpha 1e-5; the
-paper's 1e-6 for MNLI mismatched is --config.mmr.alpha=1e-6. The paper names
+Adam as in BERT's pre-training (decoupled weight decay 0.01, except for biases
+and LayerNorm; epsilon 1e-6) at 2e-5, 3 epochs, dropout 0.1, alpha 1e-5. For
+MNLI mismatched, the paper has 1e-6: --config.mmr.alpha=1e-6. The paper names
 neither batch size nor schedule: batches of 32, linear warm-up over a tenth of
 the steps and linear decay, clipping at norm 1 are BERT's own.
 
-Unlike in the paper, batches are of sentences of like length: a step samples
-from those of up to 32, 64 or 128 tokens. --config.data.buckets="()" pads all to
-128 and samples from all.
+Unlike in the paper, a batch has sentences of similar length: a step samples
+from those of up to 32, 64 or 128 tokens. --config.data.buckets="()" pads all
+sentences to 128 and samples from all of them.
 
-Ours: not run yet with BERT-base. With a small pretrained BERT (6 layers of 384)
+Ours: not yet run with BERT-base. With a small pretrained BERT (6 layers of 384)
 and Adam without weight decay, MRPC has F1 83.05 +- 0.71 and accuracy 73.61 +-
 1.21, with and without MMR, over 3 seeds: benchmarks/glue_minilm.md.
 

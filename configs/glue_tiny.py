@@ -1,15 +1,14 @@
-"""A generated entailment task, a BERT of two layers: no download.
+"""A BERT of two layers on a generated entailment task: no download.
 
     python -m margin_jax.train --config=configs/glue_tiny.py \\
         --workdir=/tmp/glue_tiny
 
-Arguments: method=uniform or any rule of selection, as in
-`configs/glue_tiny.py:mms`; mmr=true; seed=0.
+Arguments: method=uniform or any rule, as in `configs/glue_tiny.py:mms`;
+mmr=true; seed=0.
 
-The pairs, their words and their grammar are in margin_jax/data/entailment.py:
-8,000 to train, 1,000 to test, half of them entailed. Everything is learned from
-random weights: at first the loss stays at that of guessing, 0.69; then it
-falls.
+margin_jax/data/entailment.py generates the pairs: 8,000 to train and 1,000 to
+test, half of them entailed. The network learns everything from random weights.
+At first the loss stays where guessing puts it, at 0.69; then it falls.
 """
 
 from margin_jax import config as config_lib

@@ -4,19 +4,20 @@
         --workdir=/tmp/imagenet_large_margin --config.data.data_dir=DIR
 
 Arguments: loss=large_margin, or cross_entropy as the control; attack=none,
-fgsm, ifgsm or pgd with epsilon=0.03 and source=, the workdir of another run for
-a black-box attack. DIR holds `imagenet2012` as TFDS prepares it in the
+fgsm, ifgsm or pgd, with epsilon=0.03 and source=, the workdir of another run
+for a black-box attack. DIR holds `imagenet2012` as TFDS prepares it in the
 array_record format.
 
-The paper's row: accuracy, and robustness against white- and black-box attacks,
-of a network trained with l1 margins and of one trained with cross-entropy. Its
-text was not at hand, and its released code has MNIST only, so no number of it
-is here, and the network is not its Inception: that is not built. Chosen:
-ResNet-50, l1 margins at the input and after the second and the last of its four
-stages, added to cross-entropy with weight 0.1, on logits, so that gamma, 1, is
-in units of pixels summed over the image; 90 epochs of 256, SGD.
+The paper's row compares a network trained with l1 margins with one trained with
+cross-entropy: their accuracy, and their robustness against white- and black-box
+attacks. The paper's text was not at hand, and its released code has only MNIST,
+so none of its numbers are here. The network is not the paper's Inception, which
+margin_jax does not have. Chosen: ResNet-50, l1 margins at the input and after
+the second and the last of its four stages, added to cross-entropy with weight
+0.1, on logits, so that gamma (1) is in pixels, summed over the image; 90 epochs
+with batches of 256, SGD.
 
-Expected: nothing yet; not run at full length.
+Expected: nothing yet; not yet run at full length.
 
 Cost, calculated from XLA's FLOP count of the step (14.1 TFLOP): 6,370 PFLOP, at
 50 TFLOP/s 35 GPU-hours; 2.3 times those of cross-entropy. Decoding 115 million

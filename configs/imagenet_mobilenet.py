@@ -7,18 +7,18 @@ Argument: the method, `baseline` or `mmr`. DIR holds `imagenet2012` as TFDS
 prepares it in the array_record format.
 
 Paper's accuracy on the 50,000 validation images (Weinstein et al. 2020, Table
-1): baseline 71.17%, mmr 71.44%. 90 epochs at batch 256 over four devices, so
-that BatchNorm sees 64 examples, as it does here on any number of devices
-(model.batch_norm_examples); learning rate 0.1, a tenth at epochs 30, 60 and 80;
-L2 on convolution kernels only. The coefficient of 1e-4 is not in the paper;
-depthwise kernels count as convolutions here.
+1): baseline 71.17%, mmr 71.44%. It trains for 90 epochs with batches of 256
+over four devices, so BatchNorm sees 64 examples, as it does here on any number
+of devices (model.batch_norm_examples). The learning rate is 0.1, divided by 10
+at epochs 30, 60 and 80, and L2 is on convolution kernels only. The coefficient
+of 1e-4 is not in the paper. Depthwise kernels count as convolutions here.
 
-The code that the authors' builds on (convNet.pytorch) differs: it decays the
-last layer too, and no depthwise kernel; and it trains on random 224x224 crops
-of images whose shorter side is 256, where these are crops of random size and
-shape, the paper's "standard data augmentation" as Goyal et al. 2017 have it.
+The code that the authors build on (convNet.pytorch) differs. It decays the last
+layer too, but no depthwise kernel. It trains on random 224x224 crops of images
+whose shorter side is 256. Crops here have random size and shape: the paper's
+"standard data augmentation", as in Goyal et al. 2017.
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
 Cost, calculated from XLA's FLOP count of the step (0.89 TFLOP): 402 PFLOP, at
 50 TFLOP/s 2.2 GPU-hours; decoding 115 million JPEGs takes longer than that.

@@ -1,15 +1,14 @@
-"""Images of your own, or of any set of TFDS: where to begin.
+"""Your own images, or any image dataset of TFDS: where to begin.
 
     python -m margin_jax.train --config=configs/images.py \\
         --workdir=/tmp/pets --config.data.name=folder:PATH
 
-Argument: how examples are selected, `selection=memory` (soft pruning by
-remembered margins, no pool is scored), `fresh` (MMS of pools of 256) or
-`uniform` (plain training).
+Argument: how to select examples, `selection=memory` (soft pruning by remembered
+margins; no pool), `fresh` (MMS of pools of 256) or `uniform` (plain training).
 
-PATH has a folder of images for each class (docs/howto/own_data.md). A small
-ResNet on images of 32x32; set data.image_size, model.name, steps and the
-learning rates as your images need it. No paper has this row.
+PATH has a folder of images for each class (docs/howto/own_data.md). This trains
+a small ResNet on images of 32x32. Set data.image_size, model.name, steps and
+the learning rates to suit your images. No paper has this row.
 """
 
 from margin_jax import config as config_lib

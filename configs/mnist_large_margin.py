@@ -5,13 +5,13 @@
 
 Arguments, behind a colon and separated by commas:
 
-    loss=large_margin    the margins alone, or `cross_entropy` as the control
-    small=1.0            fraction of the training set that is used
+    loss=large_margin    this loss alone, or `cross_entropy` as the control
+    small=1.0            fraction of the training set to use
     noisy=0.0            fraction of the labels that are wrong
     attack=none          `fgsm`, `ifgsm`, `pgd`: the test split under attack too
-    epsilon=0.1          how far it may change a pixel, in [0, 1]
-    source=              workdir of another run: a black-box attack, whose
-                         adversarial examples are made on its network
+    epsilon=0.1          how far the attack may change a pixel, in [0, 1]
+    source=              workdir of another run, whose network makes the
+                         adversarial examples: a black-box attack
     steps=46800          200 epochs of 234 batches
 
 for example `configs/mnist_large_margin.py:noisy=0.4,attack=fgsm`.
@@ -21,13 +21,14 @@ the units of epsilon; Glorot's initialisation; l_inf margins at the input and
 after both convolutional blocks, no cross-entropy, batches of 256, RMSProp at
 0.1, times 0.96 every 2,000 steps, L2 penalty on all parameters, gradients
 clipped to norm 5. Unlike there, the loss holds the batch's BatchNorm statistics
-fixed while it looks for the nearest boundary: else examples leak into each
-other's gradients.
+fixed while it looks for the nearest boundary. Otherwise, examples would leak
+into each other's gradients.
 
 Expected, with 600 images, 200 steps of 32 and the learning rate lowered to 0.01
 (two seeds, the first 300 test images, benchmarks/attacks_on_mnist.md): 94.3%,
-50.3% under IFGSM of 0.1, and 83.7% where its examples are made on another such
-network; with cross-entropy 95.2%, 40.3% and 88.5%. Not run at full length yet.
+50.3% under IFGSM of 0.1, and 83.7% if another such network makes the
+adversarial examples. With cross-entropy: 95.2%, 40.3% and 88.5%. Not yet run at
+full length.
 
 Cost, from XLA's FLOP count: 38 GFLOP a step of 256, 1.8 PFLOP for 46,800 steps
 (calculated; 0.01 GPU-hours at 50 TFLOP/s), 2.3 times those of cross-entropy.

@@ -1,17 +1,17 @@
-"""Sentences of your own: a small BERT from random weights.
+"""Your own sentences: a small BERT from random weights.
 
     python -m margin_jax.train --config=configs/sentences.py \\
         --workdir=/tmp/reviews --config.data.name=csv:PATH \\
         --config.data.vocabulary=vocab.txt
 
-Argument: how examples are selected, `selection=memory` (soft pruning by
-remembered margins, no pool is scored) or `uniform` (plain training).
+Argument: how to select examples, `selection=memory` (soft pruning by remembered
+margins; no pool) or `uniform` (plain training).
 
-PATH is a CSV file with columns text, or text_a and text_b, and label; the
-vocabulary is any vocab.txt of an uncased BERT, or one of your own words
-(docs/howto/own_data.md). To fine-tune published weights take
-configs/glue_bert.py. Without a PATH it is the generated entailment task. No
-paper has this row.
+PATH is a CSV file with the columns text, or text_a and text_b, and label. The
+vocabulary is the vocab.txt of any uncased BERT, or one made from your own
+sentences (docs/howto/own_data.md). To fine-tune published weights, use
+configs/glue_bert.py. Without a PATH, this trains on the generated entailment
+task. No paper has this row.
 """
 
 from margin_jax import config as config_lib

@@ -4,17 +4,17 @@
         --config=configs/trimming.py:on,dataset=cifar10,model=resnet34 \\
         --workdir=/tmp/trimming
 
-The paper's table, every cell without and with trimming, is one command; the
-last lines are the table:
+One command makes the paper's table, with every cell without and with trimming.
+Its last lines are the table:
 
     python -m margin_jax.compare --seeds=10 \\
         --config=configs/trimming.py:dataset=all,model=all \\
         --workdir=/tmp/trimming_table
 
-Arguments: trimming `on` or `off`, of which a comparison runs both;
+Arguments: trimming `on` or `off` (a comparison runs both);
 dataset=svhn_cropped, cifar10 or cifar100; model=resnet34 or densenet121, both
-in their 32x32 form; `all` of either, for a comparison. scale=0.01 runs that
-fraction of the steps.
+in their 32x32 form. In a comparison, dataset and model may be `all`. scale=0.01
+runs that fraction of the steps.
 
 Paper's test error, off and on, means of ten seeds (Fassold, Table 1):
 
@@ -23,11 +23,11 @@ Paper's test error, off and on, means of ten seeds (Fassold, Table 1):
     cifar100      resnet34  48.19%  47.72%  densenet121  32.95%  32.18%
 
 Adam at 0.001, halved at epochs 50 and 100 of 150, weight decay 1e-4, batch 128.
-The paper names no augmentation, and its errors are those of training without;
-nor does it say which parameters weight decay acts on: all of them here, as by
-the Adam of PyTorch, which it used.
+The paper names no augmentation, and its errors are those of training without
+augmentation. It does not say which parameters decay either: here all of them
+do, as in PyTorch's Adam, which the paper used.
 
-Ours: not run at full length yet.
+Ours: not yet run at full length.
 
 Cost on CIFAR, calculated from XLA's FLOP count of the step: resnet34 45 PFLOP,
 densenet121 39 PFLOP; at 50 TFLOP/s 0.25 and 0.22 GPU-hours a seed. SVHN, with
