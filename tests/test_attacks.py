@@ -296,7 +296,7 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
     ('nowhere', 'holds no checkpoints'),
     ('foreign', 'attack.source='),
     ('broken', 'cannot be used'),
-    ('tiny', "a run on data.name='digits', and it is of one on 'tiny_images'"),
+    ('tiny', "a run on data.name='digits', but that run is on 'tiny_images'"),
     ('run', "another run's workdir"),
   ):
     path = str(tmp_path / source)
@@ -317,9 +317,9 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     saved = {'data.name': 'digits', 'data.digest': 'of others'}
     patch.setattr(Checkpoints, 'info', lambda *_: {'config': saved})
-    with pytest.raises(ConfigError, match='with the same examples, and'):
+    with pytest.raises(ConfigError, match='with the same examples, but'):
       run_small(tmp_path / 'run', steps=1, **fields)
-  words = r'with inputs of \(8, 8, 1\), and it is of one with \(4, 4, 1\)'
+  words = r'with inputs of \(8, 8, 1\), but that run has \(4, 4, 1\)'
   with pytest.raises(ConfigError, match=words):
     run_small(tmp_path / 'run', steps=1, **fields)
 

@@ -111,7 +111,7 @@ def test_a_figure_on_a_small_scale():
     ('figure1', "figure='figure1' must be one of"),
     ('figure2a,scale=0', 'scale=0.0 is not allowed'),
     ('figure2a,scale=2', 'scale=2.0 is not allowed'),
-    ('figure5a,scale=0.0001', 'steps=4 is not allowed: it must be more'),
+    ('figure5a,scale=0.0001', 'steps=4 is not allowed: it must be larger'),
   ],
 )
 def test_bad_arguments_are_refused(argument, message):

@@ -120,7 +120,7 @@ def train(
     before = 'complete already: '
     if result is None:
       interrupts.check()
-      log(f'{name}: {"goes on" if run.folder.exists() else "starts"}')
+      log(f'{name}: {"resumes" if run.folder.exists() else "starts"}')
       before = ''
       try:
         with wait(f'training {run.name}', line=False):
