@@ -154,10 +154,10 @@ def write_report(found: dict[tuple[str, int], list[float]]) -> None:
     '# Active learning on digits',
     '',
     f'`python -m benchmarks.active_learning_on_digits --seeds={max(seeds)}`: '
-    f'a network of two hidden layers, trained anew for {STEPS} steps of '
-    f'{BATCH} on what is labelled, then asks for {STEP} more labels of 1,437. '
-    'Accuracy in percent on 360 test images, mean ± standard deviation over '
-    f'{max(seeds)} seeds.',
+    f'a network of two hidden layers is trained from scratch for {STEPS} steps '
+    f'of {BATCH} on the labelled examples, and then asks for {STEP} more '
+    'labels; there are 1,437 training images. Accuracy in percent on 360 test '
+    f'images, mean ± standard deviation over {max(seeds)} seeds.',
     '',
     f'![Test error against labels]({BASE.name}.png)',
     '',

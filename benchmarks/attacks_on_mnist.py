@@ -119,13 +119,13 @@ def table(
     f'--batch_size={args.batch_size}`: configs/mnist_large_margin.py (images '
     "in [0, 1], Glorot's initialisation, RMSProp; large_margin: l_inf margins "
     'at the input and after both convolutional blocks) on 600 training images, '
-    f'{args.steps:,} steps of {args.batch_size}, the learning rate a tenth for '
-    'the last third. Accuracy in percent on the first '
-    f'{TEST} test images; the attacks may change a pixel, in [0, 1], by 0.1 or '
+    f'{args.steps:,} steps of {args.batch_size}, with a tenth of the learning '
+    'rate for the last third. Accuracy in percent on the first '
+    f'{TEST} test images. The attacks may change a pixel, in [0, 1], by 0.1 or '
     f'0.2, and IFGSM makes {ATTACK_STEPS} steps. White-box examples are made '
     'on the network itself, black-box ones on a network that trained with the '
-    'other seed, and so on other images. Mean of seeds 0 and 1, and the two '
-    'values.',
+    'other seed, and so on other images. The table shows the mean of seeds 0 '
+    'and 1, and the two values.',
     '',
     *rate_lines(tuned),
     '',

@@ -75,9 +75,9 @@ def main() -> None:
     '',
     f'`python -m benchmarks.glue_minilm --tasks {" ".join(args.tasks)} '
     f'--epochs={args.epochs} --seeds={args.seeds}`: the recipe of '
-    'configs/glue_bert.py with another pretrained BERT. GLUE validation '
-    'splits, in percent; mean and standard deviation over the seeds; seconds '
-    'are of training, the median.',
+    'configs/glue_bert.py with another pretrained BERT. Results on GLUE '
+    'validation splits, in percent, mean and standard deviation over the '
+    'seeds. Seconds are the median training time.',
     '',
     '| task | method | accuracy | F1 | steps | TFLOP | seconds |',
     '|---|---|---|---|---|---|---|',

@@ -99,11 +99,11 @@ def main() -> None:
       print(f'{name}: {results[name][-1][1]:.0f} images/s', flush=True)
   text = '\n'.join(
     [
-      '# JPEGs a second',
+      '# JPEGs per second',
       '',
       f'`python -m benchmarks.imagenet_input --images={args.images} '
       f'--rounds={args.rounds}`: random-resized-crops to {SIZE}, '
-      f'{args.images} images a round after warming up, medians of '
+      f'{args.images} images per round after a warm-up, medians of '
       f'{args.rounds} rounds in turns.',
       '',
       *table(results),

@@ -119,22 +119,22 @@ def write_report(found: dict[tuple[str, int], np.ndarray]) -> None:
     '# Label errors found on digits',
     '',
     f'`python -m benchmarks.label_errors_on_digits --seeds={seeds}`: '
-    f'{NOISE:.0%} of the labels that are trained on, {count}, are replaced by '
-    f'wrong ones; configs/digits.py trains for {STEPS} steps of 64 '
-    'without selection and MMR. The examples are then ranked by signed margin, '
-    'the most negative first; by loss, the largest first; and by MMS, the '
-    'smallest first. Precision: the fraction of wrong labels among the '
-    'examples down to where so many of them (recall) are found, in percent, '
-    'mean ± '
-    f'standard deviation over {seeds} seeds. At random it is {NOISE:.0%}.',
+    f'{NOISE:.0%} of the training labels, {count}, are replaced by wrong ones. '
+    f'configs/digits.py trains for {STEPS} steps of 64 without selection and '
+    'MMR. The examples are then ranked by signed margin, the most negative '
+    'first; by loss, the largest first; and by MMS, the smallest first. '
+    'Precision at a recall is the fraction of wrong labels in the part of the '
+    'ranking that contains this fraction (recall) of all wrong labels, in '
+    f'percent, mean ± standard deviation over {seeds} seeds. At random it is '
+    f'{NOISE:.0%}.',
     '',
     f'![Precision against recall]({BASE.name}.png)',
     '',
     *table,
     '',
-    'These errors are random. Those that people make are harder to find: on '
-    'CIFAR-10N a user saw a precision of 0.9 up to a recall of 0.25 only, by '
-    'signed margin and by loss alike.',
+    'These errors are random. The errors that people make are harder to find: '
+    'on CIFAR-10N a user saw a precision of 0.9 only up to a recall of 0.25, '
+    'whether ranked by signed margin or by loss.',
     '',
     'One CPU, jax 0.10.1.',
   ]

@@ -124,12 +124,13 @@ def table(
     f'--steps={args.steps} --batch_size={args.batch_size}`: '
     'configs/mnist_large_margin.py:small=0.01 (600 training images, l_inf '
     'margins at the input and after both convolutional blocks, RMSProp), but '
-    'for images of mean 0 and variance 1 and kernels of LeCun, '
-    f'{args.steps:,} steps of {args.batch_size}, learning rate a tenth for the '
-    'last third. Accuracy in percent on the 10,000 test images, clean and '
-    'under l_inf FGSM of that epsilon (pixels in [0, 1]); mean and standard '
-    f'deviation over {args.seeds} seeds. Seconds are of training. The rates '
-    'were chosen by validation: large_margin_on_mnist_rates.md.',
+    'with images of mean 0 and variance 1 and LeCun initialisation, '
+    f'{args.steps:,} steps of {args.batch_size}, with a tenth of the learning '
+    'rate for the last third. Accuracy in percent on the 10,000 test images, '
+    'clean and under l_inf FGSM with the given epsilon (pixels in [0, 1]); '
+    f'mean and standard deviation over {args.seeds} seeds. Seconds are '
+    'training time. We chose the rates by validation: '
+    'large_margin_on_mnist_rates.md.',
     '',
     f'| loss | rate | clean | {heads} | steps | TFLOP | seconds |',
     '|---|---|---|' + '---|' * len(attacks) + '---|---|---|',

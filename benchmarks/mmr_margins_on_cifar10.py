@@ -165,12 +165,13 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
     f'`python -m benchmarks.mmr_margins_on_cifar10 --model={args.model} '
     f'--steps={args.steps} --seeds={args.seeds} --examples={args.examples}`'
     ': configs/cifar10_resnet44.py (b=64, crop and flip), learning rate 0.1, '
-    'from two thirds on 0.01; MMR with alpha '
-    f'{alpha[0]:g} to {alpha[1] or alpha[0]:g}. Medians over '
-    f'{args.examples:,} training images of the signed margin in feature space; '
-    'that over the largest feature norm, which is what MMR asks to be wide; '
-    'and the margins normalised by total variation (Jiang et al. 2019) at '
-    f'features and input. Mean ± standard deviation over {args.seeds} seeds.',
+    'and 0.01 for the last third; MMR with alpha '
+    f'{alpha[0]:g} to {alpha[1] or alpha[0]:g}. The table shows medians over '
+    f'{args.examples:,} training images: of the signed margin in feature '
+    'space; of this margin divided by the largest feature norm, which MMR '
+    'widens; and of the margins normalised by total variation (Jiang et al. '
+    '2019) at the features and at the input. Mean ± standard deviation over '
+    f'{args.seeds} seeds.',
     '',
     'At the end of training:',
     '',
@@ -191,7 +192,7 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
   lines += ['', *table(END, rows)]
   lines += [
     '',
-    'At equal training accuracy, for each seed the highest that both reached '
+    'At equal training accuracy: for each seed the highest that both reached '
     f'({", ".join(f"{value:.2%}" for value in equal)}; linear between '
     'checkpoints):',
     '',

@@ -135,8 +135,8 @@ def main() -> None:
         f'`python -m benchmarks.pruning_designs --steps={args.steps} '
         f'--seeds={args.seeds}`: MNIST, {time_to_accuracy.SMALL}, b=64, '
         f'{args.steps:,} steps, jax {version}. Each row changes one thing. '
-        'Differences are of the same seeds; below 0 pruning is better at equal '
-        'steps.',
+        'Differences are between runs of the same seed. Below 0, pruning is '
+        'better at equal steps.',
         '',
         *table(errors),
       ]

@@ -115,15 +115,15 @@ def main() -> None:
     f'`python -m benchmarks.scaling`: 1 x {device.device_kind} '
     f'({os.cpu_count()} host cores), jax {versions()["jax"]}, float32, b=64. '
     f'Medians of {ROUNDS} rounds. Temporary memory is what XLA plans for '
-    'beside arguments and results.',
+    'in addition to arguments and results.',
     '',
-    'Scores, top-k and gather, from logits that are there; the pool is images '
-    "of CIFAR's size.",
+    'Scores, top-k and gather, from given logits. The pool has images of '
+    "CIFAR's size.",
     '',
     *selection_rows(),
     '',
-    'Steps of ResNet-20 as the pool grows; an example scored costs what its '
-    'row takes beyond the plain step, over B.',
+    'Steps of ResNet-20 as the pool grows. The cost of a scored example is the '
+    'time of its row beyond the plain step, divided by B.',
     '',
     *step_rows(),
   ]

@@ -193,15 +193,15 @@ def main() -> None:
     f'1 x {device.device_kind} ({os.cpu_count()} host cores), '
     f'jax {found["jax"]}, Python {found["python"]}. Medians of '
     f'{args.rounds} rounds of {STEPS} steps, all variants in turns; the ratio '
-    'is taken within each round. The beginning of an epoch of 50,000 examples, '
-    'in which they are put in order, is part of the steps that score nothing.',
+    'is taken within each round. The steps that score nothing include the '
+    'start of an epoch, which puts its 50,000 examples in order.',
     '',
     *table(times, compiled),
     '',
     '## Bytes',
     '',
-    'What XLA reserves for a step, from the difference of two sizes. The state '
-    'is kept between steps; temporaries are of a step.',
+    'The table shows what XLA reserves for a step, from the difference of two '
+    'sizes. The state is kept between steps; temporaries last for one step.',
     '',
     *bytes_table(args.model),
   ]

@@ -116,8 +116,8 @@ def report(workdir: pathlib.Path, steps: int) -> str:
     '',
     f'`python -m benchmarks.soak`: {steps:,} steps of configs/digits.py, in '
     f'pieces that end with SIGTERM; {os.cpu_count()} cores, jax '
-    f'{versions()["jax"]}. Of each process, {SETTLED:,} steps after its first '
-    'row, half way from there, and at its end:',
+    f'{versions()["jax"]}. Each process, {SETTLED:,} steps after its first '
+    'row, half way from there to its end, and at its end:',
     '',
     '| steps | MiB | half way | at the end | open files | at the end | threads '
     '| at the end |',

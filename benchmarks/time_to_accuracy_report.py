@@ -135,11 +135,10 @@ def verdict(timed: Sequence[Outcome], line: Line) -> list[str]:
     'Above it, so worse': above,
   }
   return [
-    "Plain training that is cut short to a method's seconds comes to the grey "
-    'line. '
+    "The grey line is plain training that is cut short to a method's seconds. "
     + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
-    + ' A difference within two standard errors counts as none; with three '
-    'seeds, one in ten that is none still counts.',
+    + ' A difference within two standard errors counts as none. With three '
+    'seeds, one null difference in ten still counts as one.',
     '',
   ]
 
@@ -196,20 +195,22 @@ def arrival(one: Outcome, goal: float) -> str:
 def explanation(times: Mapping[str, Any]) -> list[str]:
   """What the columns are, and where the seconds were measured."""
   lines = [
-    'Errors are of the test split at the last step, mean ± standard deviation '
+    'Errors are on the test split at the last step, mean ± standard deviation '
     'over the seeds. Methods that change which examples are trained on get '
-    'fewer steps than `uniform`, as they promise to need fewer; another loss '
-    'gets the same. All are points in one plane: any can be compared with '
-    'plain training cut short to its seconds. `uniform, 65%` is a whole run, '
-    'its learning rate too, of 65% of the steps; the line is straight between '
-    'such runs, and right of the longest it goes on level, which flatters '
-    'what lies there. "Error above the line" is with two standard errors. '
-    '"Margin pruning, q, r" leaves out of every epoch a random fraction r of '
-    'the fraction q of the examples with the largest remembered margins.',
+    'fewer steps than `uniform`, because they promise to need fewer. A '
+    'different loss gets the same number of steps. All are points in one '
+    'plane, so any can be compared with plain training cut short to its '
+    'seconds. `uniform, 65%` is a whole run of 65% of the steps, learning-rate '
+    'schedule included. The line is straight between such runs. To the right '
+    'of the longest run it continues level, which flatters the methods there. '
+    '"Error above the line" is given with two standard errors. "Margin '
+    'pruning, q, r" leaves out of every epoch a random fraction r of the '
+    'fraction q of the examples with the largest remembered margins.',
     '',
-    'Seconds are those of a step times the steps. Those "to the error" end at '
-    'the first evaluation with at most the mean error of `uniform`, in so many '
-    'of the seeds; a mean over them.',
+    'Seconds are the time of a step times the number of steps. The seconds '
+    '"to the error" end at the first evaluation with at most the mean error of '
+    '`uniform`. The table gives the number of seeds that reached it, and the '
+    'mean over these seeds.',
     '',
   ]
   if not times:
@@ -223,9 +224,9 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
     *lines,
     f'Steps were timed on {times["date"]}, on {times["device"]} '
     f'({times["host_cores"]} host cores), {versions}: medians of '
-    f'{times["rounds"]} rounds, all methods in turns in one process, with what '
-    'the start of an epoch adds. The quartiles of a step differ by at most '
-    f'{spread:.0%} of it.',
+    f'{times["rounds"]} rounds, all methods in turns in one process, including '
+    'what the start of an epoch adds. The quartiles of a step differ by at '
+    f'most {spread:.0%} of its time.',
   ]
 
 
