@@ -178,7 +178,7 @@ def most_negative(
       )  # fmt: skip
     figure.suptitle(
       f'The {len(images)} lowest margins of the {split} split. Above: '
-      'the label. Below: the\nprediction (bold where it is another) and the '
+      'the label. Below: the\nprediction (bold if it differs) and the '
       'margin.'
     )
 

@@ -153,9 +153,9 @@ def _notes(
   steps = {run.trial.config.steps for run in all_runs}
   text = f'Budget: the {budget} of `{baseline}`.'
   if budget == 'steps' and len(steps) > 1:
-    text = 'Budget: none; each has the steps of its own config.'
+    text = 'Budget: none; each method has the steps of its own config.'
   if budget == 'seconds':
-    text += ' Short runs estimate them; the table shows what was spent.'
+    text += ' Short runs estimate the seconds; the table shows what was spent.'
   lines = [f'Command: `{command}`', ''] if command else []
   return [*lines, f'{text} Seeds: {seeds}.']
 
@@ -165,4 +165,4 @@ def _failures(outcome: runs.Outcome) -> list[str]:
   if not outcome.failures:
     return []
   lines = [f'- {name}: {error}' for name, error in outcome.failures]
-  return ['', 'Not finite, and left out:', '', *lines]
+  return ['', 'These runs were not finite, and are left out:', '', *lines]

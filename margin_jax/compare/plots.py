@@ -22,9 +22,9 @@ COSTS = {'step': 'steps', 'flops': 'FLOPs', 'seconds': 'seconds of training'}
 # The fraction of a run, its first, whose errors do not widen the axis.
 BEGINNING = 0.2
 MMS_NOTE = (
-  'Of the ten nearest examples of the batch that each method trains on. Rules '
-  'that select near examples lie\nlower by choice: the curves say what was '
-  'selected, and do not compare the margins of the networks.'
+  'Mean over the ten examples of the training batch that are nearest to a '
+  'boundary. Rules that select such\nexamples are lower by design: the curves '
+  "show what was selected, and do not compare the networks' margins."
 )
 # Which forward mean MMS is by, by column.
 FORWARDS = {'mean_mms': 'training', 'mean_mms_scoring': 'scoring'}

@@ -32,12 +32,12 @@ FILES = (
 FOLDERS = ('runs', 'pilots')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
-  'runs were finite. Worst class: in each run the class with the largest test '
-  'error. Change: how much lower the error is, relative to that of '
+  'runs were finite. Worst class: the class with the largest test error in '
+  'each run. Change: how much lower the error is, relative to that of '
   '`{baseline}`. p: two-sided Welch t-test of the test errors against '
-  '`{baseline}`, not corrected for the number of methods; there is none with '
-  'one seed, or where all errors are equal. XLA counts the FLOPs, scoring '
-  'included; seconds are of training, without compilation and evaluation.'
+  '`{baseline}`, not corrected for the number of methods. There is no p with '
+  'one seed, or if all errors are equal. XLA counts the FLOPs, scoring '
+  'included. Seconds are training time, without compilation and evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
 OTHER_METRICS = {
@@ -45,7 +45,7 @@ OTHER_METRICS = {
   'test_f1': 'F1',
   'test_mismatched_error': 'mismatched test error',
 }
-BEST = 'the lowest validation error, of those with the most seeds'
+BEST = 'the lowest validation error, among those with the most seeds'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _write_comparison(
   title = f'# {", ".join(names)}: methods compared'
   images = [f'![{name}]({name}.png)\n' for name in PLOTS]
   links = ', '.join(f'[{name}]({name}.pdf)' for name in PLOTS)
-  images.append(f'The same as PDF: {links}.')
+  images.append(f'The plots as PDF: {links}.')
   _write_lines(
     folder / COMPARISON,
     [title, '', table, '', explanation, *footer, '', *images],
@@ -197,10 +197,10 @@ def _skipped_steps(trials: Sequence[Seeds]) -> list[str]:
   lines = []
   for x in trials:
     if x.summary['skipped']:
-      steps = f'{x.summary["skipped"]:g} steps a run'
+      steps = f'{x.summary["skipped"]:g} steps per run'
       lines += [
         '',
-        f'`{x.trial.name}`: {steps} were skipped, not being finite.',
+        f'`{x.trial.name}`: {steps} were skipped because they were not finite.',
       ]
   return lines
 
@@ -418,7 +418,7 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
     'method', 'steps', 'seeds', 'test error, %',
     *(f'{OTHER_METRICS[name]}, %' for name in others),
     f'difference to `{baseline.trial.name}`', 'change, %', 'p',
-    'examples scored', f'{prefix}FLOP', 'seconds', 'of these waiting for data',
+    'examples scored', f'{prefix}FLOP', 'seconds', 'seconds waiting for data',
   )  # fmt: skip
   lines = []
   for x, summary in zip(trials, summaries, strict=True):
