@@ -22,7 +22,8 @@ def get_config(argument: str | None = None):
   config = config_lib.default()
   config.steps = 2000
   config.batch_size = 64
-  config.pool_size = 4 * config.get_ref('batch_size')
+  if args.selection == 'fresh':
+    config.pool_size = 4 * config.get_ref('batch_size')
   config.eval_every = 500
   config.checkpoint_every = 500
   config.data.name = 'fashion_mnist'
