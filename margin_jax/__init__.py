@@ -1,7 +1,7 @@
 """margin_jax: margin-based training of classifiers in JAX.
 
-The functional API: pure functions for a training loop of your own. The
-trainer is `python -m margin_jax.train`.
+The functional API: pure functions for your own training loop. The trainer is
+`python -m margin_jax.train`.
 """
 
 import importlib as _importlib

@@ -1,9 +1,9 @@
 """A folder of an object store, gs:// or s3://, through fsspec.
 
-An object is there whole or not at all; it can be neither appended to nor
-renamed. fsspec is what `etils.epath` uses without TensorFlow. Asked directly,
-it can be told to keep no listings, and to create an object only where there
-is none.
+An object exists whole or not at all, and you can neither append to it nor
+rename it. `etils.epath` uses fsspec if there is no TensorFlow. We call fsspec
+directly, because then it can keep no listings, and can create an object only if
+it does not exist.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""The command line of every command: its parser, its help, and its end.
+"""The command line of every command: its parser, its help, and its exit.
 
-Imports nothing that is slow: a command says what it loads before it does.
+Imports nothing slow: a command says what it loads before it loads it.
 """
 
 import argparse

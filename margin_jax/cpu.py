@@ -1,6 +1,6 @@
-"""What XLA:CPU needs to be fast; nothing here reaches an accelerator.
+"""What makes XLA:CPU fast; nothing here affects an accelerator.
 
-Each is measured in benchmarks/NOTES.md: what was predicted, and what came out.
+benchmarks/NOTES.md has the measurements: the predictions and the outcomes.
 """
 
 import ctypes

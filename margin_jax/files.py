@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, read as what they should be.
+"""Files that exist whole or not at all, and are checked when they are read.
 
-Whatever the program reads back, of a run, a model or a dataset, may have been
-cut, exchanged or written by somebody else. `read_json` and `read_table` return
-what fits a schema, or raise a `FileError` of one line.
+Any file of a run, a model or a dataset that the program reads back may have
+been truncated, swapped or written by somebody else. `read_json` and
+`read_table` return what fits a schema, or raise a one-line `FileError`.
 """
 
 import contextlib

@@ -2,21 +2,21 @@
 
 At the last layer the distance to a boundary is exact; `margins.py` computes it.
 At any other layer h the network is not linear, so we take the distance of its
-first-order expansion: a difference of logits over the norm of its gradient by
-the activations of h. The distance is in the norm `norm`, the gradient in the
-dual norm: l_inf -> l1, l2 -> l2, l1 -> l_inf, and of a number
-p that of q = p / (p - 1).
+first-order expansion: a difference of logits over the norm of its gradient with
+respect to the activations of h. The distance is measured in the norm `norm`,
+the gradient in its dual norm: l_inf -> l1, l2 -> l2, l1 -> l_inf, and a number
+p -> p / (p - 1).
 
-A distance has the units of its layer. At the input they are those of what the
-model reads: of images that are normalised, 1 is the deviation of a channel, and
-a distance times that is in units of pixels from 0 to 1, as the epsilon of an
-attack is. Images read in [0, 1] need no such factor.
+A distance has the units of its layer. At the input these are the units of what
+the model reads. In normalised images, 1 is the standard deviation of a channel,
+and a distance times that deviation is in pixels from 0 to 1, like the epsilon
+of an attack. Images read in [0, 1] need no such factor.
 
-Everything here takes `logits_fn(activations) -> (B, C) logits`. The
-activations are any pytree of arrays (B, ...), one a layer; row i of the logits
-may depend on row i of the activations only, or one example leaks into the
-gradient of another: BatchNorm must be in evaluation mode. `at_layers` makes
-such a function of a Flax model.
+Everything here takes `logits_fn(activations) -> (B, C) logits`. The activations
+are any pytree of arrays (B, ...), one for each layer. Row i of the logits must
+depend only on row i of the activations, or one example leaks into the gradient
+of another. So BatchNorm must be in evaluation mode. `at_layers` makes such a
+function from a Flax model.
 """
 
 import collections

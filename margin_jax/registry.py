@@ -1,4 +1,4 @@
-"""Rules, losses, optimizers, models and datasets of your own, by name.
+"""Registers your own rules, losses, optimizers, models and datasets by name.
 
 A registered name is a value of a config field, like the built-in ones.
 """

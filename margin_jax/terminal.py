@@ -1,4 +1,4 @@
-"""What a command shows while it works; imports nothing that is slow."""
+"""What a command shows while it works; imports nothing slow."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Errors in rules, losses, models and config files of the user's own."""
+"""Errors in the user's own rules, losses, models and config files."""
 
 import contextlib
 import os

@@ -1,6 +1,6 @@
 """The figures of an analysis: margins over the checkpoints, and at the last.
 
-Of the last one also the examples with the most negative margins.
+For the last checkpoint, also the examples with the most negative margins.
 """
 
 import pathlib

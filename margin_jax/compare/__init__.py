@@ -1,4 +1,4 @@
-"""Methods compared on one budget: `compare(config, workdir)`."""
+"""Compares methods on one budget: `compare(config, workdir)`."""
 
 from typing import TYPE_CHECKING, Any
 

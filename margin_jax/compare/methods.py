@@ -1,9 +1,9 @@
 """What is compared: methods, the grid of a sweep, trials.
 
-A method is a rule and the config fields that it changes: `mms`, or
-`mms+reuse=5+pool_size=320`; or a preset, `memory`, which may follow a rule too:
-`random+memory`. A sweep spans a grid of config fields. A trial is a
-method at a grid point; it is trained once for every seed.
+A method is a rule and the config fields that it changes, such as `mms` or
+`mms+reuse=5+pool_size=320`. It may also be a preset, `memory`, or a rule with a
+preset, `random+memory`. A sweep spans a grid of config fields. A trial is a
+method at a grid point. It is trained once for every seed.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The plots of a comparison: errors, mean MMS, accuracy against cost.
 
-A line is the mean over the seeds, its band goes from the lowest seed to the
-highest: with few seeds a standard deviation would claim more, and reach
-below 0.
+A line is the mean over the seeds, and its band spans the lowest to the highest
+seed. With few seeds, a standard deviation would claim more than we know, and
+reach below 0.
 """
 
 import pathlib

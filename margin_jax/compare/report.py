@@ -1,7 +1,7 @@
 """The report of a comparison: tables and plots of what the runs have written.
 
-Top to bottom: the files; what runs wrote, read again; statistics over the seeds
-of a trial; tables in Markdown.
+From top to bottom: the files, reading what the runs wrote, statistics over the
+seeds of a trial, tables in Markdown.
 """
 
 import dataclasses

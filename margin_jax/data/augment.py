@@ -1,7 +1,7 @@
 """Augmentations: pure functions of one key and one uint8 image.
 
-Vmapped with one key an example, inside the compiled step, so that the pixels
-of an example depend on (seed, step, index in the pool) and on nothing else.
+They are vmapped inside the compiled step, with one key for each example. So the
+pixels of an example depend only on (seed, step, index in the pool).
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""Sentences of like length together, so that short ones do not pay for long.
+"""Groups sentences of similar length, so that short ones need little padding.
 
-A compiled program has one length of sentence. So the examples of a split are
-put into buckets by length; each is padded to its own width only, has epochs of
-its own, and a program of its own. Every step samples from one bucket. Which one
-is a function of the step alone: the buckets take turns so that at any time
-each has been sampled from in proportion to its size.
+A compiled program has one sentence length. So the examples of a split are put
+into buckets by length. Each bucket has its own length, its own epochs and its
+own program. Every step samples from one bucket, which depends on the step
+alone: the buckets take turns, so that at any time each has been sampled in
+proportion to its size.
 """
 
 import dataclasses

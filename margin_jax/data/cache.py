@@ -1,8 +1,9 @@
-"""Decoded splits on disk: the second start need not decode a dataset again.
+"""Decoded splits on disk, so that a second start need not decode them again.
 
-One uncompressed .npz per split, whose checksums NumPy verifies on reading.
-Nothing here is ever an error: a file that cannot be read, or is of other data,
-is decoded anew and replaced; where none can be written, there is none.
+There is one uncompressed .npz per split, whose checksums NumPy verifies on
+reading. Nothing here ever raises an error. If a file cannot be read, or holds
+other data, the dataset is decoded again and the file replaced. If no file can
+be written, there is no cache.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Sentences in CSV files, with a header: `text`, or `text_a` and `text_b`, and
 `label`.
 
-A path is a file, of which a fifth of each class is the test split (see
-`splits.hold_out`), or a folder with train.csv and test.csv, and maybe
+A path is either a file, a fifth of each class of which is the test split (see
+`splits.hold_out`), or a folder with train.csv, test.csv and optionally
 validation.csv.
 """
 

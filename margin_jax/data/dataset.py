@@ -1,9 +1,10 @@
 """What every dataset answers, whatever its kind.
 
-There are four: `InMemory` lies on the devices as a whole, `Bucketed` does so in
-buckets of sentences of like length, and `Streaming` is read while training, in
-an order that the host knows, or, `Ordered`, in one that the devices make.
-`load` chooses the class; whoever uses a dataset never asks which it is.
+There are four kinds. `InMemory` is held on the devices as a whole, and
+`Bucketed` in buckets of sentences of similar length. `Streaming` is read while
+training, in an order that the host knows, and `Ordered` in an order that the
+devices make. `load` chooses the class; code that uses a dataset never asks
+which one it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence

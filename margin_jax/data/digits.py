@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 images of 8x8, embedded, no network."""
+"""scikit-learn's digits: 1,797 images of 8x8 that need no download."""
 
 import numpy as np
 

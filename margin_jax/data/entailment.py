@@ -4,14 +4,15 @@
     ann purchased some fruits                                  follows
     bob noticed coats                                          does not
 
-The premise says of one to four people what they did, the hypothesis of one of
-them. It follows if that person's clause has the same noun, or one of its kind.
-A premise is about one kind of things, so that a small transformer learns the
-task from nothing, on a CPU.
+The premise says what one to four people did, and the hypothesis says what one
+of them did. The hypothesis follows if that person's clause has the same noun,
+or one of its kind. A premise is about one kind of thing, so a small transformer
+can learn the task from random weights on a CPU.
 
-Neither sentence tells the label: each by itself is as likely with the one as
-with the other. Nor does any weighted sum of the words of both: they must be
-compared. Everything is generated from a fixed seed; no network, no file.
+Neither sentence by itself tells the label: each is equally likely with both
+labels. A weighted sum of the words of both sentences does not tell it either,
+so a network must compare them. Everything is generated from a fixed seed,
+without a download or a file.
 """
 
 import random

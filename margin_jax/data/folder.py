@@ -1,12 +1,12 @@
-"""A folder of images, one folder a class.
+"""A folder of images, with a folder for each class.
 
     PATH/train/cat/1.png        PATH/cat/1.png
     PATH/train/dog/2.jpg   or   PATH/dog/2.jpg
     PATH/test/cat/3.png
 
-Beside `train` lies `test`, `val` or `validation`. With both `test` and one of
-the others, that one is the validation split. With none, a fifth of each class
-is the test split: see `splits.hold_out`.
+Beside `train` there may be `test`, and `val` or `validation`, which is the
+validation split. Without `test`, it is the test split. With neither, a fifth of
+each class is the test split: see `splits.hold_out`.
 """
 
 import hashlib

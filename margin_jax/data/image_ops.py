@@ -1,10 +1,10 @@
-"""Image operations that end in the same pixels as Pillow's.
+"""Image operations that give the same pixels as Pillow's.
 
-Pure functions of one uint8 image (H, W, C), made for `jax.vmap`: each costs
-about a pass over the pixels whether or not its result is used. Integers are
-exact; where Pillow works in floating point, its roundings are looked up in
-tables that NumPy made, because a compiled multiply-add rounds once, not twice,
-and differently on every device.
+They are pure functions of one uint8 image (H, W, C), made for `jax.vmap`. Each
+costs about one pass over the pixels, whether or not its result is used.
+Integers are exact. Where Pillow works in floating point, its roundings are
+looked up in tables made with NumPy, because a compiled multiply-add rounds
+once, not twice, and differently on every device.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Images of any size, made alike: records -> one square of pixels each."""
+"""Images of any size, resized: records -> one square of pixels each."""
 
 import dataclasses
 import io

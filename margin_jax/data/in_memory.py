@@ -1,4 +1,4 @@
-"""Datasets that lie on the devices as a whole.
+"""Datasets that the devices hold as a whole.
 
 A split is `{'inputs': (N, ...), 'label': (N,) int32}`, images as uint8 pixels.
 The arrays are arguments of the compiled step: sampling a pool, cropping,

@@ -1,4 +1,4 @@
-"""What the name of a dataset says of it, before anything is read."""
+"""What the name of a dataset says about it, before anything is read."""
 
 import os
 import re

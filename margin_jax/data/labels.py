@@ -1,4 +1,4 @@
-"""Labels of one's own, for the training examples of any dataset."""
+"""Your own labels for the training examples of any dataset."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Pixels to numbers that networks read: normalised per channel, or [0, 1]."""
+"""Turns pixels into what networks read: normalised by channel, or in [0, 1]."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """Datasets too large for memory: images, read and decoded by Grain workers.
 
 What a step samples is a pure function of (seed, step), as it is for arrays on
-the device, unless a sampler orders the epochs by remembered scores (`Ordered`):
-every process computes the same indices, and decodes its own shard of each
-sample. So resuming needs no state of the workers, and neither the
-number of workers nor the number of processes changes an image.
+the device, unless a sampler orders the epochs by remembered scores (`Ordered`).
+Every process computes the same indices, and decodes its own shard of each
+sample. So resuming needs no state of the workers, and no image depends on the
+number of workers or processes.
 """
 
 import contextlib

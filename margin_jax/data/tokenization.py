@@ -1,4 +1,4 @@
-"""Sentences to the tokens of lower-case BERT: WordPiece from a vocab.txt."""
+"""Turns sentences into the tokens of an uncased BERT, with a vocab.txt."""
 
 import collections
 import hashlib

@@ -1,4 +1,4 @@
-"""Sentences as arrays: token ids, and which sentence each token is of.
+"""Sentences as arrays: token ids, and the sentence each token belongs to.
 
 A whole batch of pairs is one array (B, L, 2). [..., 0] are ids; [..., 1] is 0
 at padding, 1 in the first sentence, with its [CLS] and [SEP], 2 in the second.

@@ -1,4 +1,4 @@
-"""BERT's weights in Hugging Face's layout: to be read, and to be written.
+"""Reads and writes BERT's weights in Hugging Face's layout.
 
 A folder with `config.json`, `vocab.txt` and `model.safetensors` (or its shards
 and their `model.safetensors.index.json`, or `pytorch_model.bin`), such as

@@ -1,11 +1,10 @@
 """Published weights: a PyTorch state dict in a local file -> variables.
 
-Read are the names of torchvision and timm (ImageNet ResNets, DenseNets), of
-Hugging Face transformers (ResNets, MobileNet v1, BERT), and of sequential VGGs
-(`features.N`, and `classifier` or `classifier.0`, `.3` and `.6`): each model's
-`published` field has its own.
-Nothing is ever downloaded, but what is named on the Hugging Face hub: see
-`bert_weights`.
+It reads the tensor names of torchvision and timm (ImageNet ResNets, DenseNets),
+of Hugging Face transformers (ResNets, MobileNet v1, BERT), and of sequential
+VGGs (`features.N`, and `classifier` or `classifier.0`, `.3` and `.6`). Each
+model's `published` field has its names. Only weights named on the Hugging Face
+hub are ever downloaded: see `bert_weights`.
 
 Published ImageNet weights want images normalised with ImageNet's statistics
 (`data.normalization='imagenet'`), and MobileNet's from TensorFlow want its

@@ -1,9 +1,10 @@
 """VGG with BatchNorm, for 32x32 images.
 
-The convolutions of Simonyan & Zisserman 2015 (configurations A, B, D and E).
-One linear layer follows, as is usual for small images, or the paper's three, as
-in the code that the MMR authors released (convNet.pytorch's): of 4096, 4096 and
-C outputs, on the 512 that the convolutions leave of a 32x32 image.
+The convolutions are those of Simonyan & Zisserman 2015 (configurations A, B, D
+and E). One linear layer follows, as is usual for small images, or three as in
+the paper and in the code that the MMR authors released (convNet.pytorch's):
+they have 4096, 4096 and C outputs, and read the 512 features that the
+convolutions leave of a 32x32 image.
 """
 
 import functools

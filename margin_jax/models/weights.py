@@ -1,6 +1,6 @@
 """Published weights: from the tensors of a PyTorch file to a model's variables.
 
-What is common to all models; `pretrained.read` is the way in.
+This is common to all models; `pretrained.read` is the entry point.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: the last two and the best, saved in the background.
 
 A checkpoint is the whole `TrainState`, as plain arrays that do not know how
-many devices wrote them, and a JSON dictionary about the run. With it goes a
-digest of both: what is read is what was saved, or it is not read at all.
+many devices wrote them, and a JSON dictionary about the run. A digest of both
+is saved with it, so a checkpoint that has changed since is never used.
 """
 
 import contextlib

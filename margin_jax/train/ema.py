@@ -1,8 +1,8 @@
 """The exponential moving average (EMA) of a model's variables.
 
-The trained model changes from step to step by what a batch happens to hold; its
-average over the last 1 / (1 - decay) steps does so much less. It is what is
-evaluated, never what is trained on, and no batch depends on it.
+From step to step, the trained model changes with the examples that happen to be
+in a batch. Its average over the last 1 / (1 - decay) steps changes much less.
+The average is evaluated but never trained on, and no batch depends on it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the step sees them and guards the state."""
+"""Detects numbers that are not finite, and guards the state against them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,6 @@
-"""The score memory: what every training example scored when last in a batch.
+"""The score memory: every training example's score when it was last in a batch.
 
-A step scores its own batch with the training forward pass that it makes anyway,
+A step scores its own batch with the training forward pass that it runs anyway,
 so a score costs nothing. When an epoch begins, a sampler chooses its examples
 by these scores.
 """

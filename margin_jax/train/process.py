@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the running call ends, the state is saved."""
+"""SIGTERM and SIGINT: the running call ends, and the state is saved."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The proxy: a small model that is trained along on the batches, and scores."""
+"""The proxy: a small model that trains on the same batches and scores pools."""
 
 from typing import Any
 

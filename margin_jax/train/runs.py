@@ -1,4 +1,4 @@
-"""The workdir of a run: its lock, its result, its state opened again."""
+"""The workdir of a run: its lock, its result, and opening it again."""
 
 import contextlib
 import dataclasses

@@ -1,8 +1,8 @@
 """What a config may be: each field, fields together, the data, the devices.
 
-Whatever is wrong with a config stops the run before anything is compiled, in a
-`ConfigError` that names the field, its value and what would be allowed. A field
-that has no effect in a run is no error: the trainer says so in a warning.
+A mistake in a config stops the run before anything is compiled, with a
+`ConfigError` that names the field, its value and the allowed values. A field
+that has no effect in a run is not an error, but the trainer warns of it.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Where a run writes: a folder of this machine, or one of a bucket."""
+"""Where a run writes: a folder on this machine, or in a bucket."""
 
 import contextlib
 import json
