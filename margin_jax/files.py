@@ -7,6 +7,7 @@ been truncated, swapped or written by somebody else. `read_json` and
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -39,8 +40,15 @@ def cache_dir() -> pathlib.Path:
 
 
 def digest(path: str | os.PathLike) -> str:
-  """Returns a digest of what a file holds."""
-  with open(path, 'rb') as file:
+  """Returns a digest of what a file holds.
+
+  Raises:
+    OSError: it cannot be read, or is a pipe or a device, which may never end.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not (path.is_file() or path.is_dir()):
+    raise OSError(errno.EINVAL, 'it is not a file', str(path))
+  with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 

@@ -309,6 +309,7 @@ def test_one_budget_for_all_points_of_a_sweep(tmp_path, pretended):
   [
     ({'budget': 'hours'}, "budget='hours' is not allowed: .*'seconds'"),
     ({'seeds': 0}, 'seeds=0 is not allowed'),
+    ({'seeds': 10**12}, 'must be an integer from 1 to 1,000'),
     (
       {'seeds': 2, 'config': small_config(seed=2**32 - 1)},
       'uniform, seed 4294967296: seed=4294967296 is not allowed',

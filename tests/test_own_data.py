@@ -458,6 +458,8 @@ def test_what_is_no_file_of_labels_is_refused(tmp_path):
   np.save(tmp_path / 'o.npy', np.array([{}] * 1437), allow_pickle=True)
   with pytest.raises(data.DatasetError, match='cannot be read'):
     data.load('digits', labels=str(tmp_path / 'o.npy'))
+  with pytest.raises(data.DatasetError, match='it is not a file'):
+    data.labels.digest('/dev/zero')  # which would never end
 
 
 def test_a_run_does_not_go_on_with_other_labels(tmp_path):

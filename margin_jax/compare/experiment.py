@@ -14,6 +14,8 @@ from margin_jax.train import workdirs
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupts
 
+MOST_SEEDS = 1000  # more is a slip of the hand
+
 
 def compare(
   config: ml_collections.ConfigDict,
@@ -82,8 +84,8 @@ def compare(
   allowed = "'test', or 'validation' with data.validation_examples above 0"
   holds = split == 'test' or (split == 'validation' and validated)
   require(holds, 'split', split, allowed)
-  holds = isinstance(seeds, int) and seeds >= 1
-  require(holds, 'seeds', seeds, 'an integer, at least 1')
+  holds = isinstance(seeds, int) and 1 <= seeds <= MOST_SEEDS
+  require(holds, 'seeds', seeds, f'an integer from 1 to {MOST_SEEDS:,}')
   methods = methods_lib.parse_methods(methods, config)
   grid = methods_lib.parse_sweep(sweep, config)
   if baseline not in methods:
