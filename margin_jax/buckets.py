@@ -38,7 +38,7 @@ class Scheme:
   """How a kind of store is reached.
 
   Attributes:
-    extra: of margin_jax, which installs `package`.
+    extra: the extra of margin_jax that installs `package`.
     package: fsspec's for this kind.
     login: how a user gets credentials.
   """

@@ -16,7 +16,7 @@ class Check:
   Attributes:
     holds: value -> whether it is allowed.
     allowed: () -> what would be, to follow 'it must be'.
-    type: of values other than None.
+    type: the type of values other than None.
     choices: () -> the names to choose from, where a value is a name.
   """
 
@@ -146,7 +146,7 @@ def several(each: Check, *, order: str = '', least: int = 0) -> Check:
   """Allows a tuple of at least so many values, each of which `each` allows.
 
   Args:
-    each: of the values.
+    each: the check of each value.
     order: '' for any, or 'different' or 'increasing'.
     least: how many there must be.
   """

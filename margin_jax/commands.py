@@ -48,7 +48,7 @@ def finish(results: Any, following: str) -> None:
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
-  """Makes a main function: of arguments, or those of the process.
+  """Makes a main function take the given arguments, or those of the process.
 
   Ctrl-C, and a pipe that is closed (`| head`), end it without a traceback. What
   the output's encoding lacks is written as an escape.
@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     """Starts without flags, but --help and, with `fields`, --config.
 
     Args:
-      name: of the command, one of `MODULES`.
+      name: the name of the command, one of `MODULES`.
       doc: what --help begins with.
       fields: whether it takes a config file, and fields of the config.
       more: returns what --help ends with.

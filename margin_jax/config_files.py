@@ -48,11 +48,11 @@ class ConfigFile:
   """A config file that was run.
 
   Attributes:
-    path: as it was given.
+    path: the path as it was given.
     argument: what stood behind the colon, or None.
     arguments: those that it has, by name.
     module: what else it defines.
-    config: of that argument.
+    config: the config for that argument.
   """
 
   path: str
@@ -209,7 +209,7 @@ def unknown_field(name: str, prefix: str = '') -> str:
 
   Args:
     name: dotted.
-    prefix: of the names that are proposed, such as '--config.'.
+    prefix: prefix of the proposed names, such as '--config.'.
   """
   return f'{name!r} {is_unknown(name, prefix)}'
 

@@ -105,9 +105,9 @@ def stagger(index: int, lines: int, points: int) -> slice | None:
   """Returns which points of a line get a marker: few, not those of the others.
 
   Args:
-    index: of the line.
-    lines: of the figure.
-    points: of the line.
+    index: the index of the line.
+    lines: the number of lines in the figure.
+    points: the number of points of the line.
   """
   every = max(points // 8, 1)
   return slice(index * every // max(lines, 1), None, every)
@@ -129,7 +129,7 @@ def curve(
     x: (n,).
     values: mean, lowest and highest, each (n,).
     place: the line's index, and how many lines there are.
-    look: of the method, one of `looks`.
+    look: the look of the method, one of `looks`.
     label: for the legend.
     band: whether to draw the band.
   """
@@ -246,7 +246,7 @@ def save(
   Args:
     figure: in the style.
     path: its suffix is replaced.
-    suffixes: of the files.
+    suffixes: the suffixes of the files.
   """
   date = {'.pdf': 'CreationDate', '.svg': 'Date'}
   for suffix in suffixes:

@@ -70,7 +70,7 @@ def read(path: pathlib.Path, largest: int, remedy: str) -> bytes:
   """Reads a file.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     largest: how many bytes it may have.
     remedy: what the user can do about another file, for the message.
 
@@ -94,7 +94,7 @@ def read_json(
   """Reads a JSON object; keys that the schema does not name are kept.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     schema: a check of each key's value, which is None where the key is missing;
       or one check of all values.
     remedy: what the user can do about another file, for the message.
@@ -144,7 +144,7 @@ def read_table(
   A last line that does not end, cut by what stopped a run, is left out.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     numbers: columns that must be there beside 'step', with numbers.
     remedy: what the user can do about another file, for the message.
     texts: columns that must be there, too, and hold no numbers. All others
@@ -289,7 +289,7 @@ def remove_leftovers(
   """Removes what killed processes were writing aside.
 
   Args:
-    folder: that may hold some.
+    folder: the folder that may hold some.
     is_ours: whether a name is of a file that this program writes there.
     seconds: how long nothing was written to them; for a folder that processes
       of other hosts may be writing to.
@@ -314,7 +314,7 @@ def check_outputs(
 
   Args:
     folder: to be written to.
-    names: of files in it. A link would be replaced, or what it leads to
+    names: names of files in it. A link would be replaced, or what it leads to
       overwritten: it is refused.
     folders: of folders in it; links to folders are followed.
 

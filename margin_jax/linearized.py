@@ -106,13 +106,13 @@ def gradient_norms(
   choose: Callable[[Array], tuple[Array, Array]],
   norm: Norm,
 ) -> tuple[Array, PyTree]:
-  """Differences of class values, and the norms of their gradients.
+  """Computes differences of class values, and the norms of their gradients.
 
   Args:
     values_fn: activations -> (B, C), one value a class; float32 or wider.
     activations: pytree of arrays (B, ...): where to linearise.
     choose: values -> (B,) own classes and (B, k) others.
-    norm: of the distance; the gradient's is its dual.
+    norm: the norm of the distance; the gradient has the dual norm.
 
   Returns:
     (B, k) own value minus other value, and for each leaf of `activations`

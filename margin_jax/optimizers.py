@@ -103,8 +103,8 @@ def released(
 
   Args:
     start, end: of alpha.
-    steps: of the whole run, E epochs; the last may be cut short.
-    steps_per_epoch: of all training examples.
+    steps: the steps of the whole run, E epochs; the last may be cut short.
+    steps_per_epoch: the steps to visit all training examples.
 
   Returns:
     step -> alpha.
@@ -124,7 +124,7 @@ def unmet_requirement(
   """Returns what a registered optimizer must do and does not, or None.
 
   Args:
-    optimizer: as its factory made it.
+    optimizer: the optimizer that its factory made.
     params: shapes of a model's parameters.
 
   Returns:
@@ -208,7 +208,7 @@ def make(
     weight_decay: coefficient.
     weight_decay_mask: 'kernels' (with embeddings), of those the
       'convolutions', or 'all' parameters.
-    epsilon: of Adam and RMSProp; None is optax's default.
+    epsilon: the epsilon of Adam and RMSProp; None is optax's default.
     clip_norm: the gradient, an L2 penalty's included, is scaled down to this
       L2 norm; None does not clip.
 

@@ -36,7 +36,7 @@ def margins(
   outermost bins, and the axes say how many.
 
   Args:
-    path: of the PNG file; a PDF file lies beside it.
+    path: the PNG file; a PDF file is beside it.
     distributions: the rows of distributions.csv.
     last: for each split, for each quantity, the values at the last checkpoint.
   """
@@ -154,11 +154,11 @@ def most_negative(
   """Draws a sheet of images with their labels, predictions and margins.
 
   Args:
-    path: of the PNG file; a PDF file lies beside it.
-    split: that they are of.
+    path: the PNG file; a PDF file is beside it.
+    split: the split of the examples.
     images: (N, H, W, 1 or 3) uint8.
-    rows: of the split's CSV file, as many.
-    names: of the classes.
+    rows: as many rows of the split's CSV file.
+    names: the names of the classes.
   """
   lines = -(-len(images) // SHEET_COLUMNS)
   with figures.drawing(path, 1.3 * lines + 0.45) as figure:

@@ -131,7 +131,7 @@ def scaled(
   linear learning rate depend on `steps` already.
 
   Args:
-    config: whose schedule it is.
+    config: the config with the schedule.
     steps: the new number of steps.
     multiple: the interval between evaluations stays a multiple of it.
 
@@ -171,7 +171,7 @@ class Costs:
     """Reads what was measured before.
 
     Args:
-      workdir: of the comparison.
+      workdir: the workdir of the comparison.
       budget: 'flops' or 'seconds', or 'steps', which needs no costs.
       interrupts: are checked before every measurement.
       log: takes the progress lines.
@@ -243,8 +243,8 @@ def seconds(
   """Returns the seconds that a run would take, from a pilot.
 
   Args:
-    config: of the run.
-    periods: of the run.
+    config: the config of the run.
+    periods: the periods of the run.
     folder: the pilot's workdir, which is removed.
   """
   shutil.rmtree(folder, ignore_errors=True)  # of a pilot that was killed
@@ -264,8 +264,8 @@ def pilot(
   The same fraction of them scores.
 
   Args:
-    config: of the whole run.
-    periods: of the whole run.
+    config: the config of the whole run.
+    periods: the periods of the whole run.
   """
   least = PILOT_STEPS
   if config.trimming.first != config.trimming.last:

@@ -39,7 +39,7 @@ class Trial:
     method: its name, as the user typed it.
     grid_point: the values of the swept fields that the method uses; {} without
       a sweep.
-    config: of the first seed.
+    config: the config of the first seed.
   """
 
   method: str

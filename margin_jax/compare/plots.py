@@ -45,7 +45,7 @@ def error(
   and every seed's error of the split at the end.
 
   Args:
-    path: of the PNG file; a PDF file lies beside it.
+    path: the PNG file; a PDF file is beside it.
     test: have 'step', 'flops', 'seconds' and 'error'.
     train: the same, of the same trials.
     baseline: the name of one of them.
@@ -156,7 +156,7 @@ def mean_mms(path: pathlib.Path, train: Curves) -> None:
   score pools, by the scoring forward, as the authors' code traces it.
 
   Args:
-    path: of the PNG file; a PDF file lies beside it.
+    path: the PNG file; a PDF file is beside it.
     train: have 'step' and 'mean_mms', and 'mean_mms_scoring' where pools were
       scored.
   """
@@ -190,7 +190,7 @@ def cost(path: pathlib.Path, trials: Mapping[str, Sequence[Row]]) -> None:
   """Plots final test accuracy against cost, a marker for each trial.
 
   Args:
-    path: of the PNG file; a PDF file lies beside it.
+    path: the PNG file; a PDF file is beside it.
     trials: the rows of runs.csv, a row for each seed, by the trial's name.
   """
   looks = figures.looks([*trials])

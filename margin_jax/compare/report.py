@@ -71,7 +71,7 @@ class Seeds:
 
   Attributes:
     trial: what was trained.
-    rows: of runs.csv, one for each seed.
+    rows: the rows of runs.csv, one for each seed.
     curves: one for each seed.
     summary: what `summarize` makes of the rows.
   """
@@ -93,12 +93,12 @@ def write(
   """Writes all files, and removes those of another command.
 
   Args:
-    folder: that exists.
+    folder: an existing folder.
     runs: all that are complete.
     results: what their result.json hold.
     baseline: the method that the others are compared with.
     notes: lines for below the tables: the command, the budget.
-    split: whose errors the curves are, 'test' or 'validation'.
+    split: the split of the errors, 'test' or 'validation'.
 
   Returns:
     The tables, to be shown.
@@ -238,8 +238,8 @@ def read_curves(folder: pathlib.Path, split: str = 'test') -> Curves:
   """Reads eval.csv and train.csv of a run.
 
   Args:
-    folder: of the run.
-    split: whose evaluations are read.
+    folder: the folder of the run.
+    split: the split whose evaluations are read.
 
   Raises:
     FileError: they are not as the run has left them.
@@ -304,7 +304,7 @@ def run_rows(runs: Sequence[Run], results: Sequence[Result]) -> list[Row]:
   """Returns the rows of runs.csv, one for each run.
 
   Args:
-    runs: that are complete.
+    runs: the complete runs.
     results: what their result.json hold.
 
   Returns:
@@ -339,7 +339,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
   """Summarizes a trial over its seeds.
 
   Args:
-    rows: of runs.csv, one for each seed.
+    rows: the rows of runs.csv, one for each seed.
 
   Returns:
     'steps'; how many 'seeds'; mean and deviation of the errors 'test' and, if
@@ -450,7 +450,7 @@ def sweep_table(
   """Returns the lines of sweep.md's table.
 
   Args:
-    fields: that are swept.
+    fields: the swept fields.
     trials: a row each.
     best: those in bold.
   """

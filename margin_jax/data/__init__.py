@@ -241,7 +241,7 @@ def digests(
   """Returns what tells data from others that have the same name or path.
 
   Args:
-    name: of the dataset.
+    name: the name of the dataset.
     data_dir: as `load` takes it.
     labels: as `load` takes it.
 

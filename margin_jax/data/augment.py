@@ -150,9 +150,9 @@ def compose(
   Args:
     names: of `AUGMENTATIONS`. The order of the AutoAugment paper is crop, flip,
       autoaugment, cutout; its released code begins with autoaugment.
-    crop_padding: of `crop`.
-    cutout_size: of `cutout`.
-    cutout_fill: of `cutout`.
+    crop_padding: the padding of `crop`.
+    cutout_size: the size of `cutout`.
+    cutout_fill: the fill value of `cutout`.
 
   Returns:
     The function; every augmentation in it gets a key of its own.

@@ -232,7 +232,7 @@ class Loader:
     """Copies the buckets to the devices, and schedules the steps.
 
     Args:
-      devices: that train.
+      devices: the devices that train.
       buckets: 'inputs', 'label' and 'row' of each.
       sizes: how many examples each step of the run samples.
     """

@@ -50,10 +50,10 @@ def read(
   file that somebody truncates kills the process that reads it.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     source: the `fingerprint` of the files that were decoded.
     examples: how many rows the split has.
-    dtype: of its inputs.
+    dtype: the dtype of its inputs.
   """
   try:
     # Opened here, because NumPy leaves a file open that is no archive.
@@ -109,7 +109,7 @@ def cached(
     files: what holds it.
     examples: how many rows it has.
     decode: makes `{'inputs': dtype, 'label': int32}` of the files.
-    dtype: of the inputs.
+    dtype: the dtype of the inputs.
 
   Returns:
     The split; its arrays are writable and nobody else's.

@@ -57,7 +57,7 @@ class Orders(Protocol):
     """Returns the order of an epoch.
 
     Args:
-      key: of the epoch.
+      key: the key of the epoch.
       epoch: () int32, from 0.
       rows: (n,) the training examples to order, positions in which the order
         names; None is all.
@@ -86,7 +86,7 @@ class Loader(Protocol):
     """Returns data like those of a step, to compile it for.
 
     Args:
-      bucket: that the step samples from.
+      bucket: the bucket that the step samples from.
       size: how many examples it samples, over all devices; 0 is none.
     """
 
@@ -94,7 +94,7 @@ class Loader(Protocol):
     """Returns whether the host must begin an epoch before the step.
 
     Args:
-      step: that comes next.
+      step: the step that comes next.
       tail: whether the plain tail of the run begins at it.
     """
 
@@ -120,7 +120,7 @@ class Splits(Protocol):
   """Whole splits in chunks, to evaluate; one program for each shape of chunk.
 
   Attributes:
-    devices: that hold the chunks.
+    devices: the devices that hold the chunks.
     sizes: for each program, the examples of a chunk, over all devices.
     counts: for each split, its number of examples.
   """
@@ -149,7 +149,7 @@ class Splits(Protocol):
       data: as `chunks` yields it.
       chunk: () int32, as `chunks` yields it.
       size: the examples of a chunk over all devices; static.
-      axis_name: of the mapped axis.
+      axis_name: the name of the mapped axis.
     """
 
 
@@ -157,13 +157,13 @@ class Dataset(Protocol):
   """Examples, how to sample them, and how to go through them.
 
   Attributes:
-    name: of the dataset.
+    name: the name of the dataset.
     num_classes: C.
     counts: for each split, its number of examples.
     rows: for each split, which rows of the dataset's own training or test
       split, in the order in which it is loaded, these are.
-    input_shape: of one example's inputs, as stored.
-    input_dtype: of the inputs, as stored.
+    input_shape: the shape of one example's inputs, as stored.
+    input_dtype: the dtype of the inputs, as stored.
     prepare: batch of inputs as stored -> what the model reads.
     vocabulary: of sentences, how many different tokens there are; else None.
     f1: whether F1 of class 1 is reported beside accuracy.
@@ -189,7 +189,7 @@ class Dataset(Protocol):
     """Returns inputs as stored, not augmented.
 
     Args:
-      split: that they are of.
+      split: the split of the examples.
       rows: (n,) which of its examples.
     """
 
@@ -227,7 +227,7 @@ class Dataset(Protocol):
       size: how many over all devices; static, and divisible by their number.
       key: the run's PRNG key for data.
       step: () int32.
-      axis_name: of the mapped axis.
+      axis_name: the name of the mapped axis.
       orders: makes the order of an epoch; None shuffles.
 
     Returns:
@@ -266,11 +266,11 @@ class Dataset(Protocol):
     """Returns what feeds the train step.
 
     Args:
-      devices: that train.
+      devices: the devices that train.
       sizes: how many examples each step of the run samples, over all devices;
         0 where a step trains on examples of an earlier one.
       start: the first step that will be asked for; they come in order.
-      seed: of the run.
+      seed: the seed of the run.
     """
 
   def chunks(
@@ -285,7 +285,7 @@ class Dataset(Protocol):
 
     Args:
       devices: to evaluate on.
-      names: of the splits.
+      names: the names of the splits.
       batch_size: examples of a chunk over all devices, at most.
       examples: only so many of each split, its first; None is all.
       whole: whether every split is gone through in its order, and inputs keep

@@ -30,7 +30,7 @@ class Records:
     """Reads nothing yet.
 
     Args:
-      paths: of N files.
+      paths: the paths of N files.
       labels: (N,) of them.
     """
     self.paths = paths

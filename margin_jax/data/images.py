@@ -29,7 +29,7 @@ class Source:
     records: for each split, a random-access dataset of `{'image': bytes,
       'label': int}`, and maybe 'path', for messages.
     num_classes: C.
-    class_names: of the classes, if they are known.
+    class_names: the names of the classes, if they are known.
   """
 
   records: dict[str, Any]

@@ -79,9 +79,9 @@ def advance(
   tail begins, one at the beginning of the next.
 
   Args:
-    state: of the sampler.
+    state: the state of the sampler.
     size: how many examples; static.
-    key: of the order of all epochs.
+    key: the key of the order of all epochs.
     orders: makes the order of an epoch; None shuffles.
     rows: see `Orders.order`.
   """
@@ -121,7 +121,7 @@ def take_weights(
     state: its cursor is at the examples of all devices.
     examples: this device's shard of them.
     size: how many examples there are over all devices; static.
-    axis_name: of the mapped axis.
+    axis_name: the name of the mapped axis.
   """
   after = state.replace(cursor=state.cursor + size)
   if isinstance(state.weights, tuple):
@@ -139,7 +139,7 @@ class InMemory:
   """A `Dataset` whose splits lie on every device.
 
   Attributes:
-    name: of the dataset.
+    name: the name of the dataset.
     num_classes: C.
     splits: 'train', 'test' and, unless it is empty, 'validation'.
     rows: for each split, which rows of the dataset's own training or test

@@ -79,7 +79,7 @@ def is_streamed(name: str, streamed: bool) -> bool:
   """Returns whether images are read while training.
 
   Args:
-    name: of the dataset.
+    name: the name of the dataset.
     streamed: the field `data.streamed`.
   """
   return name in imagenet.NAMES or (streamed and may_be_resized(name))

@@ -12,7 +12,7 @@ def read(path: str, examples: int, num_classes: int) -> np.ndarray:
   """Reads the labels of all training examples from a .npy file.
 
   Args:
-    path: of an array (examples,) of integers in [0, num_classes).
+    path: the path of an array (examples,) of integers in [0, num_classes).
     examples: how many the dataset's own training split has, those that are held
       out for validation among them.
     num_classes: C.

@@ -23,7 +23,7 @@ def training_rows(
   """Returns which rows 'train' and 'validation' have of the training examples.
 
   Args:
-    name: of the dataset, for messages.
+    name: the name of the dataset, for messages.
     examples: how many training examples it has.
     validation_examples: so many, the last, are held out; 0 is no split.
     fraction: of the others, how many are trained on.

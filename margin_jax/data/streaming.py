@@ -341,7 +341,7 @@ class Streaming:
   """A `Dataset` whose examples are read while training.
 
   Attributes:
-    name: of the dataset.
+    name: the name of the dataset.
     num_classes: C.
     records: for each split, a random-access dataset of
       `{'image': JPEG bytes, 'label': int}`.
@@ -484,7 +484,7 @@ class Streaming:
       sizes: how many examples every step of the run samples, over all
         processes; steps that sample none are skipped.
       start: the first step that is needed.
-      seed: of the order of epochs and of the crops.
+      seed: the seed of the order of epochs and of the crops.
       shard: which part of each sample.
 
     Yields:

@@ -38,7 +38,7 @@ def class_names(
   """Returns what TFDS calls the classes of a prepared dataset, if it does.
 
   Args:
-    name: of any dataset of TFDS, `glue/rte` too.
+    name: the name of any dataset of TFDS, `glue/rte` too.
     data_dir: as `load` takes it.
     num_classes: C.
 
@@ -193,7 +193,7 @@ def _cached(builder, split: str, side: int | None) -> Split:
   """Returns the decoded split; CIFAR-10 takes ten seconds without the cache.
 
   Args:
-    builder: of the dataset.
+    builder: the builder of the dataset.
     split: as TFDS calls it.
     side: that images are resized to; None leaves them as they are.
   """
@@ -264,7 +264,7 @@ def load(
   what the papers mean by it.
 
   Args:
-    name: of a dataset of TFDS whose examples are an image and its class.
+    name: name of a dataset of TFDS whose examples are an image and its class.
     data_dir: the folder that TFDS prepares datasets in, or None for its own.
     side: that images are resized to where they have no common size: see
       `images.resize`.

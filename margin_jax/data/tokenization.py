@@ -109,7 +109,7 @@ def encode(
   Args:
     sentences: N sentences, or tuples of one or of two.
     vocab: tokens by id: `read_vocab`, or a list with `NEEDED` in it.
-    max_length: of a row, special tokens included; at least `SHORTEST`.
+    max_length: length of a row, special tokens included; at least `SHORTEST`.
 
   Returns:
     (N, max_length, 2) of dtype `id_dtype`: see `tokens`.
@@ -175,7 +175,7 @@ def decode(encoded: np.ndarray, vocab: Sequence[str]) -> list[tuple[str, ...]]:
 
   Args:
     encoded: (N, L, 2), as `encode` returns them.
-    vocab: that they were encoded with.
+    vocab: the vocabulary that they were encoded with.
   """
   special = ('[CLS]', '[SEP]')
   texts = []

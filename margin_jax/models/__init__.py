@@ -95,13 +95,13 @@ def build(
       'bertL_H_A', a BERT of L layers of width H with A heads; or a registered
       one.
     num_classes: C.
-    variant: of the CIFAR ResNets: 'he', 'authors' or 'mms_select'.
-    head: of VGGs: 'linear' or 'released'.
-    dtype: of the computation: 'float32' or 'bfloat16'.
+    variant: variant of the CIFAR ResNets: 'he', 'authors' or 'mms_select'.
+    head: head of VGGs: 'linear' or 'released'.
+    dtype: the dtype of the computation: 'float32' or 'bfloat16'.
     batch_norm_axis: mapped axis that BatchNorm statistics are averaged over.
     dropout: of wide ResNets, VGGs and BERTs: the fraction of activations
       dropped.
-    stem: of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
+    stem: stem of ImageNet ResNets and DenseNets: 'imagenet' or 'small'.
     width: of MobileNet: multiplier of the numbers of channels.
     vocabulary: of BERTs: how many different tokens there are.
 

@@ -188,8 +188,8 @@ class Bert(nn.Module):
     num_classes: C.
     vocab_size: number of tokens.
     layers: number of layers.
-    width: of the activations; a multiple of `heads`.
-    heads: of each attention.
+    width: width of the activations; a multiple of `heads`.
+    heads: the number of heads of each attention layer.
     hidden: the width between the two linear maps of a layer; None is 4 * width.
     max_length: the number of positions that have an embedding.
     segments: the number of kinds of segments.
@@ -197,7 +197,7 @@ class Bert(nn.Module):
       half of a layer adds, of the attention's probabilities, of the features.
     dtype: of the computation; parameters and the head stay float32, and so do
       normalisation and softmax.
-    epsilon: of the normalisation.
+    epsilon: the epsilon of the normalisation.
   """
 
   num_classes: int

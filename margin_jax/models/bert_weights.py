@@ -304,7 +304,7 @@ def write(
 
   Args:
     folder: made if it does not exist.
-    variables: of a `bert.Bert`.
+    variables: the variables of a `bert.Bert`.
     sizes: as `describe` and `sizes_of` return them.
     vocab_path: the `vocab.txt` to put beside, with a `tokenizer_config.json`;
       None leaves both out.

@@ -13,7 +13,7 @@ class CNN(nn.Module):
 
   Attributes:
     num_classes: C.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
   """
 
   num_classes: int
@@ -42,7 +42,7 @@ class MnistCNN(nn.Module):
 
   Attributes:
     num_classes: C.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

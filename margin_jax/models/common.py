@@ -97,7 +97,7 @@ def classify(
   Args:
     x: (B, H, W, D) activations.
     num_classes: C.
-    kernel_init: of the head.
+    kernel_init: the initialiser of the head.
     fold_bias: whether the bias is the last row of the kernel, and the last
       feature 1.
 

@@ -59,7 +59,7 @@ class DenseNet(nn.Module):
     num_classes: C.
     stem: 'imagenet' (7x7 convolution of stride 2, 3x3 max-pooling of stride 2)
       or 'small' (3x3 convolution of stride 1, for 32x32 images).
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

@@ -60,7 +60,7 @@ class MobileNet(nn.Module):
     num_classes: C.
     width: multiplier of all numbers of channels, which are rounded down, and
       at least 8.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

@@ -65,7 +65,7 @@ class ResNet(nn.Module):
     depth: 8, 14, 20, ..., 110.
     num_classes: C.
     variant: 'he', 'authors' or 'mms_select'.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

@@ -46,7 +46,7 @@ class VGG(nn.Module):
       4096 with ReLU stand before it.
     dropout: the fraction dropped of what each hidden layer returns; without
       them, of the features. 0.5 with the released head.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

@@ -65,7 +65,7 @@ class WideResNet(nn.Module):
     num_classes: C.
     dropout: the fraction of activations dropped between the two convolutions of
       a block; 0.3 in the paper, where there is any.
-    dtype: of the computation; parameters and the head stay float32.
+    dtype: the dtype of the computation; parameters and the head stay float32.
     batch_norm_axis: mapped axis to average BatchNorm statistics over, if any.
   """
 

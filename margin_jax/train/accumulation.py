@@ -19,7 +19,7 @@ def split(spec: StepSpec, examples: PyTree) -> PyTree:
   groups go by turns, so that each is normalised as it would be without parts.
 
   Args:
-    spec: of n parts.
+    spec: the spec, with n parts.
     examples: arrays (rows, ...).
 
   Returns:

@@ -19,7 +19,7 @@ def in_groups(size: int | None, axis_name: str) -> Callable:
   Args:
     size: of a group: a divisor of this device's examples, or a multiple of
       them: a group then lies on several devices. None changes nothing.
-    axis_name: of the mapped axis of the devices.
+    axis_name: the mapped axis of the devices.
 
   Returns:
     An interceptor of `nn.BatchNorm`, for `nn.intercept_methods`.

@@ -181,7 +181,7 @@ class Checkpoints:
     """Opens, or creates, `workdir`/checkpoints.
 
     Args:
-      workdir: of the run.
+      workdir: the workdir of the run.
       keep_every: checkpoints at its multiples are never deleted.
       writing: whether this is the run itself, which may clear away what a
         save left that was killed.

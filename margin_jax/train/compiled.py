@@ -69,9 +69,9 @@ class Program:
     Args:
       spec: what a step does.
       devices: to compile for.
-      loader: of the run's data.
+      loader: the loader of the run's data.
       state: like the one that calls will be given.
-      steps: of the whole run.
+      steps: the steps of the whole run.
       steps_per_call: how many of them one call runs.
     """
     started = time.perf_counter()

@@ -318,7 +318,7 @@ class Compiled:
 
   Attributes:
     lowered: the program before optimisation.
-    flops: of one call over all devices, from XLA's cost analysis of the
+    flops: FLOPs of one call over all devices, from XLA's cost analysis of the
       program before optimisation, so that they do not depend on the backend
       (on CPUs, jax 0.10 counts up to half a percent more: see `cpu`). The body
       of a loop counts once.

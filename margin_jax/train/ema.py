@@ -51,7 +51,7 @@ def update(
 
   Args:
     decay: d in [0, 1); 0 keeps no average.
-    average: of the step before.
+    average: the average of the step before.
     params: after the step.
     batch_stats: after the step.
   """

@@ -55,10 +55,10 @@ def eval_step(
     source: the network that the attack sees; None is the one evaluated. Its
       variables are not read here; static.
     variables: 'params' and 'batch_stats'.
-    data: as `Splits.chunks` yields it.
+    data: a chunk, as `Splits.chunks` yields it.
     chunk: () int32, as `Splits.chunks` yields it.
     epsilon: () float32, how far the attack may go; images are in [0, 1].
-    source_variables: of the source.
+    source_variables: the variables of the source.
 
   Returns:
     Of all devices. 'sums': 'loss' (summed cross-entropy), 'correct' and
@@ -189,7 +189,7 @@ class _Programs:
     Args:
       splits: to go through.
       make_step: of `read`, see `eval_step`.
-      axis_name: of the mapped axis.
+      axis_name: the name of the mapped axis.
       variables: the first argument to compile for.
       *rest: the last arguments to compile for.
     """
@@ -214,7 +214,7 @@ class _Programs:
     """Runs the programs over the chunks of a split.
 
     Args:
-      name: of the split.
+      name: the name of the split.
       variables: the programs' first argument.
       *rest: their last arguments.
       most: only so many chunks, the first; None is all.
@@ -273,7 +273,7 @@ class Evaluator:
     where there is none; specs ask for it.
 
     Args:
-      name: of the split.
+      name: the name of the split.
       state: the `TrainState` of the model.
       epsilon: how far the attack to evaluate under may go; None is no attack.
     """

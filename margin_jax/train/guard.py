@@ -83,7 +83,7 @@ def guard(
     names: the metrics that must be finite, see `checked`.
     before: the `TrainState` that the step read.
     after: the one it made.
-    metrics: of the step.
+    metrics: the metrics of the step.
 
   Returns:
     The state, and the metrics with 'nonfinite' () int32: 0, or of what was not
@@ -137,7 +137,7 @@ def check(
 
   Args:
     first: the step before the first of these.
-    metrics: of some steps, each with a leading axis of them.
+    metrics: the metrics of some steps, each with a leading axis of steps.
     names: those that must be finite, as the step knew them.
     parameters: names of the leaves of the parameters.
 
@@ -192,7 +192,7 @@ class Watch:
     """Notes that a call was dispatched, at step `first`.
 
     Raises:
-      NonFiniteError: of a call before.
+      NonFiniteError: from an earlier call.
     """
     self._calls.append((first, metrics))
     while len(self._calls) > self._ahead or (

@@ -62,7 +62,7 @@ class Run:
     config: validated.
     workdir: its place.
     devices, dataset, spec: as `setup` makes them of the config.
-    checkpoints: of the workdir.
+    checkpoints: the checkpoints of the workdir.
     saved_config: what checkpoints and result.json keep of the config.
     state: on the devices; it is donated to each call.
     start: the step at which this process began.

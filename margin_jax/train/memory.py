@@ -90,7 +90,7 @@ def write(
 
   Args:
     spec: the step's.
-    memory: of the step before.
+    memory: the memory of the step before.
     step: () int32.
     scores: (b,) of this device's shard of the batch.
     scored: what they are scores of.

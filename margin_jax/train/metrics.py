@@ -137,7 +137,7 @@ def of_batch(
     labels: (b,) of this device's batch.
     logits: (b, C).
     kernel: (D, C), of the last layer.
-    means: of the losses, over this device.
+    means: the means of the losses, over this device.
   """
   correct = jnp.argmax(logits, axis=1) == labels
   means = {**means, 'accuracy': jnp.mean(correct, dtype=jnp.float32)}

@@ -53,7 +53,7 @@ class Interrupts:
   Nor are those that the process was started to ignore.
 
   Attributes:
-    number: of the signal that came, or None.
+    number: the number of the signal that came, or None.
   """
 
   def __init__(self):

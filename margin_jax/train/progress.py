@@ -67,8 +67,8 @@ class View:
     """Begins to draw.
 
     Args:
-      step: that the run is at.
-      steps: of the whole run.
+      step: the current step of the run.
+      steps: the number of steps of the whole run.
       best: 'step' and 'validation' (accuracy) of the best evaluation so far.
     """
     self._steps = steps

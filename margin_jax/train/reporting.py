@@ -36,7 +36,7 @@ class _Table:
     """Reads what is there; `begin` drops what will be redone.
 
     Args:
-      path: of the file.
+      path: the path of the file.
       after: the step that the run continues from; later rows are dropped.
       texts: the columns that hold no numbers.
       is_redone: which rows at `after` are dropped too.
@@ -168,9 +168,9 @@ class Reporter:
       best: its best evaluation up to there.
       log: takes the progress lines.
       config: the fields by name, for TensorBoard's table of hyperparameters.
-      splits: that are evaluated.
+      splits: the splits that are evaluated.
       attacks: those under earlier attacks, whose rows stay at the end.
-      class_names: of the classes; None are their indices.
+      class_names: the names of the classes; None are their indices.
       hook: takes every row, after the files have it.
       view: shows every row of training, in place of a line.
     """

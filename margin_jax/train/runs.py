@@ -95,8 +95,8 @@ def lock_workdir(
     workdir: the folder.
     devices: of a run that several processes may share: the main process locks,
       and all of them fail where one does.
-    names: of the files that will be written to it.
-    folders: of the folders.
+    names: the names of the files that will be written to it.
+    folders: the names of the folders.
 
   Raises:
     ConfigError: the folder cannot be created, another program uses it, or
@@ -133,8 +133,8 @@ def to_save(
   """Returns what a checkpoint and result.json keep of a valid config.
 
   Args:
-    config: of the run.
-    rule: of the caller's own, in place of the config's; or None.
+    config: the run's config.
+    rule: the caller's own rule, in place of the config's, or None.
   """
   saved = config_lib.as_json(schema.effective(config))
   if rule is not None:
@@ -157,7 +157,7 @@ def trained(
   Its seconds and versions are those of the machine that trained.
 
   Args:
-    workdir: of the run.
+    workdir: the run's workdir.
     saved: what `to_save` returns for the run's config.
 
   Raises:
@@ -480,9 +480,9 @@ def attack_source(
   """Loads the network that the attack sees; None is the run's own.
 
   Args:
-    config: of the run that is attacked.
-    dataset: of that run.
-    workdir: of that run.
+    config: the config of the attacked run.
+    dataset: the dataset of that run.
+    workdir: the workdir of that run.
 
   Raises:
     ConfigError: there is no such network, or it was trained on other data.

@@ -346,7 +346,7 @@ def validate_data(
   Args:
     config: valid by itself, and effective.
     examples: number of training examples.
-    image_shape: of one of them.
+    image_shape: the shape of one image.
 
   Raises:
     ConfigError: naming the field, its value and what is allowed.

@@ -61,10 +61,10 @@ def load(
   """Checks the config against itself, the data and, to train, the devices.
 
   Args:
-    config: of the run.
+    config: the run's config.
     rule: a rule of the caller's own, or None.
     training: whether steps will be run, and not only examples measured.
-    workdir: of the run, where it may keep its vocabulary.
+    workdir: the run's workdir, which may hold its vocabulary.
 
   Raises:
     ConfigError: a field is bad, or does not fit the data or the devices.
@@ -136,7 +136,7 @@ def make_spec(
 
   Args:
     config: validated, and effective.
-    dataset: of the examples.
+    dataset: the dataset.
     device_count: over all processes.
     rule: a rule of the caller's own, in place of `config.selection.rule`.
 
@@ -686,8 +686,8 @@ def init_state(
 
   Args:
     config: validated, and effective.
-    dataset: of the examples.
-    spec: as `make_spec` returns it.
+    dataset: the dataset.
+    spec: the spec that `make_spec` returns.
     restoring: a checkpoint will take the place of the values, so that no
       pretrained weights are read; their file may be gone.
 

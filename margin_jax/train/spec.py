@@ -114,7 +114,7 @@ class Trimming:
 
   Attributes:
     keep: how many examples count, by epoch.
-    steps_per_epoch: of the batches.
+    steps_per_epoch: the number of batches in an epoch.
     backward_sizes: how many examples the backward pass runs on, by epoch: at
       least those that count, selected by an eval-mode forward; None runs it on
       the whole batch.
@@ -179,13 +179,13 @@ class StepSpec:
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
     proxy_every: it is trained at every n-th step.
-    ema_decay: of the average of the model's variables; 0 is none.
+    ema_decay: decay of the average of the model's variables; 0 is none.
     risk: the loss of an example: cross-entropy or hinge.
-    risk_weight: of the risk in the total; None is 1.
+    risk_weight: weight of the risk in the total loss; None is 1.
     terms: the other losses, added in this order.
     learning_rate: step -> learning rate, for the metrics.
     alpha: step -> weight of MMR, for the metrics; None is 0.
-    axis_name: of the mapped axis of the devices.
+    axis_name: the mapped axis of the devices.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
     batch_norm_examples: BatchNorm normalises groups of so many examples; None
@@ -246,7 +246,7 @@ class StepSpec:
 
   @property
   def weighted(self) -> bool:
-    """Whether examples have weights: of the dataset, or of a sampler."""
+    """Whether examples have weights, from the dataset or a sampler."""
     sampler = self.memory is not None and self.memory.has_weights
     return sampler or self.dataset.weighted
 

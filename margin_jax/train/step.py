@@ -129,7 +129,7 @@ class Sampled(NamedTuple):
     batch: this device's shard: 'inputs', 'label', 'index', and 'weights' where
       examples have some.
     sampler, buffer, batch_stats: of the new state.
-    metrics: of the selection; {} without one.
+    metrics: the metrics of the selection; {} without a selection.
   """
 
   batch: PyTree
@@ -495,7 +495,7 @@ class Made(NamedTuple):
   Attributes:
     batch_stats: the model's new ones.
     logits, features, risks: of the examples.
-    means: of the losses.
+    means: the means of the losses.
   """
 
   batch_stats: PyTree
@@ -813,7 +813,7 @@ def init_state(
 
   Args:
     spec: the step's.
-    seed: of everything random in the run.
+    seed: the seed of everything random in the run.
     inputs: a batch of one, as stored; only shapes count.
     counted: the number of training examples, to count how often each is in a
       batch; None does not count.
