@@ -166,7 +166,8 @@ def spoil_json(rng, path):
 
 def remove(rng, path):
   del rng
-  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  is_folder = path.is_dir() and not path.is_symlink()  # a damage before
+  shutil.rmtree(path) if is_folder else path.unlink()
 
 
 def to_folder(rng, path):
@@ -385,7 +386,7 @@ def main(cases: int, first: int, seconds: float) -> None:
         ends[name, check(prepared, name, first + i // 2)] += 1
       except Exception as error:  # go on, to see all
         ends[name, 'WRONG'] += 1
-        notes = '; '.join(error.__notes__)
+        notes = '; '.join(getattr(error, '__notes__', ['while damaging']))
         print(f'{notes}\n  {type(error).__name__}: {error!s:.500}', flush=True)
       if i % 50 == 49:
         print(dict(ends), flush=True)
