@@ -250,8 +250,16 @@ def arrays() -> Check:
 def nearest(
   name: str, choices: Iterable[str], cutoff: float = 0.6
 ) -> list[str]:
-  """Returns up to three of the choices that somebody may have meant."""
-  return difflib.get_close_matches(name, [*choices], n=3, cutoff=cutoff)
+  """Returns up to three of the choices that somebody may have meant.
+
+  Case does not count. Where some differ by a letter, others are not returned.
+  """
+  spelled = {choice.lower(): choice for choice in choices}
+  for least in (0.9, cutoff):
+    near = difflib.get_close_matches(name.lower(), spelled, 3, least)
+    if near:
+      break
+  return [spelled[x] for x in near]
 
 
 def did_you_mean(names: Sequence[str]) -> str:

@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
     if args.help:
       self._show_help(args)
     if unknown:
-      self.error(self._about_unknown(unknown[0]))
+      self.error(self._about_unknown(*unknown))
     missing = [
       x for x in self._required._group_actions if getattr(args, x.dest) is None
     ]
@@ -192,25 +192,41 @@ class Parser(argparse.ArgumentParser):
       print(self._more())
     sys.exit(0)
 
-  def _about_unknown(self, argument: str) -> str:
-    """Returns what to say of an argument that the command does not have."""
+  def _about_unknown(self, argument: str, *following: str) -> str:
+    """Returns what to say of an argument that the command does not have.
+
+    Args:
+      argument: as it was typed.
+      *following: what else the command does not have; may begin with its value.
+    """
     flag, equals, value = argument.partition('=')
-    name = flag.lstrip('-')
-    flags = [x for x in self._option_string_actions if x.startswith('--')]
-    if not argument.startswith('-'):
-      flag = '--config' if self._fields else '--workdir'
-      near = [f'{flag}={argument}'] if os.path.exists(argument) else []
-      return f'unexpected argument {argument!r}' + did_you_mean(near)
-    near = nearest(f'--{name}', flags, cutoff=0.7)
-    if self._fields and not near:
-      with terminal.wait('loading JAX'):
-        from margin_jax import config_files
-      near = config_files.near(name, _FIELD)
-    elif self._fields:
-      near = [x for x in near if x != '--help'] or near
-    near = [f'{x}{equals}{value}' for x in near]
-    hint = did_you_mean(near) or f'; there are {", ".join(flags)}'
-    return f'unknown flag {flag}{hint}'
+    if not equals and following and not following[0].startswith('-'):
+      equals, value = '=', following[0]
+    if argument.startswith('-'):
+      near = [f'{x}{equals}{value}' for x in self._near(flag.lstrip('-'))]
+      there_are = f'; there are {", ".join(self._flags())}'
+      return f'unknown flag {flag}{did_you_mean(near) or there_are}'
+    near = []
+    if os.path.exists(argument):
+      near = [f'{"--config" if self._fields else "--workdir"}={argument}']
+    elif equals:
+      near = [f'{x}={value}' for x in self._near(flag)]
+    return f'unexpected argument {argument!r}{did_you_mean(near)}'
+
+  def _near(self, name: str) -> list[str]:
+    """Returns the flags, or flags of fields, that somebody may have meant."""
+    field = f'--{name}'.removeprefix(_FIELD)
+    near = nearest(field, self._flags(), cutoff=0.7)
+    if not self._fields:
+      return near
+    if near:
+      return [x for x in near if x != '--help'] or near
+    with terminal.wait('loading JAX'):
+      from margin_jax import config_files
+    return config_files.near(field.removeprefix('--'), _FIELD)
+
+  def _flags(self) -> list[str]:
+    return [x for x in self._option_string_actions if x.startswith('--')]
 
 
 def _take_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -1030,22 +1030,25 @@ def default() -> ml_collections.ConfigDict:
 
 
 # Ways to select, by name: an argument of config files, a method of `compare`.
-PRESETS = ('memory', 'proxy', 'fresh')
+PRESETS = {
+  'memory': 'soft pruning by remembered margins, without a pool',
+  'proxy': 'MMS of a pool that a small model scores',
+  'fresh': 'MMS of a pool that each step scores',
+}
 
 
 def preset(name: str, dataset: str) -> Flat:
   """Returns the fields of a way to select.
 
   Args:
-    name: 'memory' prunes softly by remembered margins, and scores no pool;
-      'proxy' scores pools by a small model, 'fresh' by the model itself.
+    name: one of `PRESETS`.
     dataset: a `data.name`, for which there is a proxy.
 
   Raises:
     ConfigError: there is no preset of that name.
   """
   if name not in PRESETS:
-    raise ConfigError(f'preset {name!r} must be one of {PRESETS}')
+    raise ConfigError(f'preset {name!r} must be one of {tuple(PRESETS)}')
   small = 'bert2_128_2' if kinds.is_sentences(dataset) else 'resnet8'
   memory = {
     'selection.rule': 'signed_margin',
@@ -1127,7 +1130,8 @@ class Argument:
   def allowed(self) -> str:
     """What it may be, in words."""
     if isinstance(self.default, tuple):
-      return f'one of {self.default}'
+      meanings = [f'{x}: {PRESETS[x]}' for x in self.default if x in PRESETS]
+      return '; '.join([f'one of {self.default}', *meanings])
     return f'of type {type(self.default).__name__}'
 
 

@@ -11,7 +11,6 @@ Everything is pure, works under `jit`, `vmap`, `grad` and `pmap`, computes in
 float32 (float64 for float64 inputs) and returns the dtype of its inputs.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,55 +47,43 @@ def to_array(name: str, value: ArrayLike) -> Array:
 
 def check_floating(name: str, array: Array, ndim: int) -> None:
   """Raises unless `array` is a floating array of `ndim` dimensions."""
-  chex.assert_type(
-    array,
-    float,
-    custom_message=f'{name} must be a floating-point array',
-    exception_type=TypeError,
-  )
-  chex.assert_rank(
-    array,
-    ndim,
-    custom_message=f'{name} must have {ndim} dimension(s)',
-    exception_type=ValueError,
-  )
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise TypeError(f'{name} must be a floating-point array, got {array.dtype}')
+  if array.ndim != ndim:
+    raise ValueError(
+      f'{name} must have {ndim} dimension(s), got shape {array.shape}'
+    )
 
 
 def check_shape(
   name: str, array: Array, shape: tuple[int | None, ...], why: str
 ) -> None:
   """Raises unless `array` has the shape; None fits any size."""
-  shown = ', '.join('D' if size is None else str(size) for size in shape)
-  shown += ',' if len(shape) == 1 else ''
-  chex.assert_shape(
-    array,
-    shape,
-    custom_message=f'{name} must have shape ({shown}), {why}',
-    exception_type=ValueError,
+  fits = array.ndim == len(shape) and all(
+    size in (own, None) for own, size in zip(array.shape, shape, strict=True)
   )
+  if not fits:
+    shown = ', '.join('D' if size is None else str(size) for size in shape)
+    shown += ',' if len(shape) == 1 else ''
+    raise ValueError(
+      f'{name} must have shape ({shown}), {why}; got {array.shape}'
+    )
 
 
 def check_logits(logits: Array) -> None:
   """Raises unless `logits` is floating, (B, C), with at least two classes."""
   check_floating('logits', logits, 2)
-  chex.assert_axis_dimension_gteq(
-    logits,
-    1,
-    2,
-    custom_message='logits must have at least two classes in its last '
-    'dimension',
-    exception_type=ValueError,
-  )
+  if logits.shape[1] < 2:
+    raise ValueError(
+      'logits must have at least two classes in its last dimension, got shape '
+      f'{logits.shape}'
+    )
 
 
 def check_labels(labels: Array, size: int) -> None:
   """Raises unless `labels` is an integer array of shape (size,)."""
-  chex.assert_type(
-    labels,
-    int,
-    custom_message='labels must be integers',
-    exception_type=TypeError,
-  )
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise TypeError(f'labels must be integers, got {labels.dtype}')
   check_shape('labels', labels, (size,), 'one an example')
 
 

@@ -9,6 +9,7 @@ into DATA_DIR.
 """
 
 import importlib.util
+import logging
 import os
 import sys
 import textwrap
@@ -22,6 +23,13 @@ CONFIGS = {
   'imagenet2012': 'configs/imagenet_mobilenet.py:mmr',
   'mnist': 'configs/mnist_large_margin.py',
   'svhn_cropped': 'configs/trimming.py:on,dataset=svhn_cropped',
+}
+# What is read or made as it is, by what stands before a colon.
+READY = {
+  'digits': 'it comes with scikit-learn',
+  'entailment': 'it is generated',
+  'folder': 'images are read as they are',
+  'csv': 'sentences are read as they are',
 }
 
 
@@ -37,6 +45,7 @@ def prepare(name: str, data_dir: str | None) -> str:
   if name not in names():
     tfds_images.check_features(builder)
   if not builder.is_prepared():
+    logging.getLogger('urllib3').setLevel(logging.ERROR)  # of every retry
     tfds.enable_progress_bar()  # TFDS is silent where CI or a caller said so
     builder.download_and_prepare()
   return str(builder.data_path)
@@ -60,6 +69,9 @@ def main(argv: list[str]) -> None:
     help="where to prepare it; default: TFDS's own folder",
   )
   args = parser.parse(argv)
+  kind = args.name.partition(':')[0]
+  if kind in READY:
+    parser.error(f'{args.name!r} needs no preparing: {READY[kind]}')
   with terminal.wait('loading TFDS'):
     known = names()
     is_known = args.name in known or _is_known(args.name)
@@ -82,12 +94,22 @@ def main(argv: list[str]) -> None:
   except Exception as error:  # TFDS's own and the network's are of many kinds
     where = _folder(args.data_dir)
     sys.exit(
-      f'error: {args.name} could not be downloaded: {error}\nBehind a '
-      f'firewall, put the archives into {where}/downloads/manual and run this '
-      f'command again, or copy a folder {args.name} prepared elsewhere into '
-      f'{where}.'
+      f'error: {args.name} could not be downloaded: {_explain(error)}\n'
+      f'Behind a firewall, put the archives into {where}/downloads/manual and '
+      f'run this command again, or copy a folder {args.name} prepared '
+      f'elsewhere into {where}.'
     )
   commands.finish(folder, next_command(args.name, args.data_dir))
+
+
+def _explain(error: BaseException | None) -> str:
+  """Returns an error behind what the system said first, if it said anything."""
+  shown, first = str(error), ''
+  while error is not None:
+    if isinstance(error, OSError) and error.strerror:
+      first = f'{error.strerror}: '
+    error = error.__cause__ or error.__context__
+  return first + shown
 
 
 def _is_known(name: str) -> bool:

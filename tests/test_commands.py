@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from margin_jax import (
   commands,
@@ -84,6 +85,10 @@ def folder(tmp_path_factory):
     + text.replace('return', model)
     + "\n\nmargin_jax.register_model('model_of_a_file', CNN)\n"
   )
+  for name in ('cat/1', 'cat/2', 'dog/1', 'dog/2', 'dog/3', 'dog/4'):
+    image = path / 'images' / f'{name}.png'
+    image.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8)).save(image)
   train(path / 'run', steps=2)
   train(path / 'comparison' / 'runs' / 'mms' / 'seed_0', steps=2)
   return path
@@ -123,8 +128,7 @@ MISTAKES = [
   ),
   (
     'train', (f'{DIGITS}:memroy', WORKDIR),
-    "selection='memroy' must be one of ('fresh', 'memory', 'proxy'); did you "
-    'mean selection=memory?',
+    'did you mean selection=memory?',
   ),
   (
     'train', ('--config=configs/cifar10_resnet44.py:early_drop', WORKDIR),
@@ -146,6 +150,37 @@ MISTAKES = [
   (
     'train', ('--config=configs/mnist_large_margin.py:steps=many', WORKDIR),
     "steps='many' must be of type int",
+  ),
+  (
+    'train', (*STARTED, '-config.steps', '50'),
+    'unknown flag -config.steps; did you mean --config.steps=50?',
+  ),
+  (
+    'train', (*STARTED, 'steps=50'),
+    "unexpected argument 'steps=50'; did you mean --config.steps=50?",
+  ),
+  (
+    'train', (f'{DIGITS}:mms', WORKDIR),
+    'fresh: MMS of a pool that each step scores; memory: soft pruning',
+  ),
+  (
+    'train', (*STARTED, '--config.data.name={folder}'),
+    "TFDS of a dataset of images with one label each; did you mean 'folder:"
+    "{folder}'?",
+  ),
+  (
+    'train', (*STARTED, '--config.data.name=reviews.csv'),
+    "did you mean 'csv:reviews.csv'?",
+  ),
+  (
+    'train', (*STARTED, '--config.data.name=folder:{folder}/images/cat'),
+    'holds images itself: name the folder above',
+  ),
+  (
+    'train', (*STARTED, '--config.data.name=folder:{folder}/images',
+              '--config.data.validation_examples=1'),
+    'at most 3, the number of training examples without those of '
+    'data.validation_examples=1',
   ),
   ('train', (*STARTED, '--steps=100'), 'did you mean --config.steps=100?'),
   (
@@ -220,6 +255,17 @@ MISTAKES = [
     'mmr.alpha',
   ),
   ('compare', (*STARTED, '--baseline=plain'), "baseline='plain' is not"),
+  ('compare', (*STARTED, '--seed=3'), 'did you mean --seeds=3?'),
+  ('compare', (*STARTED, '--methods=MMS'), 'did you mean mms?'),
+  (
+    'compare', (*STARTED, '--methods=mmr'),
+    "'mmr' is a group of config fields, which follow a rule: "
+    'uniform+mmr.alpha=VALUE',
+  ),
+  (
+    'compare', (*STARTED, '--methods=mmr.alpha=1e-4'),
+    'fields follow a rule: uniform+mmr.alpha=1e-4',
+  ),
   ('compare', (*STARTED, '--method=mms'), 'did you mean --methods=mms?'),
   ('analyze', (), '--workdir must be given'),
   (
@@ -257,6 +303,8 @@ MISTAKES = [
   ),
   ('prepare', (), 'NAME must be given'),
   ('prepare', ('cifar',), 'did you mean cifar10 or cifar100?'),
+  ('prepare', ('digits',), 'needs no preparing: it comes with scikit-learn'),
+  ('prepare', ('folder:{folder}',), 'needs no preparing'),
   ('prepare', ('kokos',), "no dataset is called 'kokos'; there are "),
   (
     'prepare', ('cifar10', '--dir=/tmp'),
@@ -395,7 +443,7 @@ def test_a_complete_run_needs_neither_data_nor_devices(
   written = json.loads((workdir / 'result.json').read_text())
   assert result.items() <= written.items()
   assert len(lines) == 1
-  assert lines[0].startswith('complete: test accuracy ')
+  assert lines[0].startswith('already complete: test accuracy ')
 
 
 def test_train_ends_with_the_next_command(tmp_path, monkeypatch, capsys):

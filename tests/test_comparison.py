@@ -60,10 +60,7 @@ def test_a_method_is_a_rule_and_fields(text, fields):
 @pytest.mark.parametrize(
   ('text', 'words'),
   [
-    (
-      'mmr',
-      ["'mmr' must be one of the rules", "'mms', 'signed_margin', 'loss'"],
-    ),
+    ('ms', ["'ms' must be one of the rules", "'mms', 'signed_margin', 'loss'"]),
     ('mms+reuse', ["'reuse' must be field=value"]),
     ('mms+fast=1', ["'fast' is not a config field"]),
     ('mms+reuse=2+selection.reuse=3', ['selection.reuse is given twice']),
@@ -287,6 +284,22 @@ def test_a_field_that_was_set_for_nothing_is_a_warning(methods, fields, named):
     method, _, field = name.rpartition(': ')
     assert line.startswith('warning: ' + method)
     assert f'{field} has no effect' in line
+
+
+@pytest.mark.parametrize(
+  ('methods', 'names'),
+  [
+    (['uniform', 'mms'], ['']),
+    (['uniform', 'mms+mmr.alpha=1e-5'], ['uniform: ']),
+    (['mms+mmr.alpha_end=None'], []),
+  ],
+)
+def test_mmr_that_rises_from_nothing_is_a_warning(methods, names):
+  config = small_config(**{'mmr.alpha': 0.0, 'mmr.alpha_end': 1e-3})
+  parsed = methods_lib.parse_methods(methods, config)
+  trials = methods_lib.make_trials(config, parsed, {})
+  lines = methods_lib.warnings(trials, parsed)
+  assert [line.partition('warning: MMR is on')[0] for line in lines] == names
 
 
 def test_welch_is_the_test_of_the_formula():

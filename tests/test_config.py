@@ -101,6 +101,15 @@ def test_a_field_without_effect_is_a_warning(fields, reason):
   assert {*schema.unused(config)} == {name}
 
 
+def test_mmr_that_rises_from_nothing_is_a_warning():
+  config = make_config({'mmr.alpha': 0.0, 'mmr.alpha_end': 1e-3})
+  (line,) = schema.warnings(config)
+  assert 'MMR is on: mmr.alpha rises from 0 to mmr.alpha_end=0.001' in line
+  for fields in ({'mmr.alpha': 1e-5}, {'mmr.alpha_end': None}):
+    config.update_from_flattened_dict(fields)
+    assert schema.warnings(config) == []
+
+
 def test_every_field_that_needs_another_is_tested_without_it():
   dependent = {name for name, field in config_lib.FIELDS.items() if field.needs}
   # model.dtype: of built-in models every one has it.

@@ -93,7 +93,7 @@ def test_a_run_outlives_the_weights_that_it_began_with(tmp_path, weights):
   mean = f'test_mean {whole["test_mean"]["accuracy"]:.2%}'
   assert mean in lines[-1]
   _, lines = begin(tmp_path / 'parts', steps=20)
-  assert lines[-1].startswith('complete: test accuracy')
+  assert lines[-1].startswith('already complete: test accuracy')
   assert mean in lines[-1]
 
   folder = analyze.analyze(str(tmp_path / 'parts'), log=lambda line: None)

@@ -69,7 +69,7 @@ def test_same_command_on_a_complete_run_changes_nothing(finished):
   assert again['seconds'] == result['seconds']
   assert (workdir / 'eval.csv').read_bytes() == before
   (line,) = lines
-  assert line.startswith('complete: test accuracy')
+  assert line.startswith('already complete: test accuracy')
 
 
 @pytest.mark.parametrize('at', [*slow(10), 15])

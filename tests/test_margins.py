@@ -289,7 +289,12 @@ BAD_LOGITS = [
 BAD_KERNELS = [
   (KERNEL.astype(np.int32), TypeError, 'kernel must be a floating-point'),
   (KERNEL[0], ValueError, 'kernel must have 2 dimension'),
-  (KERNEL[:, :2], ValueError, r'kernel must have shape \(D, 3\)'),
+  (
+    KERNEL.T,
+    ValueError,
+    r'^kernel must have shape \(D, 3\), one column for each class of the '
+    r'logits; got \(3, 2\)$',
+  ),
   (KERNEL[:0], ValueError, 'kernel must have at least one row, of a feature'),
 ]
 BAD_LABELS = [

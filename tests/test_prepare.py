@@ -35,6 +35,13 @@ def test_preparing_shows_progress(tmp_path, monkeypatch, capsys):
   assert 'Generating train examples' in capsys.readouterr().err
 
 
+def test_the_reason_of_a_failed_download_comes_first():
+  error = RuntimeError('pool, 10 retries')
+  error.__cause__ = OSError(-3, 'no such name')
+  assert prepare._explain(error) == 'no such name: pool, 10 retries'
+  assert prepare._explain(OSError('no route')) == 'no route'
+
+
 @pytest.mark.parametrize('given', [True, False])
 def test_a_failed_download_names_the_folders(tmp_path, monkeypatch, given):
   def fail(name, data_dir):

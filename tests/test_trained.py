@@ -186,5 +186,5 @@ def test_a_complete_run_says_so_without_compiling(finished, monkeypatch):
 
   monkeypatch.setattr(loop, 'compile_steps', compile_steps)
   again, lines = helpers.train(workdir)
-  assert lines[-1].startswith('complete: test accuracy')
+  assert lines[-1].startswith('already complete: test accuracy')
   assert again == result

@@ -130,7 +130,7 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   # A plus before a digit is part of a number, as in 1e+5.
   first, *settings = re.split(r'\+(?=[A-Za-z_])', text)
   known = config_lib.flatten(config)
-  rules, presets = schema.choices(RULE), config_lib.PRESETS
+  rules, presets = schema.choices(RULE), tuple(config_lib.PRESETS)
   fields: Fields = {}
   named = [name for name in (first, *settings) if name in presets]
   if len(named) > 1:
@@ -138,6 +138,15 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
   for name in named:
     fields |= config_lib.preset(name, config.data.name)
   if first not in presets:
+    group = first.lower()
+    if first not in rules and config_files.members(group):
+      field = f'{group}.{config_files.members(group)[0]}'
+      raise ConfigError(
+        f'{where}: {first!r} is a group of config fields, which follow a rule: '
+        f'{UNIFORM}+{field}=VALUE'
+      )
+    if first not in rules and first.partition('=')[0] in known:
+      raise ConfigError(f'{where}: fields follow a rule: {UNIFORM}+{text}')
     if first not in rules:
       near = nearest(first, (*rules, *presets))
       raise ConfigError(
@@ -419,4 +428,7 @@ def warnings(
       lines += [
         f'{trial.name}: {line}' for line in schema.never_reached(trial.config)
       ]
-  return lines
+  rising = {trial.name: schema.rising_mmr(trial.config) for trial in trials}
+  if all(rising.values()):
+    return [*lines, *rising[trials[0].name]]
+  return [*lines, *(f'{k}: {line}' for k, x in rising.items() for line in x)]

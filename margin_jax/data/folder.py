@@ -69,6 +69,11 @@ def load(path: str) -> images.Source:
     split: _files_by_class(folder) for split, folder in _folders(path).items()
   }
   classes = sorted(found['train'])
+  if not classes and _images(path):
+    raise DatasetError(
+      f'folder {path!r} holds images itself: name the folder above, which must '
+      'have a folder of images for each class'
+    )
   if len(classes) < 2:
     raise DatasetError(
       f'folder {path!r} has {len(classes)} class(es), {classes}: it must have '
@@ -152,6 +157,14 @@ def _subfolders(path: str) -> list[str]:
   return [entry.name for entry in _entries(path) if entry.is_dir()]
 
 
+def _images(path: str) -> list[str]:
+  return [
+    entry.path
+    for entry in _entries(path)
+    if pathlib.PurePath(entry.name).suffix.lower() in SUFFIXES
+  ]
+
+
 def _files_by_class(path: str) -> dict[str, list[str]]:
   """Returns the paths of the images of each class, in order."""
   found = {}
@@ -164,11 +177,7 @@ def _files_by_class(path: str) -> dict[str, list[str]]:
         f'folder {path!r}: the name of class {os.fsencode(name)!r} is not '
         'UTF-8; rename it'
       ) from error
-    found[name] = [
-      entry.path
-      for entry in _entries(folder)
-      if pathlib.PurePath(entry.name).suffix.lower() in SUFFIXES
-    ]
+    found[name] = _images(folder)
     if not found[name]:
       raise DatasetError(
         f'folder {folder!r} has no images: the folder of a class holds '

@@ -3,6 +3,7 @@
 import os
 import re
 
+from margin_jax.checks import nearest
 from margin_jax.data import entailment, glue, imagenet, tfds_images
 from margin_jax.data.registered import REGISTERED
 
@@ -36,6 +37,15 @@ def is_known(name: str, data_dir: str | None) -> bool:
 def names() -> tuple[str, ...]:
   """Returns the built-in and the registered names."""
   return (*NAMES, *REGISTERED)
+
+
+def near(name: str) -> list[str]:
+  """Returns the names that somebody may have meant."""
+  if name.endswith('.csv'):
+    return [CSV + name]
+  if name.startswith(('/', '.', '~')) or os.path.isdir(name):
+    return [FOLDER + name]
+  return nearest(name, names())
 
 
 def allowed() -> str:

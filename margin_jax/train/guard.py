@@ -14,6 +14,11 @@ Metrics = dict[str, Array]
 STOP, SKIP = 'stop', 'skip'
 
 _NAN_SCORES = 'nan_scores'
+# What to try, by what was not finite.
+_ADVICE = {
+  'penalty': 'a lower mmr.alpha',
+  _NAN_SCORES: 'another selection.rule',
+}
 
 
 def checked(losses: Sequence[str]) -> tuple[str, ...]:
@@ -157,7 +162,8 @@ def check(
     leaf = int(metrics['bad_gradient'][index])
     where = parameters[leaf] if leaf >= 0 else 'all parameters together'
     text = f'{text}, of the gradient of {where},'
-  raise NonFiniteError(f'{text} at step {step}', step)
+  advice = _ADVICE.get(name, 'a lower optimizer.learning_rates')
+  raise NonFiniteError(f'{text} at step {step}; try {advice}', step)
 
 
 class Watch:

@@ -200,7 +200,7 @@ def train(
     if start == config.steps:
       result = runs.trained(place.folder, saved_config)
     if result is not None and runs.attacked(result, saved_config):
-      say(f'complete: {_headline(result)}')
+      say(f'already complete: {_headline(result)}')
       return result
 
     # Compile.
@@ -282,7 +282,7 @@ def say_if_complete(
     with contextlib.suppress(config_lib.ConfigError, files.FileError):
       result = runs.complete(place.folder, runs.to_save(config, rule))
   if result is not None:
-    log(f'complete: {_headline(result)}')
+    log(f'already complete: {_headline(result)}')
   return result
 
 

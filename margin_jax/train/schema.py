@@ -79,7 +79,7 @@ def warnings(config: ml_collections.ConfigDict) -> list[str]:
     f'warning: {name}={flat[name]!r} has no effect: {reason}'
     for name, reason in set_in_vain(config).items()
   ]
-  return [*lines, *never_reached(config)]
+  return [*lines, *never_reached(config), *rising_mmr(config)]
 
 
 def never_reached(config: ml_collections.ConfigDict) -> list[str]:
@@ -91,6 +91,17 @@ def never_reached(config: ml_collections.ConfigDict) -> list[str]:
   return [
     f'warning: {len(beyond)} of optimizer.boundaries={boundaries} are never '
     f'reached in steps={config.steps}'
+  ]
+
+
+def rising_mmr(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns a line if MMR is on although mmr.alpha is 0."""
+  end = config.mmr.alpha_end
+  if config.mmr.alpha or not end:
+    return []
+  return [
+    f'warning: MMR is on: mmr.alpha rises from 0 to mmr.alpha_end={end}; '
+    'mmr.alpha_end=None turns it off'
   ]
 
 
@@ -168,7 +179,7 @@ def _check_optimizer(flat: Flat) -> None:
 def _check_data(flat: Flat) -> None:
   """Checks that the options fit the kind of data."""
   name, augmentations = flat['data.name'], flat['data.augmentations']
-  meant = did_you_mean(list(map(repr, nearest(name, kinds.names()))))
+  meant = did_you_mean(list(map(repr, kinds.near(name))))
   known = kinds.is_known(name, flat['data.data_dir'])
   require(known, 'data.name', name, kinds.allowed() + meant)
   if not config_lib.IMAGES.met(flat):
@@ -353,10 +364,11 @@ def validate_data(
   """
   pools = config_lib.samples_pools(flatten(config))
   name = 'pool_size' if pools else 'batch_size'
-  require(
-    config[name] <= examples, name, config[name],
-    f'at most {examples}, the number of training examples',
-  )  # fmt: skip
+  allowed = f'at most {examples}, the number of training examples'
+  held_out = config.data.validation_examples
+  if held_out:
+    allowed += f' without those of data.validation_examples={held_out}'
+  require(config[name] <= examples, name, config[name], allowed)
   if config.trimming.first != config.trimming.last:
     epoch = examples // config.batch_size
     require(

@@ -90,7 +90,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(store, tmp_path):
   assert {x.name for x in tmp_path.iterdir()} == {'store', 'here'}
   again, lines = train(URL, **counted)
   assert again['test'] == here['test']
-  assert lines[-1].startswith('complete')
+  assert lines[-1].startswith('already complete')
 
   # Read by everything that reads a run, and by nothing else than its URL.
   both = [margin_jax.load(x) for x in (URL, str(tmp_path / 'here'))]

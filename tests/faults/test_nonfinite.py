@@ -179,6 +179,7 @@ def test_the_parameter_with_a_bad_gradient_is_named():
   }
   with pytest.raises(
     guard.NonFiniteError,
-    match=r'gradient_norm is inf, of the gradient of b, at step 8',
+    match=r'gradient_norm is inf, of the gradient of b, at step 8; try a lower '
+    'optimizer.learning_rates',
   ):
     guard.check(6, metrics, guard.checked(()), ['a', 'b'])
