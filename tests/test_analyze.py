@@ -2,18 +2,21 @@
 
 import csv
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from margin_jax import analyze, data, linearized, mms_scores, signed_margins
 from margin_jax import config as config_lib
 from margin_jax.analyze import plots, report
 from margin_jax.analyze.__main__ import main
-from margin_jax.data import entailment, tokenization, tokens
+from margin_jax.data import entailment, images, splits, tokenization, tokens
 from margin_jax.train import evaluation, loop, runs
 from tests import helpers
+from tests.datasets import VOCAB
 
 NOISY = {
   'selection.rule': 'uniform', 'mmr.alpha': 0.0, 'data.label_noise': 0.1,
@@ -146,15 +149,15 @@ def test_the_most_negative_are_shown(run, monkeypatch, tmp_path):
     log=lambda line: None,
   )  # fmt: skip
   dataset = data.load('digits', validation_examples=180)
-  for (_, split, images, rows, names), name in zip(
+  for (_, split, shown_images, rows, names), name in zip(
     shown, ('train', 'test'), strict=True
   ):
     assert split == name
     assert [*names] == [str(i) for i in range(10)]
-    assert len(images) == len(rows) == 32
+    assert len(shown_images) == len(rows) == 32
     assert rows[0]['margin'] <= rows[1]['margin'] <= rows[31]['margin']
     whole = dataset.splits[split]['inputs']
-    for image, row in zip(images, rows, strict=True):
+    for image, row in zip(shown_images, rows, strict=True):
       np.testing.assert_array_equal(image, whole[row['index']])
 
 
@@ -172,6 +175,121 @@ def test_sentences_are_a_table(tmp_path):
   row = {'margin': -1.5, 'label': 0, 'prediction': 1, 'index': 7}
   table = report._sentence_table('test', texts, [row], ('yes', 'no'))
   assert table[-1] == '| -1.5 | yes | no | 7 | unknown a\\|b |'
+
+
+def measured_by_hand(rows, label):
+  """What a `Measurer` returns, with margins that ascend."""
+  one = np.ones(len(rows), np.float32)
+  margin = np.arange(len(rows), dtype=np.float32) - 3
+  return {
+    'row': rows, 'label': label, 'prediction': 0 * label, 'margin': margin,
+    'mms': margin, 'feature_norm': one, 'margin/features': margin,
+    'mms/features': margin, 'total_variation/features': 1.0,
+  }  # fmt: skip
+
+
+def write_report(dataset, folder, words=()):
+  """Reports every example of the splits that are shown, and reads the rows."""
+  table = report.Report(dataset, ('features',), words)
+  for split in ('train', 'test'):
+    count = dataset.counts[split]
+    label = np.arange(count) % dataset.num_classes
+    table.add(1, split, measured_by_hand(np.arange(count), label))
+  folder.mkdir()
+  table.write(folder)
+  return {x: read(folder / f'{x}.csv') for x in ('train', 'test')}
+
+
+def write_images(root):
+  """Writes a folder of images without a test split, each its own grey."""
+  for i in range(40):
+    path = root / ('cat', 'dog')[i % 2] / f'{i:02}|.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('L', (5, 5), 5 * i).save(path)
+
+
+def grey_of(root, row):
+  (image,) = images.read_files([root / row['file']], 4)
+  return image[0, 0, 0]
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+def test_images_of_a_folder_are_named_in_the_tables(tmp_path, streamed):
+  root = tmp_path / 'x'
+  write_images(root)
+  odd = os.fsencode(root / 'cat') + b'/\xff.png'  # which no table can hold
+  Image.new('L', (5, 5), 250).save(tmp_path / 'y.png')
+  os.rename(tmp_path / 'y.png', odd)
+  dataset = data.load(
+    f'folder:{root}', image_size=4, workers=0, streamed=streamed,
+    validation_examples=5, fraction=0.5, label_noise=0.3,
+  )  # fmt: skip
+  for split, rows in write_report(dataset, tmp_path / 'out').items():
+    inputs = dataset.inputs(split, np.arange(dataset.counts[split]))
+    positions = {x: i for i, x in enumerate(dataset.rows[split].tolist())}
+    assert len(rows) == len(positions)
+    for row in rows:
+      names = {'0': 'cat', '1': 'dog'}
+      assert row['label_name'] == names[row['label']]
+      assert row['prediction_name'] == 'cat'
+      grey = inputs[positions[int(row['index'])]][0, 0, 0]
+      if row['file'].startswith('cat/\\'):
+        assert row['file'] == r'cat/\udcff.png'
+        assert grey == 250
+      else:
+        assert grey == grey_of(root, row)
+
+
+def test_the_files_of_data_that_moved_are_named(tmp_path):
+  write_images(tmp_path / 'before/x')
+  fields = {
+    'data.name': 'folder:x', 'data.data_dir': str(tmp_path / 'before'),
+    'data.image_size': 8, 'data.validation_examples': 3, 'steps': 10,
+    'pool_size': 16,
+  }  # fmt: skip
+  helpers.train(tmp_path / 'run', **fields)
+  (tmp_path / 'before').rename(tmp_path / 'after')
+  folder = analyze.analyze(
+    str(tmp_path / 'run'), data_dir=str(tmp_path / 'after'), log=lambda _: None
+  )
+  for split in ('train', 'test'):
+    for row in read(folder / f'{split}.csv'):
+      assert row['file'].startswith(f'{row["label_name"]}/')
+      assert (tmp_path / 'after/x' / row['file']).is_file()
+
+
+@pytest.mark.parametrize('split_files', [False, True])
+def test_sentences_of_a_csv_file_have_the_line_that_they_begin_at(
+  tmp_path, split_files
+):
+  text = 'text,label\n"the\r\n\ncafe",yes\n\n'
+  text += ''.join(f'the {x},{x}\n' for x in 5 * ['yes', 'no'])
+  names = ['train.csv', 'test.csv'] if split_files else ['all.csv']
+  for name in names:
+    (tmp_path / name).write_bytes(text.encode())
+  vocabulary = tmp_path / 'vocab.txt'
+  vocabulary.write_text('\n'.join(VOCAB) + '\n', encoding='utf-8')
+  path = tmp_path if split_files else tmp_path / 'all.csv'
+  dataset = data.load(
+    f'csv:{path}', vocabulary=str(vocabulary), max_length=8, buckets=(),
+    validation_examples=2, label_noise=0.5,
+  )  # fmt: skip
+  tables = write_report(dataset, tmp_path / 'out', VOCAB)
+  lines = {x: [int(row['line']) for row in tables[x]] for x in tables}
+  whole = [2, *range(6, 16)]
+  if split_files:
+    assert lines == {'train': whole[:-2], 'test': whole}
+  else:
+    together = {*lines['train'], *lines['test']}
+    assert together < {*whole}
+    assert len(together) == len(whole) - 2
+    own = splits.hold_out(np.array([1, *5 * [1, 0]]))
+    assert lines['test'] == np.array(whole)[own['test']].tolist()
+  for row in tables['train']:
+    assert row['label_name'] == ('no', 'yes')[int(row['label'])]
+  table = (tmp_path / 'out/most_negative_train.md').read_text()
+  assert f'| {lines["train"][0]} | the ' in table
+  assert '| index | line | sentences |' in table
 
 
 def test_the_number_of_devices_does_not_matter(run, tmp_path):

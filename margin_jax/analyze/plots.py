@@ -21,6 +21,8 @@ NOTE = (
   'the examples\nright: all examples, on a logarithmic scale'
 )
 SHEET_COLUMNS = 8
+# So many characters are as wide as an image of the sheet.
+SHOWN = 12
 
 
 def margins(
@@ -161,28 +163,40 @@ def most_negative(
     names: the names of the classes.
   """
   lines = -(-len(images) // SHEET_COLUMNS)
-  with figures.drawing(path, 1.3 * lines + 0.45) as figure:
+  has_files = 'file' in rows[0]
+  height = 1.55 if has_files else 1.43
+  with figures.drawing(path, height * lines + 0.45) as figure:
     grid = figure.subplots(lines, SHEET_COLUMNS, squeeze=False).ravel()
     for axes in grid:
       axes.set_axis_off()
     for axes, image, row in zip(grid, images, rows, strict=False):
       axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
       label, prediction = row['label'], row['prediction']
-      axes.set_title(_short(names[label]), pad=2)
+      axes.set_title(_short(names[label]), pad=2, parse_math=False)
       wrong = label != prediction
+      below = [_short(names[prediction]), f'{row["margin"]:.3g}']
+      below.append(f'#{row["index"]}')
+      if has_files:
+        below.append(_end(row['file']))
       axes.text(
-        0.5, -0.04, f'{_short(names[prediction])}\n{row["margin"]:.3g}',
-        ha='center', va='top', transform=axes.transAxes,
+        0.5, -0.04, '\n'.join(below),
+        ha='center', va='top', transform=axes.transAxes, parse_math=False,
         color=figures.RED if wrong else 'black',
         fontweight='bold' if wrong else 'normal',
       )  # fmt: skip
     figure.suptitle(
       f'The {len(images)} lowest margins of the {split} split. Above: '
-      'the label. Below: the\nprediction (bold if it differs) and the '
-      'margin.'
+      'the label. Below: the\nprediction (bold if it differs), the '
+      f'margin, #index{" and file" if has_files else ""}.'
     )
 
 
 def _short(name: str) -> str:
   """Returns a name that is no wider than an image."""
-  return name if len(name) <= 12 else f'{name[:11]}…'
+  return name if len(name) <= SHOWN else f'{name[: SHOWN - 1]}…'
+
+
+def _end(file: str) -> str:
+  """Returns the name of a file, or its end, no wider than an image."""
+  name = pathlib.PurePath(file).name
+  return name if len(name) <= SHOWN else f'…{name[1 - SHOWN :]}'

@@ -146,11 +146,35 @@ class Report:
         row |= {f's{i}': float(x) for i, x in enumerate(numbers, 1)}
         self._signatures.append(row)
     self._last[split] = quantities
-    rows = self._dataset.rows[split][measured['row']]
-    self._ranked[split] = _rank(measured, rows, self._layers)
+    self._ranked[split] = self._rank(split, measured)
     first = signatures.ranking(measured['margin'])[:SHOWN]
     self._first[split] = measured['row'][first]
     return accuracy
+
+  def _rank(self, split: str, measured: dict[str, Any]) -> list[Row]:
+    """Returns every example of a split, the most negative margin first."""
+    dataset = self._dataset
+    rows = dataset.rows[split][measured['row']]
+    table = []
+    for i in signatures.ranking(measured['margin']):
+      row = {
+        'index': int(rows[i]),
+        'label': int(measured['label'][i]),
+        'prediction': int(measured['prediction'][i]),
+        'margin': float(measured['margin'][i]),
+        'mms': float(measured['mms'][i]),
+      }
+      for layer in self._layers:
+        row[f'margin at {layer}'] = float(measured[f'margin/{layer}'][i])
+        row[f'mms at {layer}'] = float(measured[f'mms/{layer}'][i])
+      if dataset.origins is not None:
+        column, values = dataset.origins
+        row[column] = _printable(values[split][rows[i]])
+      if dataset.class_names is not None:
+        row['label_name'] = dataset.class_names[row['label']]
+        row['prediction_name'] = dataset.class_names[row['prediction']]
+      table.append(row)
+    return table
 
   def write(self, folder: pathlib.Path) -> None:
     """Writes the tables and the figures."""
@@ -187,17 +211,21 @@ def _sentence_table(
   names: Sequence[str],
 ) -> list[str]:
   """Returns the lines of a table of sentences, in Markdown."""
-  lines = [
-    f'# The {len(rows)} lowest margins of the {split} split',
-    '',
-    '| margin | label | prediction | index | sentences |',
-    '| --- | --- | --- | --- | --- |',
-  ]
+  where = ['index', *(['line'] if 'line' in rows[0] else [])]
+  header = ['margin', 'label', 'prediction', *where, 'sentences']
+  table = [header, ['---'] * len(header)]
   for text, row in zip(texts, rows, strict=True):
     cells = [f'{row["margin"]:.4g}', names[row['label']]]
-    cells += [names[row['prediction']], f'{row["index"]}', ' // '.join(text)]
-    lines.append('| ' + ' | '.join(x.replace('|', '\\|') for x in cells) + ' |')
-  return lines
+    cells += [names[row['prediction']], *(str(row[x]) for x in where)]
+    table.append([*cells, ' // '.join(text)])
+  return [
+    f'# The {len(rows)} lowest margins of the {split} split',
+    '',
+    *(
+      '| ' + ' | '.join(x.replace('|', '\\|') for x in cells) + ' |'
+      for cells in table
+    ),
+  ]
 
 
 def _quantities(
@@ -220,21 +248,6 @@ def _quantities(
   return quantities
 
 
-def _rank(
-  measured: dict[str, Any], rows: np.ndarray, layers: tuple[str, ...]
-) -> list[Row]:
-  """Returns every example of a split, the most negative signed margin first."""
-  table = []
-  for i in signatures.ranking(measured['margin']):
-    row = {
-      'index': int(rows[i]),
-      'label': int(measured['label'][i]),
-      'prediction': int(measured['prediction'][i]),
-      'margin': float(measured['margin'][i]),
-      'mms': float(measured['mms'][i]),
-    }
-    for layer in layers:
-      row[f'margin at {layer}'] = float(measured[f'margin/{layer}'][i])
-      row[f'mms at {layer}'] = float(measured[f'mms/{layer}'][i])
-    table.append(row)
-  return table
+def _printable(origin: Any) -> str:
+  """Returns a line or a path; bytes that are not UTF-8 as escapes."""
+  return str(origin).encode(errors='backslashreplace').decode()

@@ -26,7 +26,14 @@ from margin_jax.data import (
 )
 from margin_jax.data import labels as labels_lib
 from margin_jax.data.bucketed import Bucketed
-from margin_jax.data.dataset import Dataset, DatasetError, Loader, Split, Splits
+from margin_jax.data.dataset import (
+  Dataset,
+  DatasetError,
+  Loader,
+  Origins,
+  Split,
+  Splits,
+)
 from margin_jax.data.in_memory import InMemory
 from margin_jax.data.kinds import NAMES
 from margin_jax.data.normalization import (
@@ -46,6 +53,7 @@ __all__ = [
   'DatasetError',
   'InMemory',
   'Loader',
+  'Origins',
   'Splits',
   'Streaming',
   'digests',
@@ -176,6 +184,7 @@ def load(
       name=name,
       num_classes=source.num_classes,
       class_names=source.class_names,
+      origins=source.origins,
       records={split: source.records[of[split]] for split in rows},
       rows=rows,
       shift=shift,
@@ -208,6 +217,7 @@ def load(
       name=name,
       num_classes=num_classes,
       class_names=found.class_names,
+      origins=found.origins,
       splits=arrays,
       rows=rows,
       augment=lambda key, sentence: sentence,
@@ -228,6 +238,7 @@ def load(
     name=name,
     num_classes=num_classes,
     class_names=found.class_names,
+    origins=found.origins,
     splits=arrays,
     rows=rows,
     augment=augmentation(prepare, train['inputs'].shape[-1]),
@@ -288,12 +299,14 @@ class _Arrays(NamedTuple):
     num_classes: C.
     class_names: if they are known.
     vocabulary: of sentences, how many different tokens there are.
+    origins: where in the user's own files the examples are.
   """
 
   splits: dict[str, Split]
   num_classes: int
   class_names: tuple[str, ...] | None = None
   vocabulary: int | None = None
+  origins: Origins | None = None
 
 
 def _arrays(
@@ -324,8 +337,8 @@ def _arrays(
       class_names = tfds_images.class_names(name, data_dir, num_classes)
       return _Arrays(whole, num_classes, class_names, len(words))
     path = kinds.path(name, data_dir)
-    whole, class_names = csv_sentences.load(path, words, max_length)
-    return _Arrays(whole, len(class_names), class_names, len(words))
+    whole, class_names, lines = csv_sentences.load(path, words, max_length)
+    return _Arrays(whole, len(class_names), class_names, len(words), lines)
   if name == 'digits':
     train, test, num_classes = digits.load()
     return _Arrays({'train': train, 'test': test}, num_classes)
@@ -335,7 +348,9 @@ def _arrays(
       split: _resized(records, image_size)
       for split, records in source.records.items()
     }
-    return _Arrays(whole, source.num_classes, source.class_names)
+    return _Arrays(
+      whole, source.num_classes, source.class_names, origins=source.origins
+    )
   whole, num_classes = tfds_images.load(name, data_dir, image_size)
   class_names = tfds_images.class_names(name, data_dir, num_classes)
   return _Arrays(whole, num_classes, class_names)

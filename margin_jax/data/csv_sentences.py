@@ -14,7 +14,7 @@ import numpy as np
 
 from margin_jax import files
 from margin_jax.data import splits, tokenization
-from margin_jax.data.dataset import DatasetError, Split
+from margin_jax.data.dataset import DatasetError, Origins, Split
 
 COLUMNS = (('text',), ('text_a', 'text_b'))
 LABEL = 'label'
@@ -47,7 +47,7 @@ def digest(path: str) -> str:
 
 def load(
   path: str, vocab: tuple[str, ...], max_length: int
-) -> tuple[dict[str, Split], tuple[str, ...]]:
+) -> tuple[dict[str, Split], tuple[str, ...], Origins]:
   """Reads and tokenizes all sentences.
 
   The classes are the different labels of the training file, sorted: whole
@@ -60,7 +60,8 @@ def load(
 
   Returns:
     The splits, each `{'inputs': (N, max_length, 2), 'label': (N,) int32}` in
-    the order of the file, and the names of the classes.
+    the order of the file, the names of the classes, and the line in the file
+    at which each example begins.
 
   Raises:
     ValueError: max_length is too small.
@@ -75,6 +76,10 @@ def load(
       f'{paths(path)["train"]!r} has one label only, {classes[0]!r}: there '
       'must be two or more'
     )
+  lines = {
+    split: np.array([line for *_, line in examples])
+    for split, examples in rows.items()
+  }
   found = {}
   for split, examples in rows.items():
     file = paths(path)[split]
@@ -92,11 +97,13 @@ def load(
     }
   if 'test' not in found:
     whole = found['train']
+    cut = splits.hold_out(whole['label'])
     found = {
-      split: {name: x[rows] for name, x in whole.items()}
-      for split, rows in splits.hold_out(whole['label']).items()
+      split: {name: x[where] for name, x in whole.items()}
+      for split, where in cut.items()
     }
-  return found, classes
+    lines = {split: lines['train'][where] for split, where in cut.items()}
+  return found, classes, Origins('line', lines)
 
 
 def _classes(labels: list[str]) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def _classes(labels: list[str]) -> tuple[str, ...]:
 
 
 def _read(path: str) -> list[tuple]:
-  """Returns a tuple of each row: its texts, its label, the line it ends at."""
+  """Returns a tuple of each row: its texts, its label, its first line."""
   limit = csv.field_size_limit(_LONGEST)  # of the process
   try:
     with open(path, newline='', encoding='utf-8-sig') as file:
@@ -130,10 +137,12 @@ def _rows(path: str, reader) -> Iterator[tuple]:
     )
   columns = [header.index(name) for name in (*texts[0], LABEL)]
   count = 0
+  following = reader.line_num + 1
   for row in reader:
+    line, following = following, reader.line_num + 1
     if not row:  # an empty line
       continue
-    where = f'{path!r}, line {reader.line_num}'
+    where = f'{path!r}, line {line}'
     if len(row) != len(header):
       raise DatasetError(
         f'{where}: {len(row)} fields, but {len(header)} columns; put a text '
@@ -144,6 +153,6 @@ def _rows(path: str, reader) -> Iterator[tuple]:
       missing = (*texts[0], LABEL)[values.index('')]
       raise DatasetError(f'{where}: {missing} is empty')
     count += 1
-    yield (*values, reader.line_num)
+    yield (*values, line)
   if not count:
     raise DatasetError(f'{path!r} has no rows')

@@ -8,7 +8,7 @@ which one it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax import Array
@@ -23,6 +23,19 @@ Split = dict[str, np.ndarray]
 
 class DatasetError(Exception):
   """A dataset is missing, broken, or in a format that is not read here."""
+
+
+class Origins(NamedTuple):
+  """Where the examples lie in the user's own data.
+
+  Attributes:
+    column: what tells it: 'file', the path in a folder, or 'line', at which a
+      record of a CSV file begins, from 1.
+    values: for each of the dataset's own splits, by row.
+  """
+
+  column: str
+  values: dict[str, Sequence[Any]]
 
 
 class Shard(Protocol):
@@ -162,6 +175,8 @@ class Dataset(Protocol):
     counts: for each split, its number of examples.
     rows: for each split, which rows of the dataset's own training or test
       split, in the order in which it is loaded, these are.
+    origins: where in the user's own files these rows are; None if there are
+      none.
     input_shape: the shape of one example's inputs, as stored.
     input_dtype: the dtype of the inputs, as stored.
     prepare: batch of inputs as stored -> what the model reads.
@@ -176,6 +191,7 @@ class Dataset(Protocol):
   num_classes: int
   counts: dict[str, int]
   rows: dict[str, np.ndarray]
+  origins: Origins | None
   input_shape: tuple[int, ...]
   input_dtype: np.dtype
   prepare: Callable[[Any], Any]

@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from margin_jax.data import images, splits
-from margin_jax.data.dataset import DatasetError
+from margin_jax.data.dataset import DatasetError, Origins
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
 # The first that is there is the test split, the second the validation split.
@@ -26,21 +26,28 @@ _OTHERS = ('test', 'val', 'validation')
 class Records:
   """Encoded images and their labels, by row."""
 
-  def __init__(self, paths: list[str], labels: np.ndarray):
+  def __init__(self, folder: str, files: list[str], labels: np.ndarray):
     """Reads nothing yet.
 
     Args:
-      paths: the paths of N files.
+      folder: the folder of the files.
+      files: N paths, relative to the folder.
       labels: (N,) of them.
     """
-    self.paths = paths
+    self.folder = folder
+    self.files = files
     self.labels = labels
 
+  @property
+  def paths(self) -> list[str]:
+    """The paths of the files."""
+    return [os.path.join(self.folder, file) for file in self.files]
+
   def __len__(self) -> int:
-    return len(self.paths)
+    return len(self.files)
 
   def __getitem__(self, row: int) -> dict:
-    path = self.paths[row]
+    path = os.path.join(self.folder, self.files[row])
     try:
       with open(path, 'rb') as file:
         image = file.read()
@@ -91,28 +98,31 @@ def load(path: str) -> images.Source:
         f'folder {path!r}: class {unknown[0]!r} of {split} is not among those '
         f'of the training split, {classes}'
       )
-    paths = [file for name in classes for file in files.get(name, ())]
+    paths = [
+      os.path.relpath(file, path)
+      for name in classes
+      for file in files.get(name, ())
+    ]
     counts = [len(files.get(name, ())) for name in classes]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    records[split] = Records(paths, labels)
+    records[split] = Records(path, paths, labels)
   if 'test' not in records:
     train = records['train']
     rows = splits.hold_out(train.labels)
     records = {
-      split: Records([train.paths[i] for i in rows[split]], train.labels[which])
+      split: Records(path, [train.files[i] for i in which], train.labels[which])
       for split, which in rows.items()
     }
-  return images.Source(records, len(classes), tuple(classes))
+  origins = Origins('file', {split: x.files for split, x in records.items()})
+  return images.Source(records, len(classes), tuple(classes), origins)
 
 
 def digest(path: str) -> str:
   """Returns a digest of the images' paths in the folder, and of their sizes."""
   found = hashlib.sha256()
   for split, records in load(path).records.items():
-    for file in records.paths:
-      line = (
-        f'{split}\0{os.path.relpath(file, path)}\0{os.stat(file).st_size}\n'
-      )
+    for file, whole in zip(records.files, records.paths, strict=True):
+      line = f'{split}\0{file}\0{os.stat(whole).st_size}\n'
       found.update(line.encode(errors='surrogateescape'))
   return found.hexdigest()[:16]
 

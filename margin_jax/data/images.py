@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 from PIL import Image, ImageOps
 
-from margin_jax.data.dataset import DatasetError, Split
+from margin_jax.data.dataset import DatasetError, Origins, Split
 
 # What Pillow raises of what is no image, half of one, or far too large.
 UNDECODABLE = (
@@ -30,11 +30,13 @@ class Source:
       'label': int}`, and maybe 'path', for messages.
     num_classes: C.
     class_names: the names of the classes, if they are known.
+    origins: the files of the records, if each has its own.
   """
 
   records: dict[str, Any]
   num_classes: int
   class_names: tuple[str, ...] | None
+  origins: Origins | None = None
 
 
 def resize(encoded: bytes, side: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from margin_jax.data import augment as augment_lib
 from margin_jax.data.dataset import (
   Devices,
   Orders,
+  Origins,
   PyTree,
   Split,
   chunk_size,
@@ -147,6 +148,7 @@ class InMemory:
     augment: (key, image) -> image, for one training example.
     prepare: batch of inputs as stored -> what the model reads.
     class_names: C of them; None where they have none.
+    origins: where in the user's own files the rows are; None if there are none.
   """
 
   name: str
@@ -156,6 +158,7 @@ class InMemory:
   augment: augment_lib.Augmentation
   prepare: Callable[[Any], Any]
   class_names: tuple[str, ...] | None = None
+  origins: Origins | None = None
 
   vocabulary = None
   f1 = False

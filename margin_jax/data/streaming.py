@@ -28,6 +28,7 @@ from margin_jax.data.dataset import (
   DatasetError,
   Devices,
   Orders,
+  Origins,
   PyTree,
   Shard,
   chunk_size,
@@ -359,6 +360,7 @@ class Streaming:
       next one takes its place, and evaluation does not count it. Else it ends
       the run.
     class_names: C of them; None where they have none.
+    origins: where in the user's own files the rows are; None if there are none.
   """
 
   name: str
@@ -374,6 +376,7 @@ class Streaming:
   decode: Decode = decode
   skip: bool = False
   class_names: tuple[str, ...] | None = None
+  origins: Origins | None = None
 
   input_dtype = np.dtype(np.uint8)
   vocabulary = None
