@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ PyTree = Any
 
 # How many examples one call predicts; the last ones are padded to it.
 CHUNK_SIZE = 256
+# Images of pixels from 0 to 255 are seldom as dark as this.
+DARK = 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Trained:
   """What `load` returns.
 
@@ -36,6 +39,7 @@ class Trained:
     input_shape: shape of one example's inputs as stored; None if it may vary.
     input_dtype: dtype of the inputs as stored.
     class_names: the names of the classes, None if they are not known.
+    validation_accuracy: of the checkpoint; None if the run did not measure it.
   """
 
   model: nn.Module
@@ -47,24 +51,48 @@ class Trained:
   input_shape: tuple[int, ...] | None
   input_dtype: np.dtype
   class_names: tuple[str, ...] | None
+  validation_accuracy: float | None = None
+
+  def __repr__(self) -> str:
+    """Returns a line: the variables and the config would fill the screen."""
+    shown = [
+      f'dataset={self.config.data.name!r}',
+      f'model={self.config.model.name!r}',
+      f'step={self.step}',
+    ]
+    if self.validation_accuracy is not None:
+      shown.append(f'validation_accuracy={self.validation_accuracy:.4f}')
+    return f'Trained({", ".join(shown)})'
 
   def apply(self, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits and the features of examples.
 
     Args:
       inputs: any number of inputs, as the dataset stores them: images (N, H, W,
-        channels) uint8, or what a registered dataset has. For sentences, also a
-        list of strings or of pairs; for a folder of images, also a list of
-        paths.
+        channels), pixels from 0 to 255, or what a registered dataset has. For
+        sentences, also a list of strings or of pairs; for a folder of images,
+        also a list of paths.
 
     Returns:
       Logits (N, C) and features (N, D), float32.
 
     Raises:
       ValueError: the inputs have another shape or range, or are a single string
-        or path.
+        or path; or a file is no image.
     """
-    inputs = self._stored(inputs)
+    return self._outputs(self._stored(inputs))
+
+  def predict(self, inputs: Any) -> np.ndarray:
+    """Returns the class of each example, (N,) int32.
+
+    Args:
+      inputs: as `apply` takes them: images are pixels from 0 to 255.
+    """
+    logits, _ = self._outputs(self._stored(inputs))
+    return logits.argmax(axis=1).astype(np.int32)
+
+  def _outputs(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits and the features of inputs as stored."""
     found = []
     for start in range(0, max(len(inputs), 1), CHUNK_SIZE):
       chunk = inputs[start : start + CHUNK_SIZE]
@@ -74,10 +102,6 @@ class Trained:
       found.append([np.asarray(x)[: len(chunk)] for x in outputs])
     logits, features = (np.concatenate(x) for x in zip(*found, strict=True))
     return logits, features
-
-  def predict(self, inputs: Any) -> np.ndarray:
-    """Returns the class of each example, (N,) int32; see `apply`."""
-    return self.apply(inputs)[0].argmax(axis=1).astype(np.int32)
 
   def _stored(self, inputs: Any) -> np.ndarray:
     """Returns the inputs as the dataset stores them."""
@@ -92,16 +116,20 @@ class Trained:
         f'inputs must have shape {("N", *shape)}, as data.name='
         f'{self.config.data.name!r} has them, got {inputs.shape}'
       )
+    if self.input_dtype != np.uint8 or not inputs.size:
+      return inputs
+    largest = inputs.max()
+    problem = (
+      'pixels from 0 to 255, as data.name='
+      f'{self.config.data.name!r} has them, got {inputs.dtype} up to '
+      f'{largest:g}'
+    )
     # Pixels may be floating, under an attack say, but not from 0 to 1.
-    pixels = self.input_dtype == np.uint8
-    if (
-      pixels and inputs.size and inputs.dtype.kind == 'f' and inputs.max() <= 1
-    ):
-      raise ValueError(
-        'inputs must be pixels from 0 to 255, as data.name='
-        f'{self.config.data.name!r} has them, got {inputs.dtype} up to '
-        f'{inputs.max():g}'
-      )
+    if inputs.dtype.kind == 'f' and largest <= 1:
+      raise ValueError(f'inputs must be {problem}')
+    if 0 < largest <= DARK:
+      # At the line that calls `apply` or `predict`.
+      warnings.warn(f'inputs should be {problem}', stacklevel=3)
     return inputs
 
   @functools.cached_property
@@ -120,6 +148,10 @@ def load(
   workdir: str | os.PathLike, checkpoint: str | int = 'latest'
 ) -> Trained:
   """Loads the trained network of a run; needs no data.
+
+  What it returns predicts from inputs as the dataset stores them: images are
+  uint8 pixels from 0 to 255, (N, H, W, channels); sentences are strings, or
+  pairs of strings. See `Trained.apply`.
 
   Args:
     workdir: the run's folder; "~" is expanded.
@@ -143,13 +175,11 @@ def load(
   step = checkpoint if isinstance(checkpoint, int) else None
   steps = None if step is None else [step]
   with runs.open_run(workdir, steps, reads_data=False) as run:
-    if checkpoint == 'best':
-      step = run.best_step()
-    elif checkpoint not in ('latest', step):
+    if checkpoint not in ('latest', 'best', step):
       raise config_lib.ConfigError(
         f"checkpoint={checkpoint!r} must be 'latest', 'best' or a step"
       )
-    state = run.restore(step)
+    state = run.restore_best() if checkpoint == 'best' else run.restore(step)
     encode = None
     folder = str(run.workdir.folder)
     path = vocabulary.kept(folder) or vocabulary.find(run.config, folder)
@@ -175,4 +205,5 @@ def load(
       input_shape=shape,
       input_dtype=run.dataset.input_dtype,
       class_names=run.dataset.class_names,
+      validation_accuracy=run.checkpoints.accuracy(int(state.step)),
     )

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -472,11 +473,20 @@ def test_the_next_command_names_the_file_that_registers_the_model(
 def test_analyze_ends_with_the_next_command(folder, tmp_path, capsys):
   words = f'--workdir={folder / "run"} --out={tmp_path} --examples=20'
   main('analyze')([*words.split(), '--layers=features'])
-  *_, results, following = capsys.readouterr().out.splitlines()
+  *_, train, test, results, following = capsys.readouterr().out.splitlines()
+  for split, text in (('train', train), ('test', test)):
+    assert text.startswith(f'{split}: ')
+    assert ' of 20 margins are negative' in text
+    path = pathlib.Path(text.split()[-1])
+    assert path == tmp_path / f'most_negative_{split}.png'
+    assert path.is_file()
   assert results.startswith(f'results: {tmp_path}/margins.png')
-  path = following.split()[-1]
-  assert following.startswith('next:    head ')
-  assert pathlib.Path(path).is_file()
+  python, *options, code = shlex.split(following.removeprefix('next:    '))
+  assert (python, *options) == ('python', '-i', '-c')
+  names = {}
+  exec(code, names)
+  assert names['trained'].step == 2
+  assert capsys.readouterr().out.startswith('Trained(')
 
 
 @pytest.mark.parametrize('name', prepare.names())

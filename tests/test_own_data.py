@@ -250,6 +250,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, how):
     load(name)
   message = str(caught.value)
   assert '\n' not in message
+  assert 'BytesIO' not in message
   message.encode()  # a terminal can show it
 
 
@@ -619,6 +620,11 @@ def test_a_folder_is_trained_loaded_and_guarded(tmp_path, monkeypatch):
   assert trained.class_names == ('dark', 'light')
   with pytest.raises(ValueError, match=r'must be a list: \['):
     trained.predict(str(files[0]))
+  text = tmp_path / 'text.png'
+  text.write_text('no image')
+  with pytest.raises(ValueError, match=r'/text\.png.* cannot be decoded') as e:
+    trained.predict([files[0], text])
+  assert 'BytesIO' not in str(e.value)
   files[0].unlink()
   with pytest.raises(ConfigError, match=r'data\.digest'):
     helpers.train(tmp_path / 'run', **fields)

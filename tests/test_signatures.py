@@ -224,7 +224,7 @@ def test_any_distribution_can_be_drawn(values, tmp_path):
     | signatures.summary(found['margin'])
     for split, found in last.items()
   ]
-  plots.margins(tmp_path / 'x.png', rows, last)
+  plots.margins(tmp_path / 'x.png', 'digits', rows, last)
   assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -238,7 +238,7 @@ def drawn_margins(monkeypatch, tmp_path, steps, train):
     | signatures.summary(last['train']['margin'])
     for step in steps
   ]
-  plots.margins(tmp_path / 'x.png', rows, last)
+  plots.margins(tmp_path / 'x.png', 'digits', rows, last)
   return found[0]
 
 
@@ -257,19 +257,26 @@ def test_every_example_is_in_the_histogram(monkeypatch, tmp_path):
   (note,) = axes.texts
   assert note.get_text() == 'first bin: 2, down to -50\nlast bin: 1, up to inf'
   near = drawn_margins(monkeypatch, tmp_path, [10], np.linspace(0, 1, 99))
-  assert near.axes[1].texts[0].get_text() == ''
+  assert near.axes[0].texts[0].get_text() == ''
 
 
-def test_one_checkpoint_is_drawn_at_its_step(monkeypatch, tmp_path):
+def test_one_checkpoint_has_histograms_only(monkeypatch, tmp_path):
   train = np.linspace(-1, 1, 99)
   figure = drawn_margins(monkeypatch, tmp_path, [700], train)
-  axes = figure.axes[0]
-  assert [*axes.get_xticks()] == [700]
-  assert len(axes.collections) == len(plots.BANDS)
-  for band in axes.collections:
-    (path,) = band.get_paths()
-    assert np.ptp(path.vertices[:, 0]) > 0  # which can be seen
-    assert np.ptp(path.vertices[:, 1]) > 0
+  (axes,) = figure.axes
+  assert (axes.get_title(), axes.get_xlabel()) == ('step 700', 'margin')
+  assert figure.get_suptitle() == 'digits'
+
+
+def test_percentages_are_plain_numbers(monkeypatch, tmp_path):
+  train = [*np.linspace(0, 1, 99), *np.linspace(0, 0.3, 40)]  # within a decade
+  figure = drawn_margins(monkeypatch, tmp_path, [10, 20], train)
+  figure.draw_without_rendering()
+  axes = figure.axes[1].yaxis
+  texts = [x.get_text() for x in axes.get_ticklabels(which='both')]
+  assert len([*filter(None, texts)]) >= 3
+  for text in filter(None, texts):
+    assert float(text) > 0
 
 
 def test_query_refuses_what_cannot_be():

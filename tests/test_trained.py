@@ -151,6 +151,40 @@ def test_inputs_of_another_shape_are_refused(finished):
   )
 
 
+def test_a_short_line_says_what_it_is(finished, tmp_path):
+  workdir, result = finished
+  trained = margin_jax.load(workdir)
+  accuracy = result['validation']['accuracy']
+  assert trained.validation_accuracy == accuracy
+  expected = (
+    "Trained(dataset='digits', model='cnn', step=20, "
+    f'validation_accuracy={accuracy:.4f})'
+  )
+  assert f'{trained}' == repr(trained) == expected
+  helpers.train(tmp_path, **{'data.validation_examples': 0, 'steps': 10})
+  without = margin_jax.load(tmp_path)
+  assert f'{without}' == "Trained(dataset='digits', model='cnn', step=10)"
+
+
+def test_pixels_that_are_nearly_black_give_a_warning(finished):
+  """As scikit-learn's digits are, from 0 to 16."""
+  trained = margin_jax.load(finished[0])
+  images = np.zeros((5, 8, 8, 1), np.uint8)
+  trained.predict(images)
+  trained.predict(images[:0])
+  images[0, 0] = 17
+  trained.predict(images)
+  images[0, 0] = 16
+  for dtype in (np.uint8, np.int64):
+    with pytest.warns(UserWarning, match='from 0 to 255.*16') as caught:
+      trained.predict(images.astype(dtype))
+    assert [x.filename for x in caught] == [__file__]
+    assert '\n' not in str(caught[0].message)
+  with pytest.warns(UserWarning, match='from 0 to 255') as caught:
+    trained.apply(images)
+  assert [x.filename for x in caught] == [__file__]
+
+
 @pytest.mark.slow
 def test_it_reads_sentences(data_dir, tmp_path):
   """As strings, or as the dataset stores them."""

@@ -13,6 +13,7 @@ smallest MMS are the ones that an annotator should label next. Figures are
 written as PNG and as PDF.
 """
 
+import json
 import shlex
 
 from margin_jax import commands, terminal
@@ -68,8 +69,20 @@ def main(argv: list[str]) -> None:
     )
     commands.finish(
       f'{folder}/margins.png, and the tables beside it',
-      shlex.join(['head', '-n', '20', f'{folder}/train.csv']),
+      shlex.join(['python', '-i', '-c', _loading(args.workdir, args.config)]),
     )
+
+
+def _loading(workdir: str, config: str | None) -> str:
+  """Returns the Python code that loads the network of the run."""
+  lines = [
+    'import margin_jax',
+    f'trained = margin_jax.load({json.dumps(workdir)})',
+  ]
+  if config is not None:
+    register = f'runs.register_from({json.dumps(config)})'
+    lines[1:1] = ['from margin_jax.train import runs', register]
+  return '; '.join([*lines, 'print(trained)'])
 
 
 if __name__ == '__main__':

@@ -20,6 +20,9 @@ NOTE = (
   'left: median (line) and the bands that hold the middle 50, 90 and 98% of '
   'the examples\nright: all examples, on a logarithmic scale'
 )
+NOTE_AT_LAST = 'all examples, on a logarithmic scale'
+# So many characters of a title fit on the page.
+TITLE = 100
 SHEET_COLUMNS = 8
 # So many characters are as wide as an image of the sheet.
 SHOWN = 12
@@ -27,29 +30,33 @@ SHOWN = 12
 
 def margins(
   path: pathlib.Path,
+  title: str,
   distributions: Sequence[Mapping[str, Any]],
   last: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
   """Plots margin distributions over the checkpoints, and at the last one.
 
   Every quantity has a row of axes: for each split the median and the bands that
-  hold 50, 90 and 98% of its examples, by step; then the histograms of all
-  splits at the last checkpoint, of every example: those far out lie in the
-  outermost bins, and the axes say how many.
+  hold 50, 90 and 98% of its examples, by step, unless there is only one; then
+  the histograms of all splits at the last checkpoint, of every example: those
+  far out lie in the outermost bins, and the axes say how many.
 
   Args:
     path: the PNG file; a PDF file is beside it.
+    title: the title of the figure; its end is shown if it is long.
     distributions: the rows of distributions.csv.
     last: for each split, for each quantity, the values at the last checkpoint.
   """
   splits = list(last)
   quantities = list(last[splits[0]])
-  height = 1.35 * len(quantities) + 0.7
+  steps = {row['step'] for row in distributions}
+  over_steps = splits if len(steps) > 1 else []
+  height = 1.5 * len(quantities) + 0.9
   with figures.drawing(path, height) as figure:
-    grid = figure.subplots(len(quantities), len(splits) + 1, squeeze=False)
+    figure.suptitle(_end(title, TITLE), parse_math=False)
+    grid = figure.subplots(len(quantities), len(over_steps) + 1, squeeze=False)
     for line, quantity in zip(grid, quantities, strict=True):
-      line[0].set_ylabel(quantity.replace(' at ', '\nat '))
-      for axes, split in zip(line, splits, strict=False):
+      for axes, split in zip(line, over_steps, strict=False):
         _bands(
           axes,
           [
@@ -61,14 +68,16 @@ def margins(
         )
         axes.sharey(line[0])
         axes.tick_params(labelleft=axes is line[0])
+        line[0].set_ylabel(quantity.replace(' at ', '\nat '))
       _histograms(line[-1], {split: last[split][quantity] for split in splits})
+      line[-1].set_xlabel(quantity)
       line[-1].set_ylabel('% in a bin')
-    for axes, split in zip(grid[0], splits, strict=False):
+    for axes, split in zip(grid[0], over_steps, strict=False):
       axes.set_title(split)
-    grid[0][-1].set_title('last checkpoint')
+    grid[0][-1].set_title(f'step {max(steps):,}')
     for axes in grid[-1][:-1]:
       axes.set_xlabel('step')
-    figures.legend(figure, grid[0][-1], NOTE)
+    figures.legend(figure, grid[0][-1], NOTE if over_steps else NOTE_AT_LAST)
 
 
 def _look(split: str) -> dict[str, Any]:
@@ -82,23 +91,15 @@ def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], color: str) -> None:
 
   rows = [row for row in rows if np.isfinite(row['q50'])]
   steps = np.array([row['step'] for row in rows])
-  x, first = steps, rows
-  if len(rows) == 1:  # a bar at the only step that there is
-    x, first = steps[0] + np.array([-0.3, 0.3]), 2 * rows
-    axes.set_xlim(steps[0] - 1, steps[0] + 1)
   for low, high in BANDS:
     axes.fill_between(
-      x, [row[low] for row in first], [row[high] for row in first],
+      steps, [row[low] for row in rows], [row[high] for row in rows],
       color=color, alpha=0.25, linewidth=0,
     )  # fmt: skip
-  axes.plot(x, [row['q50'] for row in first], color=color)
-  axes.plot(steps, [row['q50'] for row in rows], '.', color=color)
+  axes.plot(steps, [row['q50'] for row in rows], '.-', color=color)
   axes.axhline(0, color='black', linewidth=0.5)
-  if len(rows) == 1:
-    axes.set_xticks(steps)
-  else:
-    locator = MaxNLocator(3, integer=True, steps=(1, 2, 2.5, 5, 10))
-    axes.xaxis.set_major_locator(locator)
+  locator = MaxNLocator(3, integer=True, steps=(1, 2, 2.5, 5, 10))
+  axes.xaxis.set_major_locator(locator)
   figures.count_axis(axes.xaxis)
 
 
@@ -107,7 +108,6 @@ def _histograms(axes: Any, splits: Mapping[str, np.ndarray]) -> None:
   there = {split: x[~np.isnan(x)] for split, x in splits.items()}
   finite = np.concatenate([x[np.isfinite(x)] for x in there.values()])
   axes.set_yscale('log')
-  axes.yaxis.set_major_formatter('{x:g}')
   if not finite.size:
     axes.annotate('none is finite', (0.5, 0.5), xycoords='axes fraction')
     return
@@ -119,6 +119,7 @@ def _histograms(axes: Any, splits: Mapping[str, np.ndarray]) -> None:
         np.clip(x, low, high), bins=BINS, range=(low, high), histtype='step',
         weights=np.full(x.size, 100 / x.size), label=split, **_look(split),
       )  # fmt: skip
+  figures.log_ticks(axes.yaxis, *axes.get_ylim())
   axes.axvline(0, color='black', linewidth=0.5)
   axes.annotate(
     _outside(np.concatenate([*there.values()]), low, high), (0.5, 0.02),
@@ -177,7 +178,7 @@ def most_negative(
       below = [_short(names[prediction]), f'{row["margin"]:.3g}']
       below.append(f'#{row["index"]}')
       if has_files:
-        below.append(_end(row['file']))
+        below.append(_end(pathlib.PurePath(row['file']).name, SHOWN))
       axes.text(
         0.5, -0.04, '\n'.join(below),
         ha='center', va='top', transform=axes.transAxes, parse_math=False,
@@ -196,7 +197,6 @@ def _short(name: str) -> str:
   return name if len(name) <= SHOWN else f'{name[: SHOWN - 1]}…'
 
 
-def _end(file: str) -> str:
-  """Returns the name of a file, or its end, no wider than an image."""
-  name = pathlib.PurePath(file).name
-  return name if len(name) <= SHOWN else f'…{name[1 - SHOWN :]}'
+def _end(text: str, length: int) -> str:
+  """Returns a text, or its end, of at most so many characters."""
+  return text if len(text) <= length else f'…{text[1 - length :]}'

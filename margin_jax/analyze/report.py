@@ -74,9 +74,11 @@ def analyze(
     folder = stack.enter_context(
       runs.output(out, run.workdir.child('analysis'))
     )
-    report = Report(run.dataset, layer_names, _words(run))
-    for step in sorted({*(steps or run.checkpoints.steps())}):
-      state = run.restore(step)
+    title = f'{run.dataset.name}, {run.config.model.name}: {run.workdir}'
+    report = Report(run.dataset, layer_names, title, _words(run))
+    states = map(run.restore, sorted({*steps})) if steps else run.restore_kept()
+    for state in states:
+      step = int(state.step)
       variables = run.devices.replicate(state.evaluated)
       with wait(f'measuring step {step:,}', line=False):
         accuracy = {
@@ -85,7 +87,12 @@ def analyze(
         }
       text = ', '.join(f'{accuracy[split]:.2%} of {split}' for split in splits)
       log(f'step {step:,}: accuracy {text}')
-    report.write(folder.folder)
+    for split, name in report.write(folder.folder).items():
+      negative = sum(row['margin'] < 0 for row in report.ranked[split])
+      log(
+        f'{split}: {negative:,} of {len(report.ranked[split]):,} margins are '
+        f'negative; the lowest are in {folder.path}/{name}'
+      )
   return folder.path
 
 
@@ -104,6 +111,7 @@ class Report:
     self,
     dataset: data.Dataset,
     layers: tuple[str, ...],
+    title: str,
     words: tuple[str, ...] = (),
   ):
     """Starts with empty tables.
@@ -111,17 +119,19 @@ class Report:
     Args:
       dataset: knows the original row of every example.
       layers: where margins are linearised and normalised.
+      title: of the figure.
       words: the tokens of sentences, by id.
     """
     self._words = words
     self._dataset = dataset
     self._layers = layers
+    self._title = title
     self._distributions: list[Row] = []
     self._signatures: list[Row] = []
     # For each split, at the last checkpoint: values by quantity; examples; and
     # where in the split the first of these are.
     self._last: dict[str, dict[str, np.ndarray]] = {}
-    self._ranked: dict[str, list[Row]] = {}
+    self.ranked: dict[str, list[Row]] = {}
     self._first: dict[str, np.ndarray] = {}
 
   def add(self, step: int, split: str, measured: dict[str, Any]) -> float:
@@ -146,7 +156,7 @@ class Report:
         row |= {f's{i}': float(x) for i, x in enumerate(numbers, 1)}
         self._signatures.append(row)
     self._last[split] = quantities
-    self._ranked[split] = self._rank(split, measured)
+    self.ranked[split] = self._rank(split, measured)
     first = signatures.ranking(measured['margin'])[:SHOWN]
     self._first[split] = measured['row'][first]
     return accuracy
@@ -165,6 +175,8 @@ class Report:
         'mms': float(measured['mms'][i]),
       }
       for layer in self._layers:
+        if layer == linearized.FEATURES:
+          continue  # margin and mms are those at the features
         row[f'margin at {layer}'] = float(measured[f'margin/{layer}'][i])
         row[f'mms at {layer}'] = float(measured[f'mms/{layer}'][i])
       if dataset.origins is not None:
@@ -176,32 +188,46 @@ class Report:
       table.append(row)
     return table
 
-  def write(self, folder: pathlib.Path) -> None:
-    """Writes the tables and the figures."""
+  def write(self, folder: pathlib.Path) -> dict[str, str]:
+    """Writes the tables and the figures.
+
+    Returns:
+      For each split, the file that shows its most negative margins.
+    """
     tables = {
       'distributions': self._distributions,
       'signatures': self._signatures,
-      **self._ranked,
+      **self.ranked,
     }
     for name, rows in tables.items():
       files.write_csv(folder / f'{name}.csv', list(rows[0]), rows)
-    plots.margins(folder / 'margins.png', self._distributions, self._last)
-    for split in self._first:
-      self._write_most_negative(folder / f'most_negative_{split}', split)
+    plots.margins(
+      folder / 'margins.png', self._title, self._distributions, self._last
+    )
+    return {x: self._write_most_negative(folder, x) for x in self._first}
 
-  def _write_most_negative(self, path: pathlib.Path, split: str) -> None:
-    """Writes a sheet of images, or a table of sentences; of others nothing."""
+  def _write_most_negative(self, folder: pathlib.Path, split: str) -> str:
+    """Writes a sheet of images, or a table of sentences; of others nothing.
+
+    Returns:
+      The name of the file that shows them.
+    """
     dataset = self._dataset
-    rows = self._ranked[split][:SHOWN]
+    rows = self.ranked[split][:SHOWN]
+    name = f'most_negative_{split}'
     inputs = dataset.inputs(split, self._first[split])
     names = dataset.class_names or [*map(str, range(dataset.num_classes))]
     if self._words:
       texts = tokenization.decode(inputs, self._words)
       lines = _sentence_table(split, texts, rows, names)
-      with files.whole(path.with_suffix('.md')) as aside:
+      with files.whole(folder / f'{name}.md') as aside:
         aside.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    elif inputs.dtype == np.uint8 and inputs.shape[-1] in (1, 3):
-      plots.most_negative(path.with_suffix('.png'), split, inputs, rows, names)
+      return f'{name}.md'
+    if inputs.dtype == np.uint8 and inputs.shape[-1] in (1, 3):
+      path = folder / f'{name}.png'
+      plots.most_negative(path, split, inputs, rows, names)
+      return path.name
+    return f'{split}.csv'
 
 
 def _sentence_table(

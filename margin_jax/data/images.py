@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from margin_jax.data.dataset import DatasetError, Origins, Split
 
@@ -39,13 +39,21 @@ class Source:
   origins: Origins | None = None
 
 
+def open_encoded(encoded: bytes) -> Image.Image:
+  """Opens an image; Pillow's own error would name the bytes' address."""
+  try:
+    return Image.open(io.BytesIO(encoded))
+  except UnidentifiedImageError:
+    raise UnidentifiedImageError('it is in no format of images') from None
+
+
 def resize(encoded: bytes, side: int) -> np.ndarray:
   """Decodes an image to its central square, resized to (side, side, 3) uint8.
 
   Bilinear, with antialiasing. A photo is turned as its EXIF data say, grey
   levels become RGB, and what is transparent lies on black.
   """
-  with Image.open(io.BytesIO(encoded)) as image:
+  with open_encoded(encoded) as image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):  # of 16 bits, which Pillow would clip
       image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -59,8 +67,20 @@ def resize(encoded: bytes, side: int) -> np.ndarray:
 
 
 def read_files(paths: Sequence[str | os.PathLike], side: int) -> np.ndarray:
-  """Returns the images of files, resized: (N, side, side, 3) uint8."""
-  images = [resize(pathlib.Path(path).read_bytes(), side) for path in paths]
+  """Returns the images of files, resized: (N, side, side, 3) uint8.
+
+  Raises:
+    ValueError: one is no image.
+  """
+  images = []
+  for path in paths:
+    encoded = pathlib.Path(path).read_bytes()
+    try:
+      images.append(resize(encoded, side))
+    except UNDECODABLE as error:
+      raise ValueError(
+        f'image {os.fspath(path)!r} cannot be decoded ({error})'
+      ) from error
   return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
 
 

@@ -9,7 +9,6 @@ number of workers or processes.
 
 import contextlib
 import dataclasses
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -80,7 +79,7 @@ def decode(
     size: the side of the result.
     rng: decides the crop; None is the central one of evaluation.
   """
-  with Image.open(io.BytesIO(encoded)) as image:
+  with images.open_encoded(encoded) as image:
     box = center_box(*image.size) if rng is None else crop_box(rng, *image.size)
     # Not resize(box=...), whose filter reads pixels outside of the box.
     resized = (

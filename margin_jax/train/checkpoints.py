@@ -17,7 +17,8 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,12 +60,18 @@ INFO = {
     )
   ),
 }
+# Seconds that the removal of a checkpoint may take.
+_REMOVAL = 1.0
 # What is said of a file that may be all right.
 _PASSING = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 
 
 class CorruptError(Exception):
   """A checkpoint cannot be read, or is not what was saved."""
+
+
+class RemovedError(CorruptError):
+  """The run, which goes on, has removed the checkpoint since it was listed."""
 
 
 class SaveError(Exception):
@@ -196,6 +203,7 @@ class Checkpoints:
     if keep_every is not None:
       keep.append(policies.EveryNSteps(keep_every))
     self._workdir = workdir
+    self._writing = writing
     self._folder = workdir.folder / FOLDER
     self._folder.mkdir(parents=True, exist_ok=True)
     self._options = ocp.CheckpointManagerOptions(
@@ -207,11 +215,7 @@ class Checkpoints:
       lightweight_initialize=True,
     )
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
-    for step in self.steps():
-      try:
-        self._note(step, self.info(step).get(_ACCURACY))
-      except CorruptError:
-        self._unknown.add(step)
+    self._note_all()
 
   def _processes(self) -> ocp.options.MultiprocessingOptions:
     """Says which processes share the folder: all, or none with another."""
@@ -228,6 +232,13 @@ class Checkpoints:
   def shared(self) -> bool:
     """Whether all processes of the run read and write the same files."""
     return not self._workdir.remote
+
+  def _note_all(self) -> None:
+    for step in self.steps():
+      try:
+        self._note(step, self.info(step).get(_ACCURACY))
+      except CorruptError:
+        self._unknown.add(step)
 
   def _note(self, step: int, accuracy: float | None) -> None:
     if accuracy is not None:
@@ -280,10 +291,10 @@ class Checkpoints:
 
     Raises:
       CorruptError: it cannot be read, or is not what was saved.
+      RemovedError: it was there, and is no longer.
     """
-    step = self._manager.latest_step() if step is None else step
     if step is None:
-      return None
+      return self._latest(functools.partial(self.restore, target))
     info = self.info(step)
     self._workdir.fetch(step)
     host = jax.tree.map(np.asarray, jax.device_get(target))
@@ -317,10 +328,10 @@ class Checkpoints:
 
     Raises:
       CorruptError: it cannot be read, or is not what was saved.
+      RemovedError: it was there, and is no longer.
     """
-    step = self._manager.latest_step() if step is None else step
     if step is None:
-      return None
+      return self._latest(self.info)
     info = self._read_info(step)
     digest = (info.pop(_DIGESTS, None) or {}).get('info')
     if info['step'] != step:
@@ -328,6 +339,17 @@ class Checkpoints:
     if digest not in (None, _digest_info(info)):
       raise self._corrupt(step, 'its info is not what was saved')
     return info
+
+  def _latest(self, read: Callable[[int], Any]) -> Any:
+    """Returns what is read of the latest step, or None if there is none."""
+    while (step := self._manager.latest_step()) is not None:
+      try:
+        return read(step)
+      except RemovedError:
+        self.refresh()
+        if not self.steps():
+          raise
+    return None
 
   def digests(self, step: int) -> dict[str, str]:
     """Returns the digests of a step's arrays and info; older ones lack some."""
@@ -353,9 +375,21 @@ class Checkpoints:
       raise self._corrupt(step, _first_line(error)) from error
 
   def _corrupt(self, step: int, why: str) -> CorruptError:
-    return CorruptError(
-      f'the checkpoint {self._folder / str(step)} cannot be used: {why}'
-    )
+    folder = self._folder / str(step)
+    if not self._writing and self._is_removed(step):
+      return RemovedError(
+        f'the checkpoint {folder} was removed while it was to be read'
+      )
+    return CorruptError(f'the checkpoint {folder} cannot be used: {why}')
+
+  def _is_removed(self, step: int) -> bool:
+    """Returns whether the run removes a step, file by file, or has done so."""
+    deadline = time.monotonic() + _REMOVAL
+    while self._workdir.has(step):
+      if time.monotonic() > deadline:
+        return False
+      time.sleep(_REMOVAL / 10)
+    return True
 
   def quarantine(self, step: int) -> pathlib.Path:
     """Moves a step's folder out of the way, and says where it is now."""
@@ -375,6 +409,16 @@ class Checkpoints:
     # Its own `reload` reads what may be damaged; see `_options`.
     self._manager.close()
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+
+  def refresh(self) -> None:
+    """Looks again which steps the run has, as it goes on."""
+    self._workdir.refresh()
+    self.reload()
+    self._note_all()
+
+  def accuracy(self, step: int) -> float | None:
+    """Returns the validation accuracy of a step, None if it has none."""
+    return self._accuracies.get(step)
 
   def steps(self) -> list[int]:
     """Returns the steps that have a checkpoint."""

@@ -41,6 +41,7 @@ from margin_jax.train.checkpoints import (
   QUARANTINE,
   Checkpoints,
   CorruptError,
+  RemovedError,
 )
 from margin_jax.train.compiled import Counters
 from margin_jax.train.devices import Devices
@@ -274,21 +275,51 @@ class TrainedRun:
 
     Raises:
       CorruptError: it cannot be read.
+      RemovedError: it was there, and is no longer.
     """
     try:
       return self.checkpoints.restore(self._state, step)[0]
+    except RemovedError:
+      raise
     except CorruptError as error:
       raise CorruptError(
         f'{error}. If you remove {self.workdir}/result.json, the command that '
         'trained it resumes from the checkpoint before'
       ) from error
 
-  def best_step(self) -> int:
-    """Returns the step of the highest validation accuracy.
+  def restore_best(self) -> PyTree:
+    """Reads the state of the highest validation accuracy.
 
     Raises:
       ConfigError: nothing was held out for validation.
+      CorruptError: it cannot be read.
     """
+    try:
+      return self.restore(self._best_step())
+    except RemovedError:  # now another is the best
+      self.checkpoints.refresh()
+      return self.restore(self._best_step())
+
+  def restore_kept(self) -> Iterator[PyTree]:
+    """Reads the states of all steps that the run keeps, in their order.
+
+    Those that the run removes meanwhile are left out.
+
+    Raises:
+      CorruptError: one cannot be read.
+    """
+    read_any = False
+    for step in self.checkpoints.steps():
+      try:
+        state = self.restore(step)
+      except RemovedError:
+        continue
+      read_any = True
+      yield state
+    if not read_any:
+      yield self.restore()
+
+  def _best_step(self) -> int:
     best = self.checkpoints.info()['best']
     if best is None:
       raise config_lib.ConfigError(

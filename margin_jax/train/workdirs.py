@@ -83,6 +83,10 @@ class Workdir:
   def refresh(self) -> None:
     """Copies what is new elsewhere: nothing, since this is the original."""
 
+  def has(self, step: int) -> bool:
+    """Returns whether a checkpoint is there now."""
+    return (self.folder / FOLDER / str(step)).is_dir()
+
   def fetch(self, step: int) -> None:
     """Copies the arrays of a checkpoint: nothing, since they are here."""
 
@@ -203,6 +207,10 @@ class BucketWorkdir(Workdir):
     """Returns whether a file is of a checkpoint, but not of its arrays."""
     step = _step(name)
     return step in self._steps and not name.startswith(f'{FOLDER}/{step}/state')
+
+  def has(self, step: int) -> bool:
+    """Returns whether a whole checkpoint is there now."""
+    return step in _marked(self._bucket.find(f'{FOLDER}/{step}'))
 
   def fetch(self, step: int) -> None:
     """Copies the arrays of a checkpoint."""

@@ -31,7 +31,7 @@ from margin_jax.buckets import Bucket, BucketError, Lock
 from margin_jax.compare import compare
 from margin_jax.train import loop, workdirs
 from margin_jax.train import runs as runs_lib
-from margin_jax.train.checkpoints import SaveError
+from margin_jax.train.checkpoints import RemovedError, SaveError
 from tests import helpers
 from tests.faults import object_store, runs
 
@@ -105,6 +105,17 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(store, tmp_path):
   for path in expected.iterdir():
     found = store.cat_file(f'bucket/run/analysis/{path.name}')
     assert path.suffix != '.csv' or found == path.read_bytes()
+
+
+def test_a_checkpoint_that_is_removed_from_the_bucket_is_left_out(store):
+  train(URL)
+  with runs_lib.open_run(URL) as run:
+    before, last = run.checkpoints.steps()[-2:]
+    for path in store.find('bucket/run/checkpoints/20'):
+      store.rm_file(path)
+    with pytest.raises(RemovedError, match='was removed'):
+      run.restore(20)
+    assert (int(run.restore().step), last) == (before, 20)
 
 
 def test_all_events_are_in_the_bucket(store, tmp_path):

@@ -5,10 +5,12 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import types
 
 import pytest
 
+import margin_jax
 from margin_jax import analyze
 from margin_jax import config as config_lib
 from margin_jax.train import checkpoints as checkpoints_lib
@@ -251,3 +253,74 @@ def test_analysis_says_which_checkpoint_is_damaged(copy):
     checkpoints_lib.CorruptError, match=re.escape(str(latest))
   ):
     analyze.analyze(str(copy), out=str(copy / 'out'))
+
+
+# A run that trains removes checkpoints while others read.
+
+
+@pytest.fixture
+def training(copy, monkeypatch):
+  """A run with step 10, whose trainer saves 20 and removes 10 while it is read.
+
+  With `training('slowly')`, the removal takes a while.
+  """
+  folder = copy / 'checkpoints'
+  (folder / '20').rename(copy / '20')
+  restore = checkpoints_lib.Checkpoints.restore
+  removing = []
+
+  def begin(how='at once'):
+    def go_on(self, target, step=None):
+      if step == 10 and not removing:
+        (copy / '20').rename(folder / '20')
+        shutil.rmtree(folder / '10' / 'info')
+        wait = {'at once': 0.0, 'slowly': 0.3}[how]
+        removing.append(threading.Timer(wait, shutil.rmtree, [folder / '10']))
+        removing[0].start()
+        if not wait:
+          removing[0].join()
+      return restore(self, target, step)
+
+    monkeypatch.setattr(checkpoints_lib.Checkpoints, 'restore', go_on)
+    return copy
+
+  yield begin
+  removing[0].join()
+
+
+@pytest.mark.parametrize('how', ['at once', 'slowly'])
+def test_a_checkpoint_that_is_removed_while_it_is_analyzed_is_left_out(
+  training, how
+):
+  workdir, lines = training(how), []
+  folder = analyze.analyze(str(workdir), examples=20, log=lines.append)
+  rows = helpers.read_csv(folder / 'distributions.csv')
+  assert {row['step'] for row in rows} == {'20'}
+  assert [x for x in lines if x.startswith('step')] == lines[:1]
+
+
+def test_of_several_checkpoints_the_removed_one_is_left_out(copy, monkeypatch):
+  restore = checkpoints_lib.Checkpoints.restore
+
+  def go_on(self, target, step=None):
+    shutil.rmtree(copy / 'checkpoints/10', ignore_errors=True)
+    return restore(self, target, step)
+
+  monkeypatch.setattr(checkpoints_lib.Checkpoints, 'restore', go_on)
+  lines = []
+  analyze.analyze(str(copy), examples=20, log=lines.append)
+  assert [x.partition(':')[0] for x in lines] == ['step 20', 'train', 'test']
+  monkeypatch.undo()
+
+
+@pytest.mark.parametrize('checkpoint', ['latest', 'best'])
+def test_the_next_checkpoint_is_loaded_where_one_was_removed(
+  training, checkpoint
+):
+  assert margin_jax.load(training(), checkpoint).step == 20
+
+
+def test_a_step_that_was_asked_for_and_removed_is_one_line(training):
+  with pytest.raises(checkpoints_lib.RemovedError, match='was removed') as e:
+    margin_jax.load(training(), 10)
+  assert 'result.json' not in str(e.value)
