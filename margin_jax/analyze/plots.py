@@ -166,6 +166,7 @@ def most_negative(
   lines = -(-len(images) // SHEET_COLUMNS)
   has_files = 'file' in rows[0]
   height = 1.55 if has_files else 1.43
+  last = 'the margin, #index and file' if has_files else 'the margin and #index'
   with figures.drawing(path, height * lines + 0.45) as figure:
     grid = figure.subplots(lines, SHEET_COLUMNS, squeeze=False).ravel()
     for axes in grid:
@@ -187,8 +188,7 @@ def most_negative(
       )  # fmt: skip
     figure.suptitle(
       f'The {len(images)} lowest margins of the {split} split. Above: '
-      'the label. Below: the\nprediction (bold if it differs), the '
-      f'margin, #index{" and file" if has_files else ""}.'
+      f'the label. Below: the\nprediction (bold if it differs), {last}.'
     )
 
 

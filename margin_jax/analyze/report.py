@@ -12,7 +12,7 @@ from margin_jax import data, files, linearized, signatures, terminal
 from margin_jax.analyze import plots
 from margin_jax.config import require
 from margin_jax.data import entailment, tokenization
-from margin_jax.train import evaluation, runs, vocabulary
+from margin_jax.train import evaluation, runs, vocabulary, workdirs
 from margin_jax.train import setup as setup_lib
 
 Row = dict[str, Any]
@@ -74,8 +74,7 @@ def analyze(
     folder = stack.enter_context(
       runs.output(out, run.workdir.child('analysis'))
     )
-    title = f'{run.dataset.name}, {run.config.model.name}: {run.workdir}'
-    report = Report(run.dataset, layer_names, title, _words(run))
+    report = Report(run.dataset, layer_names, _title(run), _words(run))
     states = map(run.restore, sorted({*steps})) if steps else run.restore_kept()
     for state in states:
       step = int(state.step)
@@ -94,6 +93,14 @@ def analyze(
         f'negative; the lowest are in {folder.path}/{name}'
       )
   return folder.path
+
+
+def _title(run: runs.TrainedRun) -> str:
+  """Returns what names a run in a figure: data, model, and its own name."""
+  *_, name = str(run.workdir).rpartition(f'/{workdirs.RUNS}/')
+  # Not of a comparison, it is the whole path.
+  name = pathlib.PurePath(name).name if name == str(run.workdir) else name
+  return f'{run.dataset.name}, {run.config.model.name}: {name}'
 
 
 def _words(run: runs.TrainedRun) -> tuple[str, ...]:
