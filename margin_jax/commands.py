@@ -146,7 +146,11 @@ class Parser(argparse.ArgumentParser):
     `config_file.config` has the fields that were set.
     """
     self._options.add_argument(
-      '-h', '--help', action='store_true', help='show this text, and exit'
+      '-h',
+      '-help',
+      '--help',
+      action='store_true',
+      help='show this text, and exit',
     )
     rest, fields = _take_fields(argv) if self._fields else (argv, {})
     self.usage = self._usage()

@@ -220,6 +220,18 @@ def _explained(path: pathlib.Path, remedy: str) -> Iterator[None]:
   raise FileError(f'{path} cannot be read ({problem}): {remedy}') from cause
 
 
+def make_folder(folder: pathlib.Path) -> None:
+  """Creates a folder, unless it is there.
+
+  Raises:
+    FileError: it cannot be created.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise FileError(f'the folder cannot be made ({error.strerror})') from error
+
+
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
   """Keeps other processes that ask for it out of a folder.

@@ -293,7 +293,7 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
   foreign = tmp_path / 'foreign'
   (foreign / 'checkpoints' / '7').mkdir(parents=True)
   for source, words in (
-    ('nowhere', 'holds no checkpoints'),
+    ('nowhere', 'does not exist'),
     ('foreign', 'attack.source='),
     ('broken', 'cannot be used'),
     ('tiny', "a run on data.name='digits', but that run is on 'tiny_images'"),

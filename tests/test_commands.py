@@ -233,7 +233,19 @@ MISTAKES = [
     'train', (*STARTED, '--process_id=one'),
     "--process_id: must be an integer, got 'one'",
   ),
-  ('train', (DIGITS, '--workdir={folder}/file'), "/file': [Errno 17]"),
+  ('train', (DIGITS, '--workdir={folder}/file'), "file' is not allowed: it is"),
+  (
+    'train', (DIGITS, '--workdir={folder}/file/run'),
+    "/file/run': the folder cannot be made (Not a directory)",
+  ),
+  (
+    'train', (DIGITS, '--workdir={folder}/comparison'),
+    "comparison': it holds a comparison; name another folder to train",
+  ),
+  (
+    'compare', (DIGITS, '--workdir={folder}/run'),
+    "run': it holds a run; name another folder to compare",
+  ),
   (
     'train',
     ('--config=configs/cifar10_resnet44.py:mms', WORKDIR,
@@ -270,9 +282,26 @@ MISTAKES = [
   ('compare', (*STARTED, '--method=mms'), 'did you mean --methods=mms?'),
   ('analyze', (), '--workdir must be given'),
   (
-    'analyze', ('--workdir={folder}/none',),
+    'analyze', ('--workdir={folder}/images',),
     'holds no checkpoints: train it first with python -m margin_jax.train',
   ),
+  (
+    'analyze', ('--workdir={folder}/runn',),
+    "runn' does not exist; did you mean {folder}/run?",
+  ),
+  (
+    'analyze', ('--workdir={folder}/run/analysis',),
+    'is inside a run; did you mean {folder}/run?',
+  ),
+  (
+    'analyze', ('--workdir={folder}/run/checkpoints/2',),
+    'is inside a run; did you mean {folder}/run?',
+  ),
+  (
+    'analyze', ('--workdir={folder}/comparison/runs/mms',),
+    'name one of its runs: {folder}/comparison/runs/mms/seed_0',
+  ),
+  ('analyze', ('--workdir={folder}/file',), 'it is a file'),
   (
     'analyze', ('--workdir={folder}/comparison',),
     'it is a comparison; name one of its runs: '

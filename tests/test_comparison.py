@@ -378,7 +378,7 @@ def test_the_table_of_a_comparison():
   p = scipy.stats.ttest_ind([0.01, 0.03], [0.04, 0.05], equal_var=False).pvalue
   assert cells[0][:7] == [
     'method', 'steps', 'seeds', 'test error, %', 'difference to `uniform`',
-    'change, %', 'p',
+    'reduction, %', 'p',
   ]  # fmt: skip
   assert cells[0][8] == 'TFLOP'
   assert cells[2][3:7] == ['4.50 ± 0.71', '-', '-', '-']
@@ -388,6 +388,33 @@ def test_the_table_of_a_comparison():
     '8.0', '25.0%',
   ]  # fmt: skip
   assert cells[4][2:7] == ['1', '50.00', '+45.50', '-1011.1', '-']
+
+
+@pytest.mark.parametrize(
+  ('methods', 'sentence'),
+  [
+    (
+      ['uniform', 'mms'],
+      ['All methods train with mmr.alpha=1e-05, mmr.alpha_end=0.001.'],
+    ),
+    (
+      ['uniform+mmr.alpha=0.0', 'mms'],
+      ['All methods train with mmr.alpha_end=0.001.'],
+    ),
+    (['uniform+mmr.alpha=0.0+mmr.alpha_end=None', 'mms'], []),
+  ],
+)
+def test_what_all_methods_train_with_is_said(methods, sentence):
+  config = small_config(**{'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3})
+  configs = [x.config for x in trials_of(config, methods)]
+  assert report._shared_fields(configs) == sentence
+
+
+def test_what_a_test_example_is_worth_is_said():
+  result = {'test': {'count': 360}}
+  (sentence,) = report._resolution([result, result])
+  assert sentence == 'One of 360 test examples is 0.28 points.'
+  assert not report._resolution([result, {'test': {}}])
 
 
 def test_errors_on_another_dataset_are_not_compared():

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 import scipy.stats
 
@@ -18,6 +19,8 @@ from margin_jax import files
 from margin_jax.compare import plots
 from margin_jax.compare.methods import Trial
 from margin_jax.compare.runs import Result, Run
+from margin_jax.config import FIELDS, flatten
+from margin_jax.train import schema
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
@@ -33,11 +36,12 @@ FOLDERS = ('runs', 'pilots')
 EXPLANATION = (
   'Test error at the last step: mean ± standard deviation over the seeds whose '
   'runs were finite. Worst class: the class with the largest test error in '
-  'each run. Change: how much lower the error is, relative to that of '
-  '`{baseline}`. p: two-sided Welch t-test of the test errors against '
-  '`{baseline}`, not corrected for the number of methods. There is no p with '
-  'one seed, or if all errors are equal. XLA counts the FLOPs, scoring '
-  'included. Seconds are training time, without compilation and evaluation.'
+  'each run. Difference: how many points higher the error is than that of '
+  '`{baseline}`. Reduction: how many percent lower it is. p: two-sided Welch '
+  't-test of the test errors against `{baseline}`, not corrected for the '
+  'number of methods. There is no p with one seed, or if all errors are equal. '
+  'XLA counts the FLOPs, scoring included. Seconds are training time, without '
+  'compilation and evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
 OTHER_METRICS = {
@@ -45,6 +49,8 @@ OTHER_METRICS = {
   'test_f1': 'F1',
   'test_mismatched_error': 'mismatched test error',
 }
+# Groups of fields by which training is more than plain training.
+BEYOND_PLAIN = ('mmr', 'large_margin', 'trimming', 'loss', 'ema')
 BEST = 'the lowest validation error, among those with the most seeds'
 
 
@@ -112,11 +118,15 @@ def write(
     Seeds(trial, rows[name], curves[name], summarize(rows[name]))
     for name, trial in {run.trial.name: run.trial for run in runs}.items()
   ]
+  about = [
+    *_shared_fields([x.trial.config for x in trials]),
+    *_resolution(results),
+  ]
   footer = ['', *notes, *_skipped_steps(trials), '', *hardware(results)]
   fields = list(dict.fromkeys(f for x in trials for f in x.trial.grid_point))
   if not fields:
     (folder / SWEEP).unlink(missing_ok=True)
-    return _write_comparison(folder, trials, baseline, footer, split)
+    return _write_comparison(folder, trials, baseline, about, footer, split)
   validated = all('validation' in x.summary for x in trials)
   best = best_of_methods(trials) if validated else []
   table = '\n'.join(sweep_table(fields, trials, best))
@@ -134,7 +144,7 @@ def write(
   _write_lines(folder / SWEEP, ['# Sweep', '', table, '', note, *footer])
   of_best = f'Each method at its grid point with {BEST}: {SWEEP}.'
   comparison = _write_comparison(
-    folder, best, baseline, ['', of_best, *footer], split
+    folder, best, baseline, about, ['', of_best, *footer], split
   )
   return f'{table}\n\n{note}\n\n{comparison}'
 
@@ -143,6 +153,7 @@ def _write_comparison(
   folder: pathlib.Path,
   trials: Sequence[Seeds],
   baseline: str,
+  about: Sequence[str],
   footer: Sequence[str],
   split: str,
 ) -> str:
@@ -155,6 +166,7 @@ def _write_comparison(
   plots.cost(folder / 'cost.png', {x.trial.name: x.rows for x in trials})
   table = '\n'.join(comparison_table(trials, reference))
   explanation = EXPLANATION.format(baseline=reference.trial.name)
+  explanation = ' '.join([explanation, *about])
   configs = [x.trial.config for x in trials]
   names = dict.fromkeys(x.data.name for x in configs)
   names |= dict.fromkeys(x.model.name for x in configs)
@@ -167,6 +179,30 @@ def _write_comparison(
     [title, '', table, '', explanation, *footer, '', *images],
   )
   return f'{table}\n\n{explanation}'
+
+
+def _shared_fields(
+  configs: Sequence[ml_collections.ConfigDict],
+) -> list[str]:
+  """Returns a sentence on what is more than plain training in all methods."""
+  first, *others = (flatten(schema.effective(config)) for config in configs)
+  shared = [
+    f'{name}={value!r}'
+    for name, value in first.items()
+    if name.partition('.')[0] in BEYOND_PLAIN
+    and value != FIELDS[name].default
+    and all(other[name] == value for other in others)
+  ]
+  return [f'All methods train with {", ".join(shared)}.'] if shared else []
+
+
+def _resolution(results: Sequence[Result]) -> list[str]:
+  """Returns a sentence on what one test example is worth."""
+  counts = {result['test'].get('count') for result in results}  # once not there
+  if len(counts) != 1 or None in counts:
+    return []
+  (count,) = counts
+  return [f'One of {count:,} test examples is {100 / count:.2g} points.']
 
 
 def by_trial(runs: Sequence[Run], values: Sequence[Any]) -> dict[str, list]:
@@ -417,7 +453,7 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
   header = (
     'method', 'steps', 'seeds', 'test error, %',
     *(f'{OTHER_METRICS[name]}, %' for name in others),
-    f'difference to `{baseline.trial.name}`', 'change, %', 'p',
+    f'difference to `{baseline.trial.name}`', 'reduction, %', 'p',
     'examples scored', f'{prefix}FLOP', 'seconds', 'seconds waiting for data',
   )  # fmt: skip
   lines = []
@@ -427,8 +463,8 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
     if comparable and x.trial.name != baseline.trial.name:
       higher, p = difference(x.rows, baseline.rows)
       error = baseline.summary['test'][0]
-      change = f'{-100 * higher / error:+.1f}' if error else '-'
-      compared = f'{100 * higher:+.2f}', change, significance(p)
+      reduction = f'{-100 * higher / error:+.1f}' if error else '-'
+      compared = f'{100 * higher:+.2f}', reduction, significance(p)
     lines.append([
       f'`{x.trial.name}`',
       f'{summary["steps"]:,}',

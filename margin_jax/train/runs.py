@@ -46,7 +46,7 @@ from margin_jax.train.checkpoints import (
 from margin_jax.train.compiled import Counters
 from margin_jax.train.devices import Devices
 from margin_jax.train.spec import StepSpec
-from margin_jax.train.workdirs import Workdir
+from margin_jax.train.workdirs import RUNS, Workdir
 from margin_jax.trained import Trained
 
 PyTree = Any
@@ -100,13 +100,15 @@ def lock_workdir(
     folders: the names of the folders.
 
   Raises:
-    ConfigError: the folder cannot be created, another program uses it, or
-      something else lies in the place of what will be written.
+    ConfigError: the folder cannot be created, another program uses it, it is
+      of a comparison and not of a run or the other way round, or something else
+      lies in the place of what will be written.
   """
   with contextlib.ExitStack() as stack:
     problem = None
     try:
       if devices is None or devices.is_main_process:
+        _check_kind(workdir, folders)
         stack.enter_context(workdir.locked())
         files.check_outputs(workdir.folder, names, folders)
         files.remove_leftovers(
@@ -126,6 +128,14 @@ def lock_workdir(
       ) from problem
     workdir.refresh()  # what others wrote until now
     yield
+
+
+def _check_kind(workdir: Workdir, folders: Sequence[str]) -> None:
+  """Raises a FileError if a run is to write to a comparison, or vice versa."""
+  if FOLDER not in folders and workdir.is_run():
+    raise files.FileError('it holds a run; name another folder to compare')
+  if RUNS not in folders and workdir.runs():
+    raise files.FileError('it holds a comparison; name another folder to train')
 
 
 def to_save(
@@ -420,9 +430,7 @@ def find_best(workdir: str | os.PathLike) -> str:
 def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
   """Opens the run's checkpoints; looking must not create a folder."""
   workdir.refresh()
-  none = config_lib.ConfigError(
-    f'workdir={str(workdir)!r} holds no checkpoints: {_advice(workdir)}'
-  )
+  none = config_lib.ConfigError(f'workdir={str(workdir)!r} {_lack(workdir)}')
   if not (workdir.folder / FOLDER).is_dir():
     raise none
   checkpoints = Checkpoints(workdir)
@@ -439,14 +447,30 @@ def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
   )
 
 
-def _advice(workdir: Workdir) -> str:
-  """Returns what to do about a workdir that is none of a run."""
-  names = [str(run) for run in workdir.runs()]
-  if not names:
-    return 'train it first with ' + commands.line('train')
-  more = [f'and {len(names) - 5} more'] if len(names) > 5 else []
-  names = ', '.join([*names[:5], *more])
-  return f'it is a comparison; name one of its runs: {names}'
+def _lack(workdir: Workdir) -> str:
+  """Returns what a workdir lacks that is none of a run, and what to do."""
+  folder = workdir.folder
+  above = [] if workdir.remote else [Workdir(x) for x in folder.parents]
+  names = [
+    str(run)
+    for place in (workdir, *above[:2])
+    for run in place.runs()
+    if run.folder.is_relative_to(folder)
+  ]
+  if names:
+    more = [f'and {len(names) - 5} more'] if len(names) > 5 else []
+    names = ', '.join([*names[:5], *more])
+    return (
+      'holds no checkpoints: it is a comparison; name one of its runs: ' + names
+    )
+  run = next((str(x) for x in above if x.is_run()), None)
+  if run is not None:
+    return 'is inside a run' + checks.did_you_mean([run])
+  if not workdir.remote and not folder.exists():
+    siblings = {x.name: str(x) for x in folder.parent.glob('*') if x.is_dir()}
+    near = [siblings[x] for x in checks.nearest(folder.name, siblings)]
+    return 'does not exist' + checks.did_you_mean(near)
+  return 'holds no checkpoints: train it first with ' + commands.line('train')
 
 
 def _saved_config(
@@ -588,7 +612,7 @@ def make_folder(out: str) -> pathlib.Path:
     )
   folder = pathlib.Path(out).expanduser()
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
+    files.make_folder(folder)
+  except files.FileError as error:
     raise config_lib.ConfigError(f'out={out!r}: {error}') from error
   return folder

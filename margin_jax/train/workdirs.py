@@ -63,6 +63,10 @@ class Workdir:
     """Returns a folder in this one."""
     return type(self)(self.folder / name)
 
+  def is_run(self) -> bool:
+    """Returns whether it has checkpoints, as a run has."""
+    return (self.folder / FOLDER).is_dir()
+
   def runs(self) -> list[Self]:
     """Returns the runs of a comparison, by name."""
     found = (self.folder / RUNS).glob(f'**/{FOLDER}')
@@ -74,9 +78,10 @@ class Workdir:
     """Creates the folder and keeps other programs out of it.
 
     Raises:
-      OSError: it cannot be created, or another program uses it.
+      FileError: it cannot be created.
+      OSError: another program uses it.
     """
-    self.folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(self.folder)
     with files.locked(str(self.folder)):
       yield
 
@@ -146,6 +151,10 @@ class BucketWorkdir(Workdir):
   def child(self, name: str) -> Self:
     """Returns a folder in this one."""
     return type(self)(self._bucket.child(name), self.folder / name)
+
+  def is_run(self) -> bool:
+    """Returns whether it has checkpoints, as a run has."""
+    return bool(self._bucket.find(FOLDER))
 
   def runs(self) -> list[Self]:
     """Returns the runs of a comparison, by name."""
@@ -400,7 +409,8 @@ def opened(workdir: str | os.PathLike) -> Iterator[Workdir]:
       'gs://BUCKET/FOLDER', or 's3://BUCKET/FOLDER'.
 
   Raises:
-    ConfigError: it is empty, of no user, or a URL of a kind that is not known.
+    ConfigError: it is empty, of no user, a file, or a URL of a kind that is not
+      known.
     BucketError: there is no access to the bucket.
   """
   name = os.fspath(workdir)
@@ -435,6 +445,10 @@ def _check_name(name: str) -> None:
     raise config_lib.ConfigError(
       f'workdir={name!r} is not allowed: there is no user {user[1:]!r}; '
       f'./{name} is a folder of that name'
+    )
+  if not is_url(name) and os.path.isfile(os.path.expanduser(name)):
+    raise config_lib.ConfigError(
+      f'workdir={name!r} is not allowed: it is a file'
     )
   if is_url(name) and not _URL.fullmatch(name.rstrip('/')):
     raise config_lib.ConfigError(

@@ -192,6 +192,10 @@ def test_a_comparison_in_a_bucket_goes_on(store, tmp_path):
   assert found == expected.replace(str(tmp_path / 'here'), 'gs://bucket/all')
   with pytest.raises(config_lib.ConfigError, match='name one of its runs: gs:'):
     margin_jax.load('gs://bucket/all')
+  with pytest.raises(config_lib.ConfigError, match='it holds a comparison; '):
+    helpers.train('gs://bucket/all', **FIELDS)
+  with pytest.raises(config_lib.ConfigError, match='it holds a run; '):
+    compare(config, found, **options)
   tables = {'compare.md', 'runs.csv', 'compare.csv', 'error.png', 'cost.png'}
   found = {x.removeprefix('bucket/all/') for x in store.find('bucket/all')}
   assert tables < found
