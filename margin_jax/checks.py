@@ -255,7 +255,7 @@ def nearest(
   Case does not count. Where some differ by a letter, others are not returned.
   """
   spelled = {choice.lower(): choice for choice in choices}
-  for least in (0.9, cutoff):
+  for least in (1, 0.9, cutoff):
     near = difflib.get_close_matches(name.lower(), spelled, 3, least)
     if near:
       break

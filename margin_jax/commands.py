@@ -215,7 +215,8 @@ class Parser(argparse.ArgumentParser):
       near = [f'{"--config" if self._fields else "--workdir"}={argument}']
     elif equals:
       near = [f'{x}={value}' for x in self._near(flag)]
-    return f'unexpected argument {argument!r}{did_you_mean(near)}'
+    form = '; write --FLAG=VALUE, and a list with commas but no spaces'
+    return f'unexpected argument {argument!r}{did_you_mean(near) or form}'
 
   def _near(self, name: str) -> list[str]:
     """Returns the flags, or flags of fields, that somebody may have meant."""

@@ -76,9 +76,10 @@ def main(argv: list[str]) -> None:
     known = names()
     is_known = args.name in known or _is_known(args.name)
   if not is_known:
-    near = commands.nearest(args.name, known)
+    from margin_jax.data import kinds
+
     others = f'; there are {", ".join(known)}, and others of TFDS'
-    meant = commands.did_you_mean(near) or others
+    meant = commands.did_you_mean(kinds.near(args.name)) or others
     parser.error(f'no dataset is called {args.name!r}{meant}')
   if importlib.util.find_spec('tensorflow') is None:
     sys.exit(

@@ -98,7 +98,7 @@ BAD = [
   ('model.batch_norm_examples', 1, 'None or an integer, at least 2'),
   ('optimizer.name', 'lamb', "('sgd', 'adam', 'adamw', 'rmsprop'"),
   (RATES, 0.1, 'a tuple'),
-  (RATES, (0.1, 0.01), 'one more than optimizer.boundaries has'),
+  (RATES, (0.1, 0.01), 'one more than optimizer.boundaries=() has'),
   (RATES, (-0.1,), 'at least 0'),
   (RATES, (NAN,), 'a finite number'),
   (RATES, ('0.1',), 'a finite number'),

@@ -183,6 +183,10 @@ MISTAKES = [
     'at most 3, the number of training examples without those of '
     'data.validation_examples=1',
   ),
+  (
+    'train', (*STARTED, '--config.optimizer.learning_rates=0.1'),
+    '2 value(s), one more than optimizer.boundaries=(700,) has',
+  ),
   ('train', (*STARTED, '--steps=100'), 'did you mean --config.steps=100?'),
   (
     'train', (*STARTED, '--lr=0.1'),
@@ -268,6 +272,18 @@ MISTAKES = [
     'mmr.alpha',
   ),
   ('compare', (*STARTED, '--baseline=plain'), "baseline='plain' is not"),
+  (
+    'compare', (*STARTED, '--methods', 'mms', 'uniform'),
+    "'uniform'; write --FLAG=VALUE, and a list with commas but no spaces",
+  ),
+  (
+    'compare', (*STARTED, '--methods=mms uniform'),
+    'did you mean mms,uniform?',
+  ),
+  (
+    'compare', (*STARTED, '--methods=mms+mmr'),
+    "'mmr' is a group of config fields: alpha, ",
+  ),
   ('compare', (*STARTED, '--seed=3'), 'did you mean --seeds=3?'),
   ('compare', (*STARTED, '--methods=MMS'), 'did you mean mms?'),
   (
@@ -335,6 +351,8 @@ MISTAKES = [
   ('prepare', ('cifar',), 'did you mean cifar10 or cifar100?'),
   ('prepare', ('digits',), 'needs no preparing: it comes with scikit-learn'),
   ('prepare', ('folder:{folder}',), 'needs no preparing'),
+  ('prepare', ('CIFAR10',), 'did you mean cifar10?'),
+  ('prepare', ('rte',), 'did you mean glue/rte?'),
   ('prepare', ('kokos',), "no dataset is called 'kokos'; there are "),
   (
     'prepare', ('cifar10', '--dir=/tmp'),

@@ -148,7 +148,9 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
     if first not in rules and first.partition('=')[0] in known:
       raise ConfigError(f'{where}: fields follow a rule: {UNIFORM}+{text}')
     if first not in rules:
+      words = re.split(r'[\s;]+', text)
       near = nearest(first, (*rules, *presets))
+      near = [','.join(words)] if len(words) > 1 else near
       raise ConfigError(
         f'{where}: {first!r} must be one of the rules {rules} or of the '
         f'presets {presets}{did_you_mean(near)}'
@@ -159,9 +161,9 @@ def parse_method(text: str, config: ml_collections.ConfigDict) -> Fields:
     if setting in presets:
       continue
     name, equals, value = setting.partition('=')
+    name = _full_name(name, where, known)
     if not equals:
       raise ConfigError(f'{where}: {setting!r} must be field=value')
-    name = _full_name(name, where, known)
     if name in given:
       raise ConfigError(f'{where}: {name} is given twice')
     given.add(name)

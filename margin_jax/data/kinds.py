@@ -45,7 +45,8 @@ def near(name: str) -> list[str]:
     return [CSV + name]
   if name.startswith(('/', '.', '~')) or os.path.isdir(name):
     return [FOLDER + name]
-  return nearest(name, names())
+  whole = [x for x in names() if x.endswith(f'/{name}')]  # of GLUE
+  return whole or nearest(name, names())
 
 
 def allowed() -> str:

@@ -170,7 +170,8 @@ def _check_optimizer(flat: Flat) -> None:
     _forbid(flat, ('optimizer.boundaries',), because)
   rates = flat['optimizer.learning_rates']
   allowed = (
-    f'{len(boundaries) + 1} value(s), one more than optimizer.boundaries has'
+    f'{len(boundaries) + 1} value(s), one more than optimizer.boundaries='
+    f'{boundaries} has'
   )
   holds = len(rates) == len(boundaries) + 1
   require(holds, 'optimizer.learning_rates', rates, allowed)
