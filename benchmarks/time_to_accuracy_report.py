@@ -135,7 +135,7 @@ def verdict(timed: Sequence[Outcome], line: Line) -> list[str]:
     'Above it, so worse': above,
   }
   return [
-    "The grey line is plain training that is cut short to a method's seconds. "
+    "The black line is plain training that is cut short to a method's seconds. "
     + ' '.join(f'{x}: {"; ".join(y) or "none"}.' for x, y in groups.items())
     + ' A difference within two standard errors counts as none. With three '
     'seeds, one null difference in ten still counts as one.',

@@ -14,8 +14,8 @@ attacks. The paper's text was not at hand, and its released code has only MNIST,
 so none of its numbers are here. The network is not the paper's Inception, which
 margin_jax does not have. Chosen: ResNet-50, l1 margins at the input and after
 the second and the last of its four stages, added to cross-entropy with weight
-0.1, on logits, so that gamma (1) is in pixels, summed over the image; 90 epochs
-with batches of 256, SGD.
+0.1, on logits, so that gamma (1) is in units of pixels, summed over the image;
+90 epochs with batches of 256, SGD.
 
 Expected: nothing yet; not yet run at full length.
 

@@ -252,7 +252,7 @@ def nearest(
 ) -> list[str]:
   """Returns up to three of the choices that somebody may have meant.
 
-  Case does not count. Where some differ by a letter, others are not returned.
+  Case does not count. Where some are very near, others are not returned.
   """
   spelled = {choice.lower(): choice for choice in choices}
   for least in (1, 0.9, cutoff):

@@ -365,7 +365,8 @@ FIELDS: dict[str, Field] = {
     None,
     optional(string()),
     "Folder of the datasets that TFDS has prepared; None is TFDS's own "
-    'folder. A relative PATH in folder:PATH or csv:PATH also starts there.',
+    'folder. If it is set, a relative PATH in folder:PATH or csv:PATH starts '
+    'there.',
     needs=[_dataset('a dataset that is read from a folder', kinds.is_read)],
     resumable=True,
   ),
@@ -419,7 +420,7 @@ FIELDS: dict[str, Field] = {
     "Which mean and standard deviation normalise images: the training split's "
     "('dataset') or ImageNet's ('imagenet'). The dataset ImageNet always uses "
     "its own. 'unit' leaves images in [0, 1]; then distances at the input are "
-    'in pixels, as attack.epsilons are.',
+    'in units of pixels, as attack.epsilons are.',
     needs=[IMAGES],
   ),
   'data.image_size': Field(

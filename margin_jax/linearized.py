@@ -9,8 +9,8 @@ p -> p / (p - 1).
 
 A distance has the units of its layer. At the input these are the units of what
 the model reads. In normalised images, 1 is the standard deviation of a channel,
-and a distance times that deviation is in pixels from 0 to 1, like the epsilon
-of an attack. Images read in [0, 1] need no such factor.
+and a distance times that deviation is in units of pixels from 0 to 1, like the
+epsilon of an attack. Images read in [0, 1] need no such factor.
 
 Everything here takes `logits_fn(activations) -> (B, C) logits`. The activations
 are any pytree of arrays (B, ...), one for each layer. Row i of the logits must

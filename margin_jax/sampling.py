@@ -207,9 +207,11 @@ def weighted(
   pressure: float | Float32[Array, ''],
   unbiased: bool = False,
 ) -> Order:
-  """Returns an epoch of batches sampled by rank, the lowest scores most often.
+  r"""Returns an epoch of batches sampled by rank, the lowest scores most often.
 
-      p_i proportional to pressure ^ (-rank_i / N),    rank 0 is the lowest
+  $$p_i \propto \mathrm{pressure}^{-\mathrm{rank}_i / N}$$
+
+  The lowest score has rank 0.
 
   Every batch is a sample of all N examples without replacement (Gumbel top-k);
   an example may be in several batches of the epoch.

@@ -283,7 +283,7 @@ def signed_margin(scored: Scored) -> Scores:
 def loss(scored: Scored) -> Scores:
   r"""Scores by minus the cross-entropy: hard-negative mining.
 
-  $$\log p_y, \quad p = \mathrm{softmax}(s)$$
+  $$\log p_y, \quad p = \mathrm{softmax}(\mathrm{logits})$$
 
   References:
     The "NM-samples" of the ICLR 2020 submission.
@@ -296,7 +296,7 @@ def loss(scored: Scored) -> Scores:
 def entropy(scored: Scored) -> Scores:
   r"""Scores by minus the entropy of the softmax: most uncertain first.
 
-  $$\sum_j p_j \log p_j, \quad p = \mathrm{softmax}(s)$$
+  $$\sum_j p_j \log p_j, \quad p = \mathrm{softmax}(\mathrm{logits})$$
 
   References:
     ICLR 2020 submission, section 4.2.
@@ -311,7 +311,7 @@ def entropy(scored: Scored) -> Scores:
 def margin(scored: Scored) -> Scores:
   r"""Scores by the gap of the two highest probabilities: smallest first.
 
-  $$p_{j_1} - p_{j_2}, \quad p = \mathrm{softmax}(s)$$
+  $$p_{j_1} - p_{j_2}, \quad p = \mathrm{softmax}(\mathrm{logits})$$
   """
   margins.check_logits(scored.logits)
   p = jax.nn.softmax(scored.logits.astype(jnp.float32))

@@ -18,11 +18,11 @@ SIGNATURES = ('quartiles', 'moments')
 def normalize(
   margins: Float[np.ndarray, ' N'], total_variation: float
 ) -> Float[np.ndarray, ' N']:
-  r"""Normalizes margins at a layer by the scale of its activations.
+  r"""Normalises margins at a layer by the scale of its activations.
 
   $$d \,/\, \sqrt{\nu}$$
 
-  nu is the trace of the covariance of the layer's activations.
+  $\nu$ is the trace of the covariance of the layer's activations.
 
   Args:
     margins: (N,), in the units of the activations.

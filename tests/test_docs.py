@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from docs import config_pages
 from margin_jax import config as config_lib
 from margin_jax import config_files
 from margin_jax.train import schema
@@ -244,6 +245,12 @@ def test_the_whole_api_is_in_the_reference():
   text = (DOCS / 'api/functions.md').read_text()
   named = {*re.findall(r'^::: margin_jax\.(\w+)$', text, re.MULTILINE)}
   assert named == {*margin_jax.__all__}
+
+
+def test_the_pages_of_fields_and_messages_are_up_to_date():
+  """python -m docs.config_pages writes them."""
+  assert (DOCS / 'api/config.md').read_text() == config_pages.reference()
+  assert (DOCS / 'bad_inputs.md').read_text() == config_pages.messages()
 
 
 def test_every_config_field_is_in_the_reference():

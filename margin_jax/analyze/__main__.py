@@ -77,10 +77,10 @@ def _loading(workdir: str, config: str | None) -> str:
   """Returns the Python code that loads the network of the run."""
   lines = [
     'import margin_jax',
-    f'trained = margin_jax.load({json.dumps(workdir)})',
+    f'trained = margin_jax.load({json.dumps(workdir, ensure_ascii=False)})',
   ]
   if config is not None:
-    register = f'runs.register_from({json.dumps(config)})'
+    register = f'runs.register_from({json.dumps(config, ensure_ascii=False)})'
     lines[1:1] = ['from margin_jax.train import runs', register]
   return '; '.join([*lines, 'print(trained)'])
 

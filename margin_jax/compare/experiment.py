@@ -75,7 +75,8 @@ def compare(
       other configs; raised before anything is trained.
     DatasetError: the dataset is missing or broken.
     NonFiniteError: some runs were not finite; raised at the end, when all
-      others are done and saved. CorruptError, SaveError: as in `loop.train`.
+      others are done and saved.
+    CorruptError, SaveError: as in `loop.train`.
     Interrupted: SIGTERM, SIGINT or SIGHUP came, and the state is saved.
   """
   allowed = f'one of {budgets.BUDGETS}'

@@ -117,7 +117,7 @@ def train(
   outcome = Outcome()
   for number, (run, result) in enumerate(zip(runs, results, strict=True), 1):
     name = f'run {number} of {len(runs)}: {run.name}'
-    before = 'complete already: '
+    before = 'already complete: '
     if result is None:
       interrupts.check()
       log(f'{name}: {"resumes" if run.folder.exists() else "starts"}')

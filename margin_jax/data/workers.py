@@ -5,26 +5,45 @@ import ctypes
 import gc
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# What a terminal, or a scheduler, sends to all processes of a run. Windows has
+# no SIGHUP.
+_SIGNALS = [
+  getattr(signal, name)
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+  if hasattr(signal, name)
+]
 
 
 def _prepare_worker(index: int, count: int) -> None:
   """Lets a worker live as long as the process that reads from it, no longer.
 
-  A terminal, or a scheduler, signals all processes of a run; the trainer then
-  goes on to the end of its call, and needs examples.
+  After a signal the trainer goes on to the end of its call, and needs examples.
   """
   del index, count
-  for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    with contextlib.suppress(AttributeError):  # Windows has no SIGHUP
-      signal.signal(getattr(signal, name), signal.SIG_IGN)
+  for number in _SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
   with contextlib.suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # of Linux
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+  """Keeps signals from what this thread starts: threads, and processes."""
+  if not hasattr(signal, 'pthread_sigmask'):  # of Windows
+    yield
+    return
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
@@ -43,9 +62,17 @@ def iterate(units: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
       ),
       worker_init_fn=_prepare_worker,
     )
-  iterator = iter(dataset)
+    with _signals_held_back():  # it ignores all but SIGHUP by itself
+      resource_tracker.ensure_running()
+  with _signals_held_back():
+    iterator = iter(dataset)
   try:
-    for batch in iterator:
+    while True:
+      # Workers start at the first; `_prepare_worker` then ignores signals.
+      with _signals_held_back():
+        batch = next(iterator, None)
+      if batch is None:
+        return
       # Copied out of the memory that is shared with the workers, which lives
       # until the last view of it is gone.
       copied = {name: np.array(value) for name, value in batch.items()}

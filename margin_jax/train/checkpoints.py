@@ -258,7 +258,9 @@ class Checkpoints:
 
     Raises:
       SaveError: this one or the one before could not be written.
+      FileError: the workdir is gone.
     """
+    self._workdir.check()
     if not self.shared and jax.process_index() != 0:
       return  # the first process saves for all
     host = _stored(jax.tree.map(np.array, jax.device_get(state)))
@@ -429,10 +431,12 @@ class Checkpoints:
 
     Raises:
       SaveError: it failed.
+      FileError: the workdir is gone.
     """
     with self._explained():
       self._manager.wait_until_finished()
       self._workdir.wait()
+    self._workdir.check()
 
   def close(self) -> None:
     """Waits for the last save.
@@ -453,6 +457,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds
       if devices_lib.several_processes() and _is_passing(error):
         raise
+      self._workdir.check()
       raise SaveError(
         f'a checkpoint could not be written to {self._folder}: '
         f'{_first_line(error)}'

@@ -16,8 +16,8 @@ STOP, SKIP = 'stop', 'skip'
 _NAN_SCORES = 'nan_scores'
 # What to try, by what was not finite.
 _ADVICE = {
-  'penalty': 'a lower mmr.alpha',
-  _NAN_SCORES: 'another selection.rule',
+  'penalty': 'a lower mmr.alpha or optimizer.learning_rates',
+  _NAN_SCORES: 'a lower optimizer.learning_rates, or another selection.rule',
 }
 
 

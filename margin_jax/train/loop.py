@@ -153,7 +153,8 @@ def train(
       became NaN or infinite, or a score NaN, and `config.on_nonfinite` is
       'stop'. Earlier checkpoints are kept, and nonfinite_step_N.npz holds the
       examples of the step.
-    FileError: a table of the workdir, or its result, is not what was written.
+    FileError: a table of the workdir, or its result, is not what was written,
+      or the workdir is gone.
     CorruptError: there are checkpoints, but none can be read.
     SaveError: a checkpoint could not be written.
     Interrupted: SIGTERM, SIGINT or SIGHUP came, and the state is saved.
@@ -468,6 +469,7 @@ def _run_steps(
     count(step)
     last_row = (step, dataclasses.asdict(run.counters))
     metrics |= run.devices.memory()
+    run.workdir.check()
     reporter.train(*last_row, metrics, rates, scores)
     windows, run.pending = [], None
 

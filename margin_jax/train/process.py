@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the running call ends, and the state is saved."""
+"""Signals: the running call ends, and the state is saved."""
 
 import contextlib
 import errno
@@ -46,8 +46,8 @@ def leave(status: int) -> NoReturn:
 class Interrupts:
   """While open, remembers the first signal; a second one ends the process.
 
-  But a second SIGHUP does not: of a terminal that closes, the kernel sends one,
-  and the shell another.
+  SIGHUP does not count: of a terminal that closes, the kernel sends one, and
+  the shell another.
 
   Only the main thread may handle signals; in another, nothing is remembered.
   Nor are those that the process was started to ignore.
@@ -110,10 +110,9 @@ class Interrupts:
   def _count(self) -> None:
     came = 0
     while byte := os.read(self._pipe[0], 1):
-      if byte[0] not in self._before:
+      if byte[0] == HANGUP or byte[0] not in self._before:
         continue
-      is_second = came or self._passed_on
-      if is_second and byte[0] != HANGUP:
+      if came or self._passed_on:
         leave(128 + byte[0])
       came += 1
     os.close(self._pipe[0])

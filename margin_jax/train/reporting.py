@@ -68,17 +68,7 @@ class _Table:
       return [], []
 
   def add(self, row: dict[str, Any]) -> None:
-    """Appends a row.
-
-    Raises:
-      FileError: the folder is gone.
-    """
-    if not self._path.parent.is_dir():
-      raise files.FileError(
-        f'{self._path.parent} is gone: was it moved or removed while the run '
-        'was training? If you moved it, the same command with its new path '
-        'resumes the run'
-      )
+    """Appends a row."""
     new = [name for name in row if name not in self._fields]
     # The first row, a run continued by a later version, or a file removed.
     if new or not self._path.exists():

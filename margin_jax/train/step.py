@@ -78,8 +78,9 @@ def train_step(
   """Samples a pool, scores it, selects the batch and trains on it.
 
   Steps that score no pool sample their batch, from the shuffled examples or
-  from an order made of remembered scores. With remembered scores, the training
-  forward pass also scores the batch, for later orders.
+  from an order made of remembered scores, or take it from the last pool. With
+  remembered scores, the training forward pass also scores the batch, for later
+  orders.
 
   Args:
     spec: what to do; static.

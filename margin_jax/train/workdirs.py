@@ -49,6 +49,7 @@ class Workdir:
   def __init__(self, folder: str | os.PathLike):
     """Creates nothing; "~" is expanded."""
     self.folder = pathlib.Path(os.path.abspath(os.path.expanduser(folder)))
+    self._locked: tuple[int, int] | None = None
 
   def __str__(self) -> str:
     """Returns the name that the user knows."""
@@ -83,7 +84,20 @@ class Workdir:
     """
     files.make_folder(self.folder)
     with files.locked(str(self.folder)):
+      self._locked = _identity(self.folder)
       yield
+
+  def check(self) -> None:
+    """Checks that the folder is still the one that was locked.
+
+    Raises:
+      FileError: it was moved or removed.
+    """
+    if self._locked is not None and _identity(self.folder) != self._locked:
+      raise files.FileError(
+        f'{self} is gone: was it moved or removed while the run was training? '
+        'If you moved it, the same command with its new path resumes the run'
+      )
 
   def refresh(self) -> None:
     """Copies what is new elsewhere: nothing, since this is the original."""
@@ -115,6 +129,15 @@ class Workdir:
     return text
 
 
+def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
+  """Returns what a folder keeps when it is moved; None if there is none."""
+  try:
+    found = folder.stat()
+  except OSError:
+    return None
+  return found.st_dev, found.st_ino
+
+
 class BucketWorkdir(Workdir):
   """A folder of a bucket, and a copy of it on this machine.
 
@@ -128,7 +151,7 @@ class BucketWorkdir(Workdir):
 
   def __init__(self, bucket: Bucket, folder: pathlib.Path):
     """Copies nothing yet."""
-    self.folder = folder
+    super().__init__(folder)
     self._bucket = bucket
     self._lock: Lock | None = None
     # The objects that were copied, by name, and the files that were, in either

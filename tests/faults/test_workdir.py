@@ -122,18 +122,26 @@ def test_a_full_disk_is_one_error_and_loses_nothing(small_disk):
   assert [x.name for x in workdir.glob('.*')] == ['.lock']
 
 
-@pytest.mark.parametrize('log_every', [5, 1000])
+@pytest.mark.parametrize(
+  ('log_every', 'stopped', 'anew'),
+  [(5, False, False), (1000, False, True), (5, True, False)],
+)
 @pytest.mark.slow
-def test_a_workdir_moved_while_it_trains_is_one_line(tmp_path, log_every):
-  """Whether the next thing to be written is a row or a checkpoint."""
+def test_a_workdir_moved_while_it_trains_is_one_line(
+  tmp_path, log_every, stopped, anew
+):
+  """Whatever is written next, and also where there is a folder again."""
   long = ('--config.steps=100000', f'--config.log_every={log_every}')
   process = runs.start(tmp_path / 'before', *long)
   runs.wait_for(process, 'step 20/')
   (tmp_path / 'before').rename(tmp_path / 'after')
+  if stopped:
+    process.send_signal(signal.SIGTERM)
+  if anew:
+    (tmp_path / 'before').mkdir(exist_ok=True)
   output = runs.finish(process, 1)
   (line,) = (x for x in output.splitlines() if x.startswith('error: '))
-  assert f'{tmp_path}/before' in line
-  assert not (tmp_path / 'before').exists()
+  assert f'{tmp_path}/before is gone' in line
   again = runs.start(tmp_path / 'after', *long)
   assert 'starting at step 0' not in runs.wait_for(again, 'starting at step')
   again.kill()
