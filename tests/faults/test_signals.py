@@ -14,6 +14,15 @@ from tests.faults import runs
 LONG = ('--config.steps=100000', '--config.checkpoint_every=100000')
 
 
+@pytest.fixture
+def heeded():
+  """SIGHUP is not ignored, as it is under nohup, by what a test starts."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures('heeded')
 @pytest.mark.parametrize('number', process.SIGNALS)
 @pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
