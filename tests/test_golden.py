@@ -14,6 +14,7 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax.train import loop
 from tests import golden
+from tests.helpers import long, slow
 
 STABLE = json.loads(golden.STABLE_FILE.read_text())
 
@@ -33,7 +34,8 @@ def run(name, devices, folder):
   'name',
   [
     'mms',
-    *(pytest.param(x, marks=pytest.mark.slow) for x in STABLE if x != 'mms'),
+    *slow(*(x for x in STABLE if x not in ('mms', 'sentences'))),
+    *long('sentences'),
   ],
 )
 def test_a_run_is_what_it_was_on_one_device_and_on_four(tmp_path, name):

@@ -99,6 +99,7 @@ def test_two_processes_then_one_then_two(tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_a_process_that_hangs_ends_the_other(tmp_path):
   """It answers no heartbeat any more."""
   first, second = start_both(tmp_path, '--config.steps=100000')
