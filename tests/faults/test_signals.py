@@ -1,11 +1,14 @@
 """Signals: saved, and a documented status; a second one: at once."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from margin_jax.train import process
 from tests.faults import runs
@@ -42,6 +45,41 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
   assert f'starting at step {step:,}' in runs.wait_for(again, 'starting at')
   again.kill()
   again.communicate()
+
+
+@pytest.mark.usefixtures('heeded')
+@pytest.mark.parametrize('seconds', [3, 6])
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_closing_terminal_spares_the_workers(tmp_path, seconds):
+  """It signals all processes of the run, also while workers start."""
+  rng = np.random.default_rng(0)
+  for i in range(100):
+    path = tmp_path / f'images/{i % 2}/{i}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
+  process = subprocess.Popen(
+    [
+      sys.executable, '-m', 'margin_jax.train', '--config=configs/images.py',
+      f'--workdir={tmp_path / "run"}',
+      f'--config.data.name=folder:{tmp_path / "images"}',
+      '--config.data.streamed=True', '--config.data.workers=2',
+      '--config.data.image_size=8', *LONG,
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    cwd=runs.ROOT,
+    start_new_session=True,
+  )  # fmt: skip
+  runs.wait_for(process, 'starting at')
+  time.sleep(seconds)
+  os.killpg(process.pid, signal.SIGHUP)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 128 + signal.SIGHUP, output
+  assert 'which is saved' in output
+  assert 'Traceback' not in output
+  assert 'leaked' not in output
 
 
 @pytest.mark.slow
