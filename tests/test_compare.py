@@ -178,7 +178,7 @@ def test_nothing_that_is_complete_is_redone(real, monkeypatch):
   options = {'seeds': 2, 'budget': 'flops'}
   again = compare(workdir, 'uniform', 'mms', log=lines.append, **options)
   assert again == rows
-  assert sum('complete already' in line for line in lines) == 6
+  assert sum('already complete' in line for line in lines) == 6
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def test_a_killed_comparison_redoes_nothing_that_was_finished(tmp_path):
   process.communicate()
   before = (tmp_path / 'runs/uniform/seed_0/result.json').stat()
   output = start(tmp_path).communicate()[0]
-  assert 'run 1 of 2: uniform, seed 0: complete already' in output
+  assert 'run 1 of 2: uniform, seed 0: already complete' in output
   # It may have been killed before it had a folder.
   assert re.search('run 2 of 2: random, seed 0: (starts|resumes)', output)
   assert 'Traceback' not in output

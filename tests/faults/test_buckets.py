@@ -207,7 +207,7 @@ def test_a_comparison_in_a_bucket_goes_on(store, tmp_path):
   }
   lines = []
   compare(config, 'gs://bucket/all', **{**options, 'log': lines.append})
-  assert sum('complete already' in line for line in lines) == len(here)
+  assert sum('already complete' in line for line in lines) == len(here)
   assert before == {
     x: y
     for x, y in store.find('bucket/all', detail=True).items()
