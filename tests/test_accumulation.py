@@ -214,6 +214,7 @@ def test_less_memory_is_needed():
   assert sizes[1] < 0.75 * sizes[0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_loop_is_the_same_and_needs_less_and_has_all_flops():
   """What accelerators run; XLA counts the body of a loop once."""

@@ -84,6 +84,7 @@ def trained(devices, **fields):
   return this.run(3)[0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_groups_are_what_devices_are():
   """Four devices with statistics of their own, or any number with groups."""

@@ -114,8 +114,8 @@ def glue_environment(folder):
 
 @pytest.mark.parametrize(
   'name',
-  ['does_it_pay', 'glue_mmr', 'quickstart', *long(
-    'mmr_margins', 'selection_tour', 'tpu_pod'
+  ['does_it_pay', 'quickstart', *long(
+    'glue_mmr', 'mmr_margins', 'selection_tour', 'tpu_pod'
   )],
 )  # fmt: skip
 @pytest.mark.slow

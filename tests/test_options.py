@@ -104,12 +104,14 @@ def test_every_start_and_stop_say_which_steps_score():
   [
     {'selection.every': 2, 'selection.start': 1},
     # Three steps an epoch: the first eight keep 400, 293 and 187.
-    {
-      'trimming.last': 0.2,
-      'trimming.backward': 'kept',
-      'steps': 12,
-      'batch_size': 400,
-    },
+    *helpers.long(
+      {
+        'trimming.last': 0.2,
+        'trimming.backward': 'kept',
+        'steps': 12,
+        'batch_size': 400,
+      }
+    ),
   ],
 )
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_one_step_equals_its_parts(cross_entropy):
   np.testing.assert_allclose(metrics['penalty'].shape, (1,))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_batch_norm_uses_the_batch_but_examples_do_not_meet():
   """The loss is that of evaluation mode with the batch's statistics."""
