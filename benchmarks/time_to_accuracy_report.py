@@ -265,10 +265,12 @@ def plot(path: pathlib.Path, timed: Sequence[Outcome], line: Line) -> None:
     axes.set_ylabel('test error at the end, %')
     counts = [len(one.runs) for one in timed]
     few, many = min(counts), max(counts)
-    seeds = f'{few} to {many}' if few < many else f'{many}'
+    seeds = f'{many} seed{"s" * (many > 1)}'
+    if few < many:
+      seeds = f'{few} to {seeds}'
     axes.set_title(
       'shaded: less error than plain training (uniform) in the same seconds\n'
-      f'marker: mean of {seeds} seeds; bar: from the lowest to the highest'
+      f'marker: mean of {seeds}; bar: from the lowest to the highest'
     )
     figure.canvas.draw()  # the layout is known from here on
     figure.set_layout_engine('none')
