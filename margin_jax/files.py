@@ -43,13 +43,20 @@ def digest(path: str | os.PathLike) -> str:
   """Returns a digest of what a file holds.
 
   Raises:
-    OSError: it cannot be read, or is a pipe or a device, which may never end.
+    OSError: it is not a file, or cannot be read.
   """
   path = pathlib.Path(path)
-  if path.exists() and not (path.is_file() or path.is_dir()):
-    raise OSError(errno.EINVAL, 'it is not a file', str(path))
+  if other := _other_than_file(path):
+    raise OSError(errno.EINVAL, f'it is {other}', str(path))
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
+
+
+def _other_than_file(path: pathlib.Path) -> str | None:
+  """Returns what lies in the place of a file: a pipe may never end."""
+  if not path.exists() or path.is_file():
+    return None
+  return 'a folder' if path.is_dir() else 'not a file'
 
 
 class FileError(ValueError):
@@ -79,8 +86,8 @@ def read(path: pathlib.Path, largest: int, remedy: str) -> bytes:
     FileError: it is no file, too large, or cannot be read.
   """
   with _explained(path, remedy):
-    if path.exists() and not path.is_file():
-      raise ValueError(f'it is {"a folder" if path.is_dir() else "not a file"}')
+    if other := _other_than_file(path):
+      raise ValueError(f'it is {other}')
     with path.open('rb') as file:
       content = file.read(largest + 1)
     if len(content) > largest:
@@ -338,8 +345,8 @@ def check_outputs(
     path = folder / name
     if path.is_symlink():
       wrong.append(f'{name} is a link')
-    elif path.exists() and not path.is_file():
-      wrong.append(f'{name} is {"a folder" if path.is_dir() else "not a file"}')
+    elif other := _other_than_file(path):
+      wrong.append(f'{name} is {other}')
   for name in folders:
     path = folder / name
     if (path.exists() or path.is_symlink()) and not path.is_dir():

@@ -271,7 +271,10 @@ BAD_TOGETHER = [
   ({'steps_per_call': 50, 'eval_every': 10}, 'a divisor of eval_every=10'),
   ({'steps_per_call': 20, 'checkpoint_every': 50}, 'of checkpoint_every'),
   ({'steps': 1, 'mmr.alpha_end': 1e-3}, 'at least 2 with mmr.alpha_end'),
-  ({RATES: (0.1, 0.1, 0.1), BOUNDARIES: (5,)}, '2 value'),
+  (
+    {RATES: (0.1, 0.1, 0.1), BOUNDARIES: (5,)},
+    'must be 2 value(s), one more than',
+  ),
   ({'model.pretrained': 'w.pt', 'model.name': 'wrn16_1'}, 'no published'),
   (
     {

@@ -86,7 +86,15 @@ def test_every_example_is_ranked_with_its_own_margin(run, split):
   np.testing.assert_allclose(margin, signed[index], 1e-4, 1e-5)
   mms = mms_scores(logits, kernel)[index]
   np.testing.assert_allclose(column(rows, 'mms'), mms, 1e-4, 1e-5)
-  # At the features they are margin and mms.
+  # At the features they are margin and mms: the linearisation is exact there.
+  at_features = linearized.at_layers(
+    spec.model,
+    {'params': state.params},
+    dataset.prepare(examples['inputs']),
+    ('features',),
+  )
+  linear = linearized.layer_margins(*at_features, examples['label'])
+  np.testing.assert_allclose(linear['features'][index], margin, 1e-3, 1e-5)
   assert not {'margin at features', 'mms at features'} & {*rows[0]}
   assert (column(rows, 'mms at input') >= 0).all()
 

@@ -129,6 +129,9 @@ MISTAKES = [
   ),
   (
     'train', (f'{DIGITS}:memroy', WORKDIR),
+    "selection='memroy' must be one of ('fresh', 'memory', 'proxy'); fresh: "
+    'MMS of a pool that each step scores; memory: soft pruning by remembered '
+    'margins, without a pool; proxy: MMS of a pool that a small model scores; '
     'did you mean selection=memory?',
   ),
   (
@@ -185,7 +188,7 @@ MISTAKES = [
   ),
   (
     'train', (*STARTED, '--config.optimizer.learning_rates=0.1'),
-    '2 value(s), one more than optimizer.boundaries=(700,) has',
+    'must be 2 value(s), one more than optimizer.boundaries=(700,) has',
   ),
   ('train', (*STARTED, '--steps=100'), 'did you mean --config.steps=100?'),
   (

@@ -548,7 +548,7 @@ def test_bands_and_what_was_not_comparable_are_explained(drawn, tmp_path):
     'line: mean of 3 seeds; band: from the lowest to the highest',
     'line: mean of 1 to 3 seeds; band: from the lowest to the highest',
   ]
-  assert 'do not compare the' in drawn[1].get_suptitle()
+  assert "do not compare the networks' margins" in drawn[1].get_suptitle()
 
 
 def test_no_line_hides_another_with_the_same_values(drawn, tmp_path):

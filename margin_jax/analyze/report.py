@@ -97,9 +97,9 @@ def analyze(
 
 def _title(run: runs.TrainedRun) -> str:
   """Returns what names a run in a figure: data, model, and its own name."""
-  *_, name = str(run.workdir).rpartition(f'/{workdirs.RUNS}/')
-  # Not of a comparison, it is the whole path.
-  name = pathlib.PurePath(name).name if name == str(run.workdir) else name
+  path, _, name = str(run.workdir).rpartition(f'/{workdirs.RUNS}/')
+  if not path:  # it is not a run of a comparison
+    name = pathlib.PurePath(name).name
   return f'{run.dataset.name}, {run.config.model.name}: {name}'
 
 

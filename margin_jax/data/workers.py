@@ -13,13 +13,9 @@ import numpy as np
 from absl import flags
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
-# What a terminal, or a scheduler, sends to all processes of a run. Windows has
-# no SIGHUP.
-_SIGNALS = [
-  getattr(signal, name)
-  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-  if hasattr(signal, name)
-]
+HANGUP = getattr(signal, 'SIGHUP', None)  # which Windows has not
+# What a terminal, or a scheduler, sends to all processes of a run.
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 
 
 def _prepare_worker(index: int, count: int) -> None:
@@ -28,7 +24,7 @@ def _prepare_worker(index: int, count: int) -> None:
   After a signal the trainer goes on to the end of its call, and needs examples.
   """
   del index, count
-  for number in _SIGNALS:
+  for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   with contextlib.suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # of Linux
@@ -40,7 +36,7 @@ def _signals_held_back() -> Iterator[None]:
   if not hasattr(signal, 'pthread_sigmask'):  # of Windows
     yield
     return
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
   try:
     yield
   finally:

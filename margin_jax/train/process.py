@@ -15,11 +15,9 @@ from absl import logging
 
 from margin_jax import config as config_lib
 from margin_jax import cpu, data, files, user_code
+from margin_jax.data.workers import HANGUP, SIGNALS
 from margin_jax.train import checkpoints, guard
 from margin_jax.train import devices as devices_lib
-
-HANGUP = getattr(signal, 'SIGHUP', None)  # which Windows has not
-SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 
 
 class Interrupted(KeyboardInterrupt):
