@@ -82,11 +82,13 @@ def setup(parts, devices=1, **fields):
   return helpers.Setup(**{'accumulate': parts, **fields}, devices=devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'parts', 'devices'),
   [
     ('mmr_and_selection', 4, 1),
-    *helpers.slow(('hinge_reuse_proxy', 4, 2), ('dropout_own_losses', 4, 2)),
+    ('hinge_reuse_proxy', 4, 2),
+    ('dropout_own_losses', 4, 2),
     *helpers.long(
       ('mean_weights_memory', 4, 2),
       ('trimming_kept', 4, 2),
@@ -152,6 +154,7 @@ def test_batch_norm_of_a_part_is_by_itself_on_any_number_of_devices():
   assert max(jax.tree.leaves(apart)) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_batch_is_divided_by_turns_against_a_plain_loop():
   """optax.MultiSteps does the same with SGD, a part a step."""
   this = setup(2, **UNIFORM)
@@ -206,6 +209,7 @@ def test_a_loss_of_the_batch_cannot_linearize():
     setup(2, **UNIFORM, **fields)
 
 
+@pytest.mark.slow
 def test_less_memory_is_needed():
   """Of the program's temporary buffers, as XLA tells."""
   fields = {**UNIFORM, 'batch_size': 64}

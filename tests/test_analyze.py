@@ -53,6 +53,7 @@ def restored(workdir, step):
     return run.dataset, run.spec, run.restore(step)
 
 
+@pytest.mark.slow
 def test_flipped_labels_have_the_most_negative_margins(run):
   """Precision at least 0.9 at recall 0.8."""
   rows = read(run[1] / 'train.csv')
@@ -64,6 +65,7 @@ def test_flipped_labels_have_the_most_negative_margins(run):
   assert wanted / (found[wanted - 1] + 1) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_every_example_is_ranked_with_its_own_margin(run, split):
   workdir, folder, _ = run
@@ -99,6 +101,7 @@ def test_every_example_is_ranked_with_its_own_margin(run, split):
   assert (column(rows, 'mms at input') >= 0).all()
 
 
+@pytest.mark.slow
 def test_distributions_are_of_every_checkpoint_that_is_kept(run):
   workdir, folder, lines = run
   rows = read(folder / 'distributions.csv')
@@ -133,6 +136,7 @@ def test_distributions_are_of_every_checkpoint_that_is_kept(run):
   assert any('step 200' in line for line in lines)
 
 
+@pytest.mark.slow
 def test_signatures_and_the_plot_are_written(run):
   rows = read(run[1] / 'signatures.csv')
   assert len(rows) == 5 * 2 * 3 * 2  # steps, splits, layers, kinds
@@ -144,6 +148,7 @@ def test_signatures_and_the_plot_are_written(run):
   assert len(plot) > 20_000
 
 
+@pytest.mark.slow
 def test_the_most_negative_are_shown(run, monkeypatch, tmp_path):
   for split in ('train', 'test'):
     path = run[1] / f'most_negative_{split}.png'
@@ -220,6 +225,7 @@ def grey_of(root, row):
   return image[0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('streamed', [False, True])
 def test_images_of_a_folder_are_named_in_the_tables(tmp_path, streamed):
   root = tmp_path / 'x'
@@ -247,6 +253,7 @@ def test_images_of_a_folder_are_named_in_the_tables(tmp_path, streamed):
         assert grey == grey_of(root, row)
 
 
+@pytest.mark.slow
 def test_the_files_of_data_that_moved_are_named(tmp_path):
   write_images(tmp_path / 'before/x')
   fields = {
@@ -299,6 +306,7 @@ def test_sentences_of_a_csv_file_have_the_line_that_they_begin_at(
   assert '| index | line | sentences |' in table
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_does_not_matter(run, tmp_path):
   """The run was analyzed on all eight; devices=1 is the saved config's."""
   assert jax.device_count() == 8
@@ -315,6 +323,7 @@ def test_the_number_of_devices_does_not_matter(run, tmp_path):
   assert [float(x) for x in found] == [pytest.approx(expected, abs=1e-3)]
 
 
+@pytest.mark.slow
 def test_part_of_a_run_elsewhere(run, tmp_path):
   folder = analyze.analyze(
     str(run[0]), steps=[80], examples=50, out=str(tmp_path / 'out'),
@@ -387,6 +396,7 @@ def test_a_run_is_analyzed_on_devices_that_do_not_divide_its_batch(tmp_path):
   assert (folder / 'train.csv').exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(run, tmp_path, capsys):
   file = tmp_path / 'file'
   file.touch()

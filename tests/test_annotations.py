@@ -72,7 +72,7 @@ def everything(logits, kernel, labels, features):
   }
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [jnp.float32, *helpers.slow(jnp.bfloat16)])
 def test_annotations_hold_for_arrays_and_under_jit(dtype):
   args = example(dtype)
   found = everything(*args)
@@ -81,6 +81,7 @@ def test_annotations_hold_for_arrays_and_under_jit(dtype):
   assert jax.tree.map(jnp.shape, traced) == jax.tree.map(jnp.shape, found)
 
 
+@pytest.mark.slow
 def test_annotations_hold_under_vmap_and_pmap():
   args = [jnp.stack([x] * DEVICES) for x in example()]
   jax.vmap(everything)(*args)

@@ -21,7 +21,6 @@ from margin_jax.train.checkpoints import Checkpoints
 from margin_jax.trained import Trained
 from tests import helpers, references
 from tests.custom import small_network
-from tests.helpers import slow
 
 PGD = functools.partial(attacks.pgd, steps=10)
 IFGSM = functools.partial(attacks.ifgsm, steps=10)
@@ -162,7 +161,8 @@ def test_a_complete_run_can_be_attacked_otherwise(trained):
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize('devices', [1, *slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
 def test_an_evaluation_under_attack_equals_its_parts(devices):
   this = helpers.Setup(devices=devices, **{'selection.rule': 'uniform'})
   split = this.dataset.splits['test']
@@ -188,6 +188,7 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
   assert evaluator('test', this.first)['loss'] < found['loss']
 
 
+@pytest.mark.slow
 def test_a_black_box_attack_equals_its_parts():
   """Made on another network, with a normalisation of its own."""
   fields = {'selection.rule': 'uniform'}
@@ -276,6 +277,7 @@ def test_accuracy_falls_and_farther_where_the_attack_sees_the_network(tmp_path):
   assert rows[-1]['split'] == 'test under black-box ifgsm 0.15'
 
 
+@pytest.mark.slow
 def test_a_source_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
   """And nothing is compiled, and no workdir is made."""
   fields = {'attack.name': 'fgsm', 'attack.epsilons': (0.1,)}

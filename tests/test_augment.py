@@ -212,6 +212,7 @@ def test_operations_are_applied_by_their_probabilities():
     assert abs(applied.all(axis=1).mean() - share) <= slack, row
 
 
+@pytest.mark.slow
 def test_autoaugment_is_the_composition_that_was_drawn():
   count = 400
   keys = jax.random.split(jax.random.key(0), count)
@@ -324,6 +325,7 @@ def test_boxes_have_the_areas_and_ratios_asked_for():
   assert abs(share.mean() - 0.5) < 0.025
 
 
+@pytest.mark.slow
 def test_boxes_that_never_fit_become_the_largest_in_the_middle():
   # Hardly any box of at least 0.08 of a strip fits: 40 times as wide as high.
   found = {tuple(box) for box in boxes(2, 80, 50).tolist()}

@@ -152,6 +152,7 @@ def test_groups_must_fit_a_pool():
     schema.validate_devices(config, 2)
 
 
+@pytest.mark.slow
 def test_without_groups_nothing_is_intercepted():
   this = helpers.Setup(**{'model.name': 'resnet8'})
   assert this.spec.batch_norm_examples is None

@@ -232,6 +232,7 @@ def test_sentences_that_are_too_long_are_refused():
     apply(make_inputs(), heads=5)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_training_only():
   inputs = make_inputs()
   logits, _ = apply(inputs)
@@ -245,6 +246,7 @@ def test_dropout_is_of_training_only():
   assert np.abs(dropped - other).max() > 0.1
 
 
+@pytest.mark.slow
 def test_dropout_masks_are_of_the_index_in_the_batch():
   inputs = make_inputs((5, 5, 5, 5))
   same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), inputs)
@@ -344,6 +346,7 @@ def test_layers_are_found_by_name():
   assert {*random_params()['params']} <= {*found}
 
 
+@pytest.mark.slow
 def test_margins_at_layers():
   inputs, model = make_inputs(), bert.Bert(**TINY)
   variables, labels = random_params(), jnp.array([0, 1, 2])

@@ -520,6 +520,7 @@ def test_the_next_command_names_the_file_that_registers_the_model(
   assert following.endswith(f' --workdir={folder}/own --config={path}')
 
 
+@pytest.mark.slow
 def test_analyze_ends_with_the_next_command(folder, tmp_path, capsys):
   words = f'--workdir={folder / "run"} --out={tmp_path} --examples=20'
   main('analyze')([*words.split(), '--layers=features'])

@@ -87,6 +87,7 @@ def pretended(monkeypatch):
   return train
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_config_file_stands_below_the_table(
   tmp_path, pretended
 ):
@@ -190,6 +191,7 @@ def test_another_config_is_refused_before_anything_is_trained(real, pretended):
   assert not pretended.trained
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_pilots_and_kept(tmp_path, pretended):
   config = small_config(steps=400, **{'optimizer.boundaries': (200,),
     'optimizer.learning_rates': (0.1, 0.01)})  # fmt: skip
@@ -210,6 +212,7 @@ def test_seconds_are_those_of_pilots_and_kept(tmp_path, pretended):
   ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_marks_the_best_by_validation(tmp_path, pretended):
   sweep = ['mmr.alpha=1e-5,1e-4,1e-3']
   rows = compare(tmp_path, 'uniform', 'random', sweep=sweep, seeds=2)
@@ -235,6 +238,7 @@ def test_a_sweep_without_validation_has_no_best(tmp_path, pretended):
   assert not (tmp_path / 'compare.md').exists()
 
 
+@pytest.mark.slow
 def test_files_of_another_command_do_not_stay(tmp_path, pretended):
   config = small_config(**{'data.validation_examples': 0})
   compare(tmp_path, 'uniform', config=config)
@@ -339,6 +343,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path, pretended):
   assert not pretended.trained
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_of_a_run_stops_the_next(
   tmp_path, pretended, monkeypatch
 ):

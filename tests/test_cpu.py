@@ -224,13 +224,14 @@ def test_the_search_for_constant_dots_finds_one():
   assert not cpu.constant_dots(WRONG.replace('calls=', 'to_apply='))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fields',
   [
-    {'selection.every': 2, 'selection.proxy': 'cnn', 'loss.risk': 'hinge'},
-    {'selection.reuse': 2, 'large_margin.weight': 0.1},
     {'selection.memory': True},
     {'trimming.last': 0.2, 'selection.rule': 'uniform'},
+    {'selection.every': 2, 'selection.proxy': 'cnn', 'loss.risk': 'hinge'},
+    {'selection.reuse': 2, 'large_margin.weight': 0.1},
   ],
   ids=str,
 )

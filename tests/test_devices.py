@@ -102,6 +102,7 @@ def test_what_the_first_call_compiles_is_not_training(monkeypatch):
   assert late.first_call_seconds == spent
 
 
+@pytest.mark.slow
 def test_the_clock_of_training_stands_while_a_first_call_compiles():
   this = helpers.Setup(**{'selection.rule': 'uniform'})
   compiled = this.program.compile_seconds

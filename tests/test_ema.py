@@ -42,7 +42,8 @@ def test_without_a_decay_there_is_nothing():
   assert ema.update(0.0, {}, {'w': np.ones(2)}, {}) == {}
 
 
-@pytest.mark.parametrize('devices', [1, *helpers.slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 2])
 def test_a_step_averages_parameters_and_statistics(devices):
   """Those of each step, as the run would be without an average."""
   this = helpers.Setup(dataset=helpers.noise(), devices=devices, **BATCH_NORM)
@@ -62,6 +63,7 @@ def test_a_step_averages_parameters_and_statistics(devices):
   )
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_loaded_and_resumed(tmp_path):
   """It changes no step, and a run that stopped ends with the same bits."""
   fields = {**UNIFORM, 'ema.decay': 0.9, 'eval_every': 20}

@@ -14,7 +14,7 @@ import pytest
 from margin_jax import config as config_lib
 from margin_jax.train import loop
 from tests import golden
-from tests.helpers import long, slow
+from tests.helpers import long
 
 STABLE = json.loads(golden.STABLE_FILE.read_text())
 
@@ -30,11 +30,11 @@ def run(name, devices, folder):
   return golden.left_behind(folder, fields['steps']), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [
-    'mms',
-    *slow(*(x for x in STABLE if x not in ('mms', 'sentences'))),
+    *(x for x in STABLE if x != 'sentences'),
     *long('sentences'),
   ],
 )

@@ -249,6 +249,7 @@ def test_bad_options_are_refused(options, message):
     )
 
 
+@pytest.mark.slow
 def test_a_layer_of_weight_w_has_bounds_of_its_own():
   """Those of gamma / w; what lies between them weighs w."""
   weights, inputs, labels = references.random_network(seed=1, batch=8)

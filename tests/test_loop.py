@@ -158,6 +158,7 @@ def test_bad_config_stops_before_anything_is_written(tmp_path):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_fields_without_effect_are_warnings_and_change_nothing(tmp_path):
   plain = {'selection.rule': 'uniform', 'mmr.alpha': 0.0, 'steps': 10}
   useless = {

@@ -83,6 +83,7 @@ def test_gradients_agree_with_finite_differences(shape, reduction):
     check_grads(jax.jit(penalty), args, 1, ('fwd', 'rev'), 1e-6, 1e-6, eps=1e-5)
 
 
+@pytest.mark.slow
 @each_reduction
 def test_stopped_features_give_the_gradient_at_a_frozen_radius(reduction):
   """The features are a function of a parameter that the kernel shares."""

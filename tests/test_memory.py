@@ -80,7 +80,9 @@ def scored_batch(this, state, step):
   return batch, np.asarray(logits), np.asarray(features)
 
 
-@pytest.mark.parametrize('rule', ['signed_margin', 'mms', 'loss', 'entropy'])
+@pytest.mark.parametrize(
+  'rule', ['signed_margin', *slow('mms', 'loss', 'entropy')]
+)
 def test_a_step_writes_the_scores_of_its_batch(rule):
   """By the forward that it trains on; distances over the mean feature norm."""
   this = setup(**{**PRUNE, 'selection.rule': rule})
@@ -105,6 +107,7 @@ def test_a_step_writes_the_scores_of_its_batch(rule):
   np.testing.assert_allclose(state.memory.feature_norm, norm, 1e-5)
 
 
+@pytest.mark.slow
 def test_an_average_of_scores_decays():
   """The first score of an example stands; later ones are averaged in."""
   last, average = (
@@ -123,9 +126,10 @@ def test_an_average_of_scores_decays():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('sampler', 'devices'),
-  [('prune', 2), *slow(*((sampler, 4) for sampler in SAMPLERS))],
+  [('prune', 2), *((sampler, 4) for sampler in SAMPLERS)],
 )
 def test_devices_change_neither_order_nor_memory(sampler, devices):
   """Over four epochs: the same examples of every step, the same memory."""
@@ -166,6 +170,7 @@ def test_a_pruned_epoch_leaves_out_the_easiest_only():
   assert len({*order.tolist()}) == len(order)
 
 
+@pytest.mark.slow
 def test_pools_are_of_the_lowest_remembered():
   this = setup(**{**MEMORY, 'selection.tail': 0.0})
   before, _ = this.run(12)
@@ -179,9 +184,8 @@ def test_pools_are_of_the_lowest_remembered():
   assert [{*x} for x in found] == [{*x} for x in expected]
 
 
-@pytest.mark.parametrize(
-  'sampler', ['prune', *slow('auto', 'weighted', 'pool')]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('sampler', ['prune', 'auto', 'weighted', 'pool'])
 def test_a_stopped_run_ends_with_the_same_bits(sampler, tmp_path):
   """Stopped within the second epoch; the order and the memory are saved."""
   fields = {
@@ -205,6 +209,7 @@ def test_a_stopped_run_ends_with_the_same_bits(sampler, tmp_path):
   assert np.isfinite(whole.memory.examples.scores).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_a_memory_step_is_a_plain_step(tmp_path):
   """The same parameters as plain training, while epochs are whole."""
   fields = {'steps': 12, 'log_every': 12}
@@ -227,6 +232,7 @@ def test_the_memory_is_donated_and_written_in_place():
   assert scores.is_deleted()
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_not_remembered():
   """Its scores may be NaN."""
   margin_jax.register_loss(
@@ -245,6 +251,7 @@ def test_a_skipped_step_is_not_remembered():
   assert int(state.sampler.cursor) == 16
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_remember_alike():
   one, _ = setup(**PRUNE).run(30)
   many, _ = setup(**PRUNE, steps_per_call=10).run(3)
@@ -252,6 +259,7 @@ def test_steps_in_one_call_remember_alike():
   helpers.assert_trees_close(one.memory, many.memory, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_proxy_is_trained_at_every_nth_step():
   fields = {'selection.proxy': 'cnn', 'selection.proxy_every': 3}
   this = helpers.Setup(**fields)
@@ -283,6 +291,7 @@ def of_vectors(name, weights=None, examples=64):
   return data.load(name)
 
 
+@pytest.mark.slow
 def test_weights_of_a_dataset_multiply_every_loss():
   """The first step against the hand formula: mean(w * loss) + a * MMR."""
   weights = np.random.default_rng(1).uniform(0, 3, 64)
@@ -341,6 +350,7 @@ def test_mmr_with_weights_agrees_with_its_oracle(reduction):
     margin_jax.mmr_penalty(*head, weights=weights[:3])
 
 
+@pytest.mark.slow
 def test_weights_follow_the_selected_examples():
   """From the pool into the batch, and through the buffer."""
   weights = np.arange(64) + 1.0
@@ -357,6 +367,7 @@ def test_weights_follow_the_selected_examples():
   )
 
 
+@pytest.mark.slow
 def test_weights_of_sampler_and_dataset_multiply():
   weights = np.arange(64) + 1.0
   fields = {
@@ -397,6 +408,7 @@ def test_bad_weights_are_refused(weights, message):
     of_vectors('bad', weights)
 
 
+@pytest.mark.slow
 def test_other_weights_are_another_dataset(tmp_path):
   """A run is not continued on them."""
   fields = {
@@ -413,6 +425,7 @@ def test_other_weights_are_another_dataset(tmp_path):
     loop.train(config, str(tmp_path), log=lambda line: None)
 
 
+@pytest.mark.slow
 def test_an_epoch_is_never_shorter_than_a_batch():
   """All examples are easy, and 90% would be dropped: of 24, 8 are left."""
   fields = {**PRUNE, 'selection.share': 1.0, 'selection.drop': 0.9}
@@ -428,6 +441,7 @@ def test_an_epoch_is_never_shorter_than_a_batch():
   np.testing.assert_allclose(state.sampler.weights[:8], 3)
 
 
+@pytest.mark.slow
 def test_a_nan_score_of_a_batch_stops_the_run(tmp_path):
   """As one of a pool does."""
 
@@ -465,6 +479,7 @@ def test_a_short_backward_pass_ranks_weighted_losses():
   helpers.assert_trees_close(states[0].params, states[1].params, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_custom_rule_of_the_whole_batch_remembers():
   """On one device or several; so does a function without a name."""
   margin_jax.register_rule(

@@ -215,6 +215,7 @@ def test_resnet8_agrees_with_the_oracle(variant, train):
   )
 
 
+@pytest.mark.slow
 def test_a_folded_bias_is_in_the_norm_and_under_weight_decay():
   inputs = np.random.default_rng(1).normal(size=(BATCH, 8, 8, 3))
   model = models.build('resnet8', 5, variant='mms_select')
@@ -341,7 +342,9 @@ def test_the_running_variance_is_the_mean_of_the_batches_own():
   )
 
 
-@pytest.mark.parametrize('name', ['cnn', 'mobilenet', 'bert2_32_2'])
+@pytest.mark.parametrize(
+  'name', ['cnn', *helpers.slow('mobilenet', 'bert2_32_2')]
+)
 def test_glorot_draws_kernels_of_his_variance(name):
   """Uniform to sqrt(6 / (fan_in + fan_out)); nothing else changes."""
   if name.startswith('bert'):
@@ -378,6 +381,7 @@ def test_glorot_draws_kernels_of_his_variance(name):
     assert all(equal) == same
 
 
+@pytest.mark.slow
 def test_a_run_starts_as_its_config_says():
   fields = {'selection.rule': 'uniform', 'model.name': 'mnist_cnn'}
   states = [

@@ -373,6 +373,7 @@ def of_optax(rate):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['nesterov', 'adamw', 'lion'])
 def test_training_is_optax_alone_in_a_plain_loop(name):
   """Of the batches that the trainer samples, with a cosine and a warm-up."""
@@ -442,6 +443,7 @@ def own_adam(rate):
   )
 
 
+@pytest.mark.slow
 def test_an_optimizer_from_python_goes_on_and_is_not_needed_to_load(tmp_path):
   """A workdir is its own; whoever only predicts needs not know it."""
   config = helpers.small_config(**{'optimizer.learning_rates': (1e-3,)})

@@ -11,7 +11,6 @@ from margin_jax import models, registry, selection
 from margin_jax.train import loop
 from margin_jax.train import metrics as metrics_lib
 from tests import helpers, references
-from tests.helpers import slow
 
 # Those that draw, or rank by a score of the whole pool, and one of the others.
 RULES = ['mms', 'random', 'selective_backprop', 'balanced']
@@ -37,6 +36,7 @@ def test_device_count_changes_nothing(rule, reuse):
   helpers.assert_trees_close(one.params, four.params, 1e-5)
 
 
+@pytest.mark.slow
 def test_device_scope_ranks_within_each_device():
   """Another set than the global one, the same as four small pools."""
   fields = {'selection.rule': 'mms', 'selection.log_counts': True}
@@ -81,6 +81,7 @@ def test_reuse_feeds_ranks_in_order():
   assert cost[0].flops == cost[2].flops
 
 
+@pytest.mark.slow
 def test_every_start_and_stop_say_which_steps_score():
   this = helpers.Setup(
     **{
@@ -203,6 +204,7 @@ def test_pool_statistics_follow_the_pool():
   helpers.assert_trees_close(state.batch_stats, updates['batch_stats'], 1e-4)
 
 
+@pytest.mark.slow
 def test_trimming_keeps_what_the_schedule_says():
   """p from 1 to 0.2 by epoch, half to even, no recompilation."""
   fields = {'trimming.last': 0.2, 'selection.rule': 'uniform', 'steps': 785}
@@ -282,7 +284,8 @@ def test_metrics_tell_what_selection_did():
   assert np.all(metrics['batch_classes'] <= metrics['pool_classes'])
 
 
-@pytest.mark.parametrize('devices', [1, *slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
 def test_mean_mms_of_the_scoring_forward(devices):
   """The ten smallest of the batch, by the forward that selected it."""
   this = helpers.Setup(

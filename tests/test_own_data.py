@@ -463,6 +463,7 @@ def test_what_is_no_file_of_labels_is_refused(tmp_path):
     data.labels.digest('/dev/zero')  # which would never end
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_labels(tmp_path):
   own = np.random.default_rng(0).integers(0, 10, 1437)
   fields = {'data.labels': save(tmp_path / 'labels.npy', own), 'steps': 10}
@@ -591,6 +592,7 @@ def test_what_is_not_of_images_is_not_downloaded(tmp_path, monkeypatch):
 # Runs.
 
 
+@pytest.mark.slow
 def test_a_folder_is_trained_loaded_and_guarded(tmp_path, monkeypatch):
   """Classes that brightness tells; from the images to a prediction."""
   import margin_jax

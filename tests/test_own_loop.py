@@ -33,6 +33,7 @@ def test_a_loop_of_another_library_learns(name):
   assert run(f'{name}_loop')['accuracy'] > 0.97
 
 
+@pytest.mark.slow
 def test_shard_map_and_pmap_on_any_number_of_devices_agree(monkeypatch):
   """One device trains on the examples that four do."""
   found = []

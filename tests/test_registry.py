@@ -127,6 +127,7 @@ def test_a_model_a_rule_and_arrays_of_ones_own_learn(tmp_path):
     analyze.analyze(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('registered')
 def test_the_command_line_registers_from_a_config_file(tmp_path, capsys):
   run(small(), tmp_path / 'run')

@@ -199,6 +199,7 @@ def test_the_view_uses_the_same_names_and_takes_the_place_of_lines(run):
   assert sum('validation: loss' in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_a_hook_that_raises_ends_the_run_and_loses_nothing_saved(tmp_path):
   def hook(prefix, step, row):
     if (prefix, step) == ('train', 15):

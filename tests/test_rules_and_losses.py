@@ -28,6 +28,7 @@ def _forget():
 COUNTED = {'selection.log_counts': True}
 
 
+@pytest.mark.slow
 def test_a_rule_reads_features_and_index():
   """Largest feature norm first, of even examples only."""
 
@@ -145,6 +146,7 @@ def expected_params(this, loss):
   )
 
 
+@pytest.mark.slow
 def test_hinge_as_the_risk():
   this = plain(**{'loss.risk': 'hinge'})
   state, metrics = this.run(1)
@@ -166,7 +168,7 @@ def test_hinge_as_the_risk():
   np.testing.assert_allclose(metrics['loss'], [mean], 1e-5)
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('devices', [1, *helpers.slow(4)])
 def test_a_registered_loss_is_added_with_its_weight(devices):
   """Mean over devices of a loss an example; its column has its name."""
   margin_jax.register_loss(

@@ -11,6 +11,7 @@ import scipy.stats
 
 from margin_jax import sampling
 from tests import references
+from tests.helpers import slow
 
 N = 60
 EPOCHS = 400
@@ -89,6 +90,7 @@ def test_nothing_that_is_unknown_is_easy():
   )
 
 
+@pytest.mark.slow
 def test_positions_are_random(scores):
   """The first example of an epoch is any of those that stay, equally often."""
   prune = functools.partial(sampling.prune, share=0.5, drop=0.0)
@@ -118,7 +120,7 @@ def probabilities(scores, pressure):
   return p / p.sum()
 
 
-@pytest.mark.parametrize('pressure', [100.0, 4.0, 1.0])
+@pytest.mark.parametrize('pressure', [4.0, *slow(100.0, 1.0)])
 def test_weighted_sampling_has_its_probabilities(scores, pressure):
   """Chi-square: of batches of one, and of the first of batches of five."""
   p = probabilities(scores, pressure)
@@ -139,6 +141,7 @@ def test_the_chi_square_sees_other_probabilities(scores):
   assert scipy.stats.chisquare(counts, p * counts.sum()).pvalue < 1e-3
 
 
+@pytest.mark.slow
 def test_weights_make_the_mean_loss_unbiased(scores):
   """Over many draws, within four standard errors; without weights it is not.
 
@@ -195,6 +198,7 @@ def test_pools_agree_with_their_oracle(scores, explore):
   assert [{*x} for x in found] == [{*x} for x in expected]
 
 
+@pytest.mark.slow
 def test_ties_go_at_random():
   """Of equal scores no example is preferred, as none is before the first."""
   scores = jnp.array([0.5, 2.0, 0.5, -1.0])
@@ -222,7 +226,7 @@ def test_an_epoch_has_at_least_a_batch(share, drop):
   np.testing.assert_allclose(order.weights[:32].sum(), 40, 1e-5)
 
 
-@pytest.mark.parametrize('k', [1, 5, 20])
+@pytest.mark.parametrize('k', [5, *slow(1, 20)])
 def test_inclusion_probabilities_are_those_of_gumbel_top_k(scores, k):
   p = probabilities(scores, 30.0)
   expected = sampling.inclusion_probabilities(jnp.asarray(p, jnp.float32), k)

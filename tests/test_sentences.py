@@ -191,7 +191,8 @@ def test_a_buffer_keeps_sentences_whole():
   assert not kept[:, width:].any()
 
 
-@pytest.mark.parametrize('devices', [1, *slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
 def test_an_evaluation_in_buckets_is_that_of_the_whole(devices):
   this = setup(devices=devices, **{'selection.rule': 'uniform'})
   spec = dataclasses.replace(

@@ -139,6 +139,7 @@ def test_device_count_does_not_change_batch_norm_networks():
   assert max(jax.tree.leaves(difference)) > 1e-4
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_equal_steps_one_by_one():
   one, metrics_one = setup().run(6)
   many, metrics_many = helpers.Setup(steps_per_call=3).run(2)
@@ -244,7 +245,8 @@ class Linear(nn.Module):
     return nn.Dense(10, name='head')(features), features
 
 
-@pytest.mark.parametrize('rule', ['random', *slow('mms', 'selective_backprop')])
+@pytest.mark.slow
+@pytest.mark.parametrize('rule', ['random', 'mms', 'selective_backprop'])
 def test_examples_without_logits_are_not_selected(rule, monkeypatch):
   """NaN pixels give NaN logits: counted, and left out by every rule."""
   monkeypatch.setattr(models, 'build', lambda *args, **kwargs: Linear())

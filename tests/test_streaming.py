@@ -158,6 +158,7 @@ def train(workdir, monkeypatch, steps_until=None, **fields):
   return loop.train(streamed_config(**fields), str(workdir), log=log)
 
 
+@pytest.mark.slow
 def test_training_selects_resumes_and_reports(tmp_path, monkeypatch):
   """Stopped after the checkpoint of step 3, it ends with the same numbers."""
   whole = train(tmp_path / 'a', monkeypatch)
@@ -192,6 +193,7 @@ REMEMBERED = {
 }
 
 
+@pytest.mark.slow
 def test_remembered_scores_order_what_is_decoded(tmp_path, monkeypatch):
   """The epochs are those of the same images in memory; resumed, the bits.
 
@@ -229,7 +231,8 @@ def remembering(dataset, devices=1):
   )
 
 
-@pytest.mark.parametrize('devices', [1, *slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
 def test_streamed_orders_are_those_of_data_in_memory(devices):
   """From the same memory; the loader hands the step what the order names."""
   this = remembering(streamed(kind=streaming.Ordered), devices)
@@ -300,6 +303,7 @@ def test_workers_follow_an_order():
   assert_batches_equal(*read)
 
 
+@pytest.mark.slow
 def test_a_failed_step_of_an_order_is_read_again():
   """For replay: the sample that the sampler is at, whatever came after."""
   this = remembering(streamed(kind=streaming.Ordered))

@@ -67,6 +67,7 @@ def test_it_needs_no_data(finished, monkeypatch):
   np.testing.assert_array_equal(found, of_data)
 
 
+@pytest.mark.slow
 def test_data_that_are_gone(tmp_path):
   """A dataset that is registered nowhere any more, and a file of labels."""
   rng = np.random.default_rng(0)
@@ -132,6 +133,7 @@ def test_a_checkpoint_that_is_not_there(finished, checkpoint, message):
     margin_jax.load(finished[0], checkpoint)
 
 
+@pytest.mark.slow
 def test_there_is_no_best_without_validation(tmp_path):
   helpers.train(tmp_path, **{'data.validation_examples': 0})
   with pytest.raises(config_lib.ConfigError, match='no validation split'):

@@ -133,6 +133,7 @@ def test_every_model_returns_logits_and_features(name, options, width, dtype):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_first_values_of_the_released_head_are_those_of_pytorch():
   """Uniform up to 1 / sqrt(inputs), biases too."""
   model = models.build('vgg11', 7, **RELEASED)
@@ -148,6 +149,7 @@ def test_first_values_of_the_released_head_are_those_of_pytorch():
         assert np.mean(x) == pytest.approx(0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_dropout_of_the_released_head():
   """The features are what the last layer reads: after ReLU and dropout."""
   model = models.build('vgg11', 7, **RELEASED)
@@ -386,6 +388,7 @@ def drop(x, device=0, deterministic=False, **options):
     return Dropping(options).apply({}, x, rngs={'dropout': jax.random.key(3)})
 
 
+@pytest.mark.slow
 def test_dropout_masks_are_of_the_example_and_the_layer():
   x = jnp.ones((64, 40, 3))
   first, second = drop(x)

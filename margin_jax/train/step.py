@@ -45,7 +45,8 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: the optimizer's.
     proxy: the same three of the proxy model; {} without one.
     ema: the average of the model's variables; {} without one.
-    memory: the scores of all training examples; {} where none are remembered.
+    memory: a `memory.Memory`, with the last score of each training example;
+      {} where none is kept.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
     nonfinite: () int32, what has stopped the run, see `guard.guard`; 0 while
@@ -232,9 +233,10 @@ def sample(
 
 
 def begin_epoch(spec: StepSpec, state: TrainState) -> TrainState:
-  """Returns the state in an epoch that the next step has examples of.
+  """Returns the state with the order of a new epoch, if one begins.
 
-  For data that must be read before the step: else the step does it itself.
+  Streamed data with a memory needs the order before the step, to decode its
+  examples. Elsewhere `sample` begins the epochs itself.
   """
   sampler = spec.dataset.begin_epoch(
     state.sampler,
@@ -390,7 +392,10 @@ def transform(
 
 
 def select(spec: StepSpec, scores: Array, examples: PyTree) -> PyTree:
-  """Returns this device's shard of the reuse * b lowest-scored examples."""
+  """Returns this device's shard of the reuse * b lowest-scored examples.
+
+  With scope 'device', every device ranks its own shard of the pool.
+  """
   size, axis_name = spec.selection.reuse * spec.batch_size, spec.axis_name
   if spec.selection.scope == 'device':
     size, axis_name = size // jax.lax.axis_size(axis_name), None
@@ -471,7 +476,11 @@ def gradient_of(
   key: Array,
   keep: Array | None,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-  """Differentiates the loss of the batch; see `batch_gradient`."""
+  """Differentiates the loss of the batch, and remembers its scores.
+
+  Returns:
+    The mean gradient over devices, batch_stats, memory, and metrics.
+  """
   differentiate = at_once if spec.accumulate == 1 else in_parts
   gradient, made = differentiate(spec, state, batch, key, keep)
   batch_stats, logits, features, risks, means = made

@@ -72,6 +72,7 @@ def train(workdir, **fields):
   return result, lines
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(store, tmp_path):
   counted = {'selection.log_counts': True}
   here, _ = train(tmp_path / 'here', **counted)
@@ -107,6 +108,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(store, tmp_path):
     assert path.suffix != '.csv' or found == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_removed_from_the_bucket_is_left_out(store):
   train(URL)
   with runs_lib.open_run(URL) as run:
@@ -274,10 +276,10 @@ def test_an_owner_that_was_killed_here_is_forgotten_at_once(store, about):
     pass
 
 
-def test_an_owner_says_that_it_lives_and_notices_a_takeover(store, monkeypatch):
+def test_an_owner_says_that_it_lives(store, monkeypatch):
   monkeypatch.setattr(buckets, 'BEAT_SECONDS', 0.05)
-  lock = Lock(Bucket(URL))
   file = store._file('bucket/run/.lock')
+  lock = Lock(Bucket(URL))
   with lock.held():
     os.utime(file, (1, 1))
     deadline = time.monotonic() + 20
@@ -285,10 +287,26 @@ def test_an_owner_says_that_it_lives_and_notices_a_takeover(store, monkeypatch):
       time.sleep(0.05)
     assert file.stat().st_mtime > 2
     lock.check()
-    taken = other(process=7, machine='far', host='elsewhere')
+  assert not file.exists()
+
+
+def test_an_owner_notices_a_takeover(store):
+  lock = Lock(Bucket(URL))
+  taken = other(process=7, machine='far', host='elsewhere')
+  with lock.held():
     store.pipe_file('bucket/run/.lock', taken)
     with pytest.raises(BucketError, match='process 7 on elsewhere has taken'):
       lock.check()
+  assert store.cat_file('bucket/run/.lock') == taken
+
+
+def test_an_owner_leaves_the_object_of_another_alone(store, monkeypatch):
+  monkeypatch.setattr(buckets, 'BEAT_SECONDS', 0.01)
+  monkeypatch.setattr(Lock, '_take', lambda lock: None)  # taken over at once
+  taken = other(process=7, machine='far', host='elsewhere')
+  store.pipe_file('bucket/run/.lock', taken)
+  with Lock(Bucket(URL)).held():
+    time.sleep(0.2)
   assert store.cat_file('bucket/run/.lock') == taken
 
 
@@ -343,6 +361,7 @@ def test_a_bucket_that_is_not_there_is_one_line(store):
     Bucket('gs://other/run')
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_ends_the_run_and_loses_nothing(
   store, tmp_path, monkeypatch
 ):

@@ -238,6 +238,7 @@ def test_a_result_without_its_checkpoint_is_made_again(finished, tmp_path):
   assert runs_lib.complete(workdir, saved) is not None
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_by_name_and_nothing_is_moved(copy):
   with pytest.raises(config_lib.ConfigError, match=r'model\.name: .*resnet8'):
     train(copy, **{'model.name': 'resnet8', 'data.crop_padding': 1})
@@ -288,6 +289,7 @@ def training(copy, monkeypatch):
   removing[0].join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['at once', 'slowly'])
 def test_a_checkpoint_that_is_removed_while_it_is_analyzed_is_left_out(
   training, how
@@ -299,6 +301,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_analyzed_is_left_out(
   assert [x for x in lines if x.startswith('step')] == lines[:1]
 
 
+@pytest.mark.slow
 def test_of_several_checkpoints_the_removed_one_is_left_out(copy, monkeypatch):
   restore = checkpoints_lib.Checkpoints.restore
 

@@ -60,7 +60,8 @@ def test_the_first_bad_step_is_named_and_its_pool_is_kept(tmp_path, fields):
     train(tmp_path, **EXPLODES, **fields)
 
 
-@pytest.mark.parametrize('steps_per_call', [1, *slow(5)])
+@pytest.mark.slow
+@pytest.mark.parametrize('steps_per_call', [1, 5])
 def test_the_state_stays_as_it_was_before_the_bad_step(steps_per_call):
   """Also where later calls come before the host has looked."""
   setup = helpers.Setup(
