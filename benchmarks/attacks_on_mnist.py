@@ -117,7 +117,7 @@ def table(
     '',
     f'`python -m benchmarks.attacks_on_mnist --steps={args.steps} '
     f'--batch_size={args.batch_size}`: configs/mnist_large_margin.py (images '
-    "in [0, 1], Glorot's initialisation, RMSProp; large_margin: l_inf margins "
+    "in [0, 1], Glorot's initialization, RMSProp; large_margin: l_inf margins "
     'at the input and after both convolutional blocks) on 600 training images, '
     f'{args.steps:,} steps of {args.batch_size}, with a tenth of the learning '
     'rate for the last third. Accuracy in percent on the first '

@@ -124,7 +124,7 @@ def table(
     f'--steps={args.steps} --batch_size={args.batch_size}`: '
     'configs/mnist_large_margin.py:small=0.01 (600 training images, l_inf '
     'margins at the input and after both convolutional blocks, RMSProp), but '
-    'with images of mean 0 and variance 1 and LeCun initialisation, '
+    'with images of mean 0 and variance 1 and LeCun initialization, '
     f'{args.steps:,} steps of {args.batch_size}, with a tenth of the learning '
     'rate for the last third. Accuracy in percent on the 10,000 test images, '
     'clean and under l_inf FGSM with the given epsilon (pixels in [0, 1]); '

@@ -1,4 +1,4 @@
-"""Does MMR widen the normalised margin at equal training accuracy?
+"""Does MMR widen the normalized margin at equal training accuracy?
 
     python -m benchmarks.mmr_margins_on_cifar10 --data_dir=DIR
 
@@ -160,7 +160,7 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
   first = runs['mmr'][0][0]
   alpha = first['config']['mmr.alpha'], first['config']['mmr.alpha_end']
   lines = [
-    '# MMR and the normalised margin on CIFAR-10',
+    '# MMR and the normalized margin on CIFAR-10',
     '',
     f'`python -m benchmarks.mmr_margins_on_cifar10 --model={args.model} '
     f'--steps={args.steps} --seeds={args.seeds} --examples={args.examples}`'
@@ -169,7 +169,7 @@ def write(args: argparse.Namespace, runs: dict[str, list]) -> None:
     f'{alpha[0]:g} to {alpha[1] or alpha[0]:g}. The table shows medians over '
     f'{args.examples:,} training images: of the signed margin in feature '
     'space; of this margin divided by the largest feature norm, which MMR '
-    'widens; and of the margins normalised by total variation (Jiang et al. '
+    'widens; and of the margins normalized by total variation (Jiang et al. '
     '2019) at the features and at the input. Mean ± standard deviation over '
     f'{args.seeds} seeds.',
     '',

@@ -82,7 +82,7 @@ def main() -> None:
     f'`python -m benchmarks.start_time --data_dir=DIR --rounds={args.rounds}`: '
     f'{CONFIG}, 1 x {device.device_kind} ({os.cpu_count()} host cores), '
     f'jax {versions()["jax"]}. Medians of {args.rounds} starts, each in a '
-    'new process, including imports, reading the data and initialisation.',
+    'new process, including imports, reading the data and initialization.',
     '',
     '| compilation cache | seconds to the end of step 1 | of these, compiling '
     'the step |',

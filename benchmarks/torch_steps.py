@@ -155,7 +155,7 @@ class Steps:
     self.label = torch.randint(0, classes, (count,)).to(self.device)
 
   def sample(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random batch, augmented and normalised."""
+    """A random batch, augmented and normalized."""
     index = torch.randperm(len(self.label), device=self.device)[:size]
     x, label = self.inputs[index], self.label[index]
     if self.sentences:

@@ -11,7 +11,7 @@ the workdir of another run for a black-box attack.
 The paper's rows compare cross-entropy with the loss in each norm, for few
 labels, corrupted labels, and white- and black-box attacks. The paper's text was
 not at hand, and its released code has only MNIST, so none of its numbers are
-here. From the code for MNIST: images in [0, 1], Glorot's initialisation, no
+here. From the code for MNIST: images in [0, 1], Glorot's initialization, no
 cross-entropy, gamma 1e4, alpha 4, RMSProp at 0.1 times 0.96 every 2,000 steps,
 clipping to 5. Chosen: a wide ResNet of depth 28 and width 4, margins at the
 input and after each of its three stages, 45,000 training images, crops and

@@ -18,8 +18,8 @@ The paper gives neither depth nor schedule for VGG. This is what its authors
 released: BatchNorm, three linear layers (512-4096-4096-C, so that the features
 of MMR have 4096 entries) with dropout of 0.5 after the hidden ones, the
 learning rate times 0.2 at epochs 60, 120 and 160, and weight decay of 5e-4 on
-all parameters. The linear layers are initialised as in PyTorch. Unlike in the
-authors' code, the convolutions have He's initialisation and no biases, which
+all parameters. The linear layers are initialized as in PyTorch. Unlike in the
+authors' code, the convolutions have He's initialization and no biases, which
 BatchNorm would cancel.
 
 Ours: not yet run at full length.

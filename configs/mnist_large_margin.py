@@ -17,7 +17,7 @@ Arguments, behind a colon and separated by commas:
 for example `configs/mnist_large_margin.py:noisy=0.4,attack=fgsm`.
 
 From the released code: images in [0, 1], so that distances at the input are in
-the units of epsilon; Glorot's initialisation; l_inf margins at the input and
+the units of epsilon; Glorot's initialization; l_inf margins at the input and
 after both convolutional blocks, no cross-entropy, batches of 256, RMSProp at
 0.1, times 0.96 every 2,000 steps, L2 penalty on all parameters, gradients
 clipped to norm 5. Unlike there, the loss holds the batch's BatchNorm statistics

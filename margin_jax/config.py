@@ -273,7 +273,7 @@ FIELDS: dict[str, Field] = {
     integer(1),
     'Differentiate the batch in this many equal parts, one after the other. '
     'The gradient is the same up to rounding, and takes less memory. '
-    'BatchNorm normalises each part by itself, unless '
+    'BatchNorm normalizes each part by itself, unless '
     'model.batch_norm_examples says otherwise.',
     resumable=_parts_may_change,
   ),
@@ -417,7 +417,7 @@ FIELDS: dict[str, Field] = {
   'data.normalization': Field(
     'dataset',
     one_of(*data.NORMALIZATIONS),
-    "Which mean and standard deviation normalise images: the training split's "
+    "Which mean and standard deviation normalize images: the training split's "
     "('dataset') or ImageNet's ('imagenet'). The dataset ImageNet always uses "
     "its own. 'unit' leaves images in [0, 1]; then distances at the input are "
     'in units of pixels, as attack.epsilons are.',
@@ -509,7 +509,7 @@ FIELDS: dict[str, Field] = {
   'model.batch_norm': Field(
     'global',
     one_of('global', 'device'),
-    'Which examples BatchNorm normalises with: the examples of all devices '
+    'Which examples BatchNorm normalizes with: the examples of all devices '
     "('global', which does not depend on the number of devices), or each "
     "device's own ('device').",
     needs=[
@@ -524,7 +524,7 @@ FIELDS: dict[str, Field] = {
   'model.batch_norm_examples': Field(
     None,
     optional(integer(2)),
-    'BatchNorm normalises groups of this many examples of a training batch, '
+    'BatchNorm normalizes groups of this many examples of a training batch, '
     'and averages the running statistics. The effect is that of '
     "model.batch_norm='device' with this many examples on each device, but "
     'on any number of devices. None makes no groups.',

@@ -161,7 +161,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any):
   """Computes `jax.lax.conv_general_dilated`, with a faster gradient on CPUs.
 
   The gradient of a kernel needs the convolution's input, transposed. XLA:CPU
-  fuses into that transposition all that made the input, normalisations and
+  fuses into that transposition all that made the input, normalizations and
   whole chains of residual sums, and so computes them again with a stride for
   every element; the input itself lay in memory all the time. What it must not
   look through is a barrier, from jax 0.11 on; before, barriers are gone when it

@@ -1,4 +1,4 @@
-"""Margins at any layer of a network, linearised, and the layers by name.
+"""Margins at any layer of a network, linearized, and the layers by name.
 
 At the last layer the distance to a boundary is exact; `margins.py` computes it.
 At any other layer h the network is not linear, so we take the distance of its
@@ -8,7 +8,7 @@ the gradient in its dual norm: l_inf -> l1, l2 -> l2, l1 -> l_inf, and a number
 p -> p / (p - 1).
 
 A distance has the units of its layer. At the input these are the units of what
-the model reads. In normalised images, 1 is the standard deviation of a channel,
+the model reads. In normalized images, 1 is the standard deviation of a channel,
 and a distance times that deviation is in units of pixels from 0 to 1, like the
 epsilon of an attack. Images read in [0, 1] need no such factor.
 
@@ -110,7 +110,7 @@ def gradient_norms(
 
   Args:
     values_fn: activations -> (B, C), one value a class; float32 or wider.
-    activations: pytree of arrays (B, ...): where to linearise.
+    activations: pytree of arrays (B, ...): where to linearize.
     choose: values -> (B,) own classes and (B, k) others.
     norm: the norm of the distance; the gradient has the dual norm.
 
@@ -141,7 +141,7 @@ def layer_margins(
   *,
   norm: Norm = 'l2',
 ) -> PyTree[Float32[Array, ' B'], ' T']:
-  r"""Computes margins, linearised at one layer or several.
+  r"""Computes margins, linearized at one layer or several.
 
   $$d_i = (s_{iy} - s_{im}) \,/\, \|\nabla_h (s_{iy} - s_{im})\|_q$$
 
@@ -159,7 +159,7 @@ def layer_margins(
     logits_fn: activations -> (B, C) logits; see the module's docstring, and
       `at_layers`.
     activations: pytree of arrays (B, ...), one for each layer at which to
-      linearise.
+      linearize.
     labels: (B,) integers in [0, C), or None.
     norm: 'l1', 'l2', 'l_inf', or a number p of at least 1: how to measure the
       distance, in the units of the layer.
@@ -173,7 +173,7 @@ def layer_margins(
     ValueError: a shape does not fit, or `norm` is unknown.
 
   References:
-    Elsayed et al. 2018 (the linearised distance); Jiang et al. 2019
+    Elsayed et al. 2018 (the linearized distance); Jiang et al. 2019
     (signed, at hidden layers); Weinstein et al. 2020, Eq. 9 (label-free).
 
   Examples:

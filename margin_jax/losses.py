@@ -40,7 +40,7 @@ def mmr_penalty(
   $$R_i = \|w_y - w_m\|^2 \, \max_k \|\phi_k\|^2, \qquad
   \mathrm{MMR} = \mathrm{mean}_i \, R_i$$
 
-  m is the competitor of example i. Add `alpha * mmr` to the loss. Minimising it
+  m is the competitor of example i. Add `alpha * mmr` to the loss. Minimizing it
   widens the margin between label and competitor, relative to the largest
   feature norm. The bias is in neither factor. `reduction='square_of_mean'`
   gives the form of the authors' later code:
@@ -222,7 +222,7 @@ def large_margin_loss(
     logits_fn: activations -> (B, C) logits, row by row: see `at_layers`, which
       makes it from a Flax model. BatchNorm must be in evaluation mode.
     activations: pytree of arrays (B, ...), one for each layer at which to
-      linearise. For the input alone, `logits_fn` is the network and this is its
+      linearize. For the input alone, `logits_fn` is the network and this is its
       input.
     labels: (B,) integers in [0, C). Any other label makes the loss of its
       example NaN.

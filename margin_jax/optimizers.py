@@ -156,7 +156,7 @@ def _arrays(tree: PyTree) -> PyTree:
 def kernels_only(params):
   """Marks the kernels, the arrays that have an input and an output axis.
 
-  Biases and the scales of normalisation layers are vectors. The rows of an
+  Biases and the scales of normalization layers are vectors. The rows of an
   embedding are marked: they are what BERT's pre-training decays too.
   """
   return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)

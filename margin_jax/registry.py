@@ -259,7 +259,7 @@ def register_dataset(
 ) -> None:
   """Registers your arrays as a dataset: a `data.name`.
 
-  uint8 inputs are images: the trainer normalises them, and can augment them.
+  uint8 inputs are images: the trainer normalizes them, and can augment them.
   The model gets floating-point inputs as they are, in float32. Every device
   holds all arrays in memory. If you register a name again, it stands for the
   new arrays.

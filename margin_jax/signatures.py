@@ -18,7 +18,7 @@ SIGNATURES = ('quartiles', 'moments')
 def normalize(
   margins: Float[np.ndarray, ' N'], total_variation: float
 ) -> Float[np.ndarray, ' N']:
-  r"""Normalises margins at a layer by the scale of its activations.
+  r"""Normalizes margins at a layer by the scale of its activations.
 
   $$d \,/\, \sqrt{\nu}$$
 
@@ -51,7 +51,7 @@ def signature(
   All five numbers are positive, so you can take their logarithm.
 
   Args:
-    margins: (N,) signed, normalised.
+    margins: (N,) signed, normalized.
     kind: 'quartiles' or 'moments'.
 
   Returns:

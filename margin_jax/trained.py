@@ -33,7 +33,7 @@ class Trained:
     config: the run's config.
     step: the step of the checkpoint.
     prepare: turns what the dataset stores into what the model reads, such as
-      uint8 pixels into normalised images.
+      uint8 pixels into normalized images.
     encode: turns sentences, pairs of sentences or paths of images into what the
       dataset stores; None for other data.
     input_shape: shape of one example's inputs as stored; None if it may vary.

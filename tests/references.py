@@ -354,7 +354,7 @@ def pool_batches(scores, visited, order, pool_size, batch_size, explore=0.0):
 
 
 def class_accuracies(labels, predictions) -> dict[int, float]:
-  """How many of each class are recognised, for the classes that there are."""
+  """How many of each class are recognized, for the classes that there are."""
   right, counts = {}, {}
   for label, prediction in zip(labels, predictions, strict=True):
     counts[label] = counts.get(label, 0) + 1
@@ -365,7 +365,7 @@ def class_accuracies(labels, predictions) -> dict[int, float]:
 def batch_norm(x, scale, bias, running, size, momentum=0.9, epsilon=1e-5):
   """BatchNorm of each group of `size` examples in turn, as on a device each.
 
-  Returns the normalised activations, and the running (mean, variance) that
+  Returns the normalized activations, and the running (mean, variance) that
   the devices' own are averaged to.
   """
   x = float64(x)

@@ -88,7 +88,7 @@ def test_every_example_is_ranked_with_its_own_margin(run, split):
   np.testing.assert_allclose(margin, signed[index], 1e-4, 1e-5)
   mms = mms_scores(logits, kernel)[index]
   np.testing.assert_allclose(column(rows, 'mms'), mms, 1e-4, 1e-5)
-  # At the features they are margin and mms: the linearisation is exact there.
+  # At the features they are margin and mms: the linearization is exact there.
   at_features = linearized.at_layers(
     spec.model,
     {'params': state.params},

@@ -190,7 +190,7 @@ def test_an_evaluation_under_attack_equals_its_parts(devices):
 
 @pytest.mark.slow
 def test_a_black_box_attack_equals_its_parts():
-  """Made on another network, with a normalisation of its own."""
+  """Made on another network, with a normalization of its own."""
   fields = {'selection.rule': 'uniform'}
   this, other = helpers.Setup(**fields), helpers.Setup(seed=1, **fields)
   prepare = data.normalizer(np.zeros((1, 8, 8, 1), np.uint8), 'unit')

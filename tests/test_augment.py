@@ -275,7 +275,7 @@ def test_cutout_covers_every_square_equally_often(size):
 
 
 @pytest.mark.parametrize('kind', ['dataset', 'imagenet', 'unit'])
-def test_cutout_fills_with_what_normalisation_maps_to_zero(kind):
+def test_cutout_fills_with_what_normalization_maps_to_zero(kind):
   raw = pictures()
   prepare = normalization.normalizer(raw, kind)
   pixel = normalization.zero_pixel(prepare, 3)

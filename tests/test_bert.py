@@ -126,7 +126,7 @@ def test_first_values():
       assert np.all(x == (path[-1] == 'scale')), path
 
 
-def normalise(x, norm):
+def normalize(x, norm):
   centred = x - x.mean(-1, keepdims=True)
   deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
   return centred / deviation * norm['scale'] + norm['bias']
@@ -156,15 +156,15 @@ def reference(params, ids, segments):
   x = tables['word']['embedding'][ids]
   x = x + tables['segment']['embedding'][segments]
   x = x + tables['position']['embedding'][: len(ids)]
-  x = normalise(x, tables['norm'])
+  x = normalize(x, tables['norm'])
   erf = np.vectorize(math.erf)
   for index in range(TINY['layers']):
     layer = params[f'layer{index}']
     y = attend(x, layer['attention'], TINY['heads'])
-    x = normalise(x + y, layer['norm1'])
+    x = normalize(x + y, layer['norm1'])
     y = linear(x, layer['hidden'])
     y = y * (1 + erf(y / math.sqrt(2))) / 2
-    x = normalise(x + linear(y, layer['out']), layer['norm2'])
+    x = normalize(x + linear(y, layer['out']), layer['norm2'])
   features = np.tanh(linear(x[0], params['pooler']['dense']))
   return linear(features, params['head']), features
 

@@ -302,9 +302,9 @@ def test_a_change_is_a_difference_unless_a_run_may_make_it(name):
   [
     # alpha's slope is (alpha_end - alpha) / steps.
     ('steps', 2000, {'mmr.alpha_end': 1e-3}),
-    # Each part normalises with its own examples.
+    # Each part normalizes with its own examples.
     ('accumulate', 2, {'model.name': 'resnet8'}),
-    # Each device normalises with its own examples.
+    # Each device normalizes with its own examples.
     ('devices', 2, {'model.batch_norm': 'device'}),
     # Each device ranks its own examples.
     ('devices', 2, {'selection.scope': 'device', 'selection.rule': 'mms'}),

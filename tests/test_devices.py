@@ -113,7 +113,7 @@ def test_the_clock_of_training_stands_while_a_first_call_compiles():
 
 
 def collective_bytes(text):
-  """Bytes of the results of each collective in an optimised program."""
+  """Bytes of the results of each collective in an optimized program."""
   sizes = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1, 'f16': 2}
   found = {}
   pattern = r'= (\S.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('  # noqa: E501

@@ -80,7 +80,7 @@ def test_the_worst_class_is_that_of_the_whole_split(devices, batch_size):
   ):
     labels = rng.choice(classes, count).astype(np.int32)
     logits = rng.normal(size=(count, CLASSES))
-    # The higher the class, the more often it is recognised.
+    # The higher the class, the more often it is recognized.
     logits[np.arange(count), labels] += 0.5 * labels
     splits[name] = logits, labels
   undecodable = np.flatnonzero(splits['test'][1] == 0)[::2]

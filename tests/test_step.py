@@ -31,13 +31,13 @@ def test_step_is_one_program_without_host_callbacks():
   lowered = program.lowered.as_text()
   assert lowered.count('func.func public @main') == 1
   assert 'top_k' in lowered
-  optimised = program.as_text()
-  assert optimised.count('\nENTRY') == 1
-  targets = set(re.findall(r'custom_call_target="([^"]+)"', optimised))
+  optimized = program.as_text()
+  assert optimized.count('\nENTRY') == 1
+  targets = set(re.findall(r'custom_call_target="([^"]+)"', optimized))
   targets |= set(re.findall(r'custom_call @(\w+)', lowered))
   assert not [target for target in targets if 'callback' in target]
   for transfer in ('infeed', 'outfeed', 'send', 'recv'):
-    assert f' {transfer}(' not in optimised
+    assert f' {transfer}(' not in optimized
 
 
 def test_the_search_for_callbacks_finds_one():

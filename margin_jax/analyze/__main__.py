@@ -3,8 +3,8 @@
     python -m margin_jax.analyze --workdir=/tmp/digits
 
 It writes these files to WORKDIR/analysis: distributions.csv (signed margins,
-MMS, and normalised margins at the layers, for every checkpoint), signatures.csv
-(the signatures of the normalised margins), margins.png, and, for the last
+MMS, and normalized margins at the layers, for every checkpoint), signatures.csv
+(the signatures of the normalized margins), margins.png, and, for the last
 checkpoint, train.csv and test.csv (for MNLI also test_mismatched.csv): every
 example, the most negative margin first. The first 32 examples of each, which
 are candidates for label errors, are also shown as images,

@@ -37,7 +37,7 @@ def analyze(
 
   Args:
     workdir: the run's folder.
-    layer_names: the layers at which to linearise and normalise margins; None is
+    layer_names: the layers at which to linearize and normalize margins; None is
       'input' (unless it holds integers) and 'features'.
     steps: which checkpoints; None is all checkpoints that the run has kept.
     examples: how many examples of each split, from its first; None is all.
@@ -125,7 +125,7 @@ class Report:
 
     Args:
       dataset: knows the original row of every example.
-      layers: where margins are linearised and normalised.
+      layers: where margins are linearized and normalized.
       title: of the figure.
       words: the tokens of sentences, by id.
     """

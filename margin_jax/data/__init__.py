@@ -276,7 +276,7 @@ def digests(
 
 
 def _prepare(inputs: np.ndarray, normalization: str) -> Callable:
-  """Returns what normalises images; other inputs stay as they are."""
+  """Returns what normalizes images; other inputs stay as they are."""
   if inputs.dtype != np.uint8:
     return lambda inputs: inputs
   return normalizer(inputs, normalization)

@@ -65,7 +65,7 @@ def cutout(
     image: (H, W, C) uint8.
     size: the side of the square.
     fill: (C,) or (), the value that covers. The paper's is zero after
-      normalisation: `normalization.zero_pixel`, the mean pixel, rounded.
+      normalization: `normalization.zero_pixel`, the mean pixel, rounded.
 
   Returns:
     (H, W, C) uint8.

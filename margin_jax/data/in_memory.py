@@ -2,7 +2,7 @@
 
 A split is `{'inputs': (N, ...), 'label': (N,) int32}`, images as uint8 pixels.
 The arrays are arguments of the compiled step: sampling a pool, cropping,
-flipping and normalising happen there, and pixels stay uint8 until the model
+flipping and normalizing happen there, and pixels stay uint8 until the model
 reads them.
 """
 

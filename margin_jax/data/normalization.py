@@ -1,4 +1,4 @@
-"""Turns pixels into what networks read: normalised by channel, or in [0, 1]."""
+"""Turns pixels into what networks read: normalized by channel, or in [0, 1]."""
 
 import dataclasses
 from collections.abc import Callable

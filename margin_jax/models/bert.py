@@ -1,6 +1,6 @@
 """BERT, with a head for sentences and pairs of sentences (Devlin et al. 2019).
 
-As published: normalisation comes after each residual, GELU is exact, and the
+As published: normalization comes after each residual, GELU is exact, and the
 head reads the pooled first token.
 """
 
@@ -63,7 +63,7 @@ def _dense(module: nn.Module) -> Callable[..., nn.Module]:
 
 
 class Embeddings(nn.Module):
-  """The sum of a token's, its position's and its segment's row, normalised."""
+  """The sum of a token's, its position's and its segment's row, normalized."""
 
   vocab_size: int
   width: int
@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Attention and two linear maps, each with a residual, then normalised."""
+  """Attention and two linear maps, each with a residual, then normalized."""
 
   heads: int
   hidden: int
@@ -196,8 +196,8 @@ class Bert(nn.Module):
     dropout: the fraction dropped in training: of the embeddings, of what each
       half of a layer adds, of the attention's probabilities, of the features.
     dtype: of the computation; parameters and the head stay float32, and so do
-      normalisation and softmax.
-    epsilon: the epsilon of the normalisation.
+      normalization and softmax.
+    epsilon: the epsilon of the normalization.
   """
 
   num_classes: int

@@ -263,7 +263,7 @@ def read(
   head = (weights.HEAD_KERNEL, weights.HEAD_BIAS)
   if not any(names[path] in state for path in head):
     logging.warning(
-      '%s has no classifier: the head stays as it is initialised', folder
+      '%s has no classifier: the head stays as it is initialized', folder
     )
     for path in head:
       del names[path]

@@ -9,7 +9,7 @@ from margin_jax.models.model import Model
 
 
 class CNN(nn.Module):
-  """Two 3x3 convolutions, 2x2 max-pooling, one hidden layer, no normalisation.
+  """Two 3x3 convolutions, 2x2 max-pooling, one hidden layer, no normalization.
 
   Attributes:
     num_classes: C.

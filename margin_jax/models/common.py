@@ -1,4 +1,4 @@
-"""What the image models share: convolution, BatchNorm, initialisers, head."""
+"""What the image models share: convolution, BatchNorm, initializers, head."""
 
 import functools
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def make_norm(model: Any, train: bool) -> Callable[..., nn.Module]:
 
   Args:
     model: has `dtype` and `batch_norm_axis`.
-    train: whether to normalise with the batch's own statistics.
+    train: whether to normalize with the batch's own statistics.
 
   Returns:
     Takes what else `nn.BatchNorm` takes, such as `name`.
@@ -97,7 +97,7 @@ def classify(
   Args:
     x: (B, H, W, D) activations.
     num_classes: C.
-    kernel_init: the initialiser of the head.
+    kernel_init: the initializer of the head.
     fold_bias: whether the bias is the last row of the kernel, and the last
       feature 1.
 

@@ -6,7 +6,7 @@ VGGs (`features.N`, and `classifier` or `classifier.0`, `.3` and `.6`). Each
 model's `published` field has its names. Only weights named on the Hugging Face
 hub are ever downloaded: see `bert_weights`.
 
-Published ImageNet weights want images normalised with ImageNet's statistics
+Published ImageNet weights want images normalized with ImageNet's statistics
 (`data.normalization='imagenet'`), and MobileNet's from TensorFlow want its
 ReLU6, padding and epsilon, which `MobileNet` does not have.
 """
@@ -73,7 +73,7 @@ def load(path: str, model_name: str, variables: PyTree) -> PyTree:
       or a name on the Hugging Face hub: see `bert_weights.resolve`.
     model_name: one whose `published` field is set: 'imagenet_resnetN',
       'densenetN', 'mobilenet', 'vggN', or a BERT.
-    variables: {'params': ..., 'batch_stats': ...}, as initialised.
+    variables: {'params': ..., 'batch_stats': ...}, as initialized.
 
   Returns:
     A tree like `variables`.

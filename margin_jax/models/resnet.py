@@ -55,7 +55,7 @@ class ResNet(nn.Module):
   `variant='he'` is the paper's layout (identity shortcuts everywhere).
   `variant='authors'` is the one of the MMS and MMR papers' code: 1x1
   projections where the shape changes, last BatchNorm scale of a block at
-  zero, and a head initialised with standard deviation 0.01.
+  zero, and a head initialized with standard deviation 0.01.
   `variant='mms_select'` has besides, as their repository of that name, the bias
   folded into the last layer's weights: the last feature is 1, and the head has
   no bias, but a row more of weights that starts at zero. So the bias is in the

@@ -211,7 +211,7 @@ def fit(
     classes = _other_classes(state, names, shapes)
   if classes is not None:
     logging.warning(
-      '%s has %d classes: the head stays as it is initialised', source, classes
+      '%s has %d classes: the head stays as it is initialized', source, classes
     )
     for path in (HEAD_KERNEL, HEAD_BIAS):
       del state[names.pop(path)]

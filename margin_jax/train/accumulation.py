@@ -16,7 +16,7 @@ def split(spec: StepSpec, examples: PyTree) -> PyTree:
 
   Part j has the rows j, j + n, j + 2n, ...: where they are in the batch of all
   devices does not depend on the number of these. With groups of BatchNorm whole
-  groups go by turns, so that each is normalised as it would be without parts.
+  groups go by turns, so that each is normalized as it would be without parts.
 
   Args:
     spec: the spec, with n parts.

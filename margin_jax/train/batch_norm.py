@@ -1,4 +1,4 @@
-"""BatchNorm that normalises groups of a batch's examples, each by itself."""
+"""BatchNorm that normalizes groups of a batch's examples, each by itself."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from jax import Array
 def in_groups(size: int | None, axis_name: str) -> Callable:
   """Makes `nn.BatchNorm` do in training what devices of `size` examples do.
 
-  Each group of so many neighbours is normalised with its own statistics, and
+  Each group of so many neighbours is normalized with its own statistics, and
   the running ones are averaged over this device's groups. Like the batch, the
   groups do not depend on the number of devices.
 

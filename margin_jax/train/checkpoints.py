@@ -252,7 +252,7 @@ class Checkpoints:
     Args:
       state: the train state. It is copied first: the step that follows
         donates its memory.
-      info: JSON-serialisable, with the 'step'.
+      info: JSON-serializable, with the 'step'.
       accuracy: on the validation split, which decides the best checkpoint (of
         equals the latest); None if this step was not evaluated.
 

@@ -317,9 +317,9 @@ class Compiled:
   """A compiled program, called with the arguments of the per-device function.
 
   Attributes:
-    lowered: the program before optimisation.
+    lowered: the program before optimization.
     flops: FLOPs of one call over all devices, from XLA's cost analysis of the
-      program before optimisation, so that they do not depend on the backend
+      program before optimization, so that they do not depend on the backend
       (on CPUs, jax 0.10 counts up to half a percent more: see `cpu`). The body
       of a loop counts once.
     first_call_seconds: with several processes, of the first call, which
@@ -351,9 +351,9 @@ class Compiled:
     return results
 
   def memory_analysis(self) -> Any:
-    """What the optimised program needs, in bytes, as XLA tells."""
+    """What the optimized program needs, in bytes, as XLA tells."""
     return self._executable.memory_analysis()
 
   def as_text(self) -> str:
-    """The optimised program."""
+    """The optimized program."""
     return cpu.compile(self.lowered).as_text()

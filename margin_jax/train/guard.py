@@ -38,7 +38,7 @@ def checked(losses: Sequence[str]) -> tuple[str, ...]:
     'update_norm',
     'proxy_loss',
     'proxy_gradient_norm',
-    # Infinite ones normalise to 0, so that the loss may well be finite.
+    # Infinite ones normalize to 0, so that the loss may well be finite.
     'statistics_norm',
   )
 

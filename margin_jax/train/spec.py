@@ -188,7 +188,7 @@ class StepSpec:
     axis_name: the mapped axis of the devices.
     average_batch_stats: whether the devices' BatchNorm statistics differ, so
       that running averages must be averaged over devices.
-    batch_norm_examples: BatchNorm normalises groups of so many examples; None
+    batch_norm_examples: BatchNorm normalizes groups of so many examples; None
       is all that it sees.
     on_nonfinite: what a step does where a number is not finite.
     unrolled: whether the parts of the batch are so many copies in the program,
