@@ -171,7 +171,10 @@ class Bucket:
           self._fs.rm_file(self._path(name))
 
   def age(self, name: str) -> float:
-    """Returns the seconds since an object was written, by the store's clock."""
+    """Returns the seconds since an object was written, by the store's clock.
+
+    To read that clock it writes an object of its own, `CLOCK`.
+    """
     self.write(CLOCK, b'')
     with self._explained():
       now, then = (self._fs.modified(self._path(x)) for x in (CLOCK, name))

@@ -765,8 +765,8 @@ FIELDS: dict[str, Field] = {
     0.5,
     number_or(number(least=0, most=1), 'auto'),
     "Fraction of examples that are easy. 'auto' follows what is learned: an "
-    'epoch leaves out (1 - sqrt(e))^2 of all examples, where e is the '
-    'fraction misclassified when last seen.',
+    'epoch leaves out (1 - sqrt(e))^2 of all examples, but at most '
+    'drop * (1 - e), where e is the fraction misclassified when last seen.',
     needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
   ),
   'selection.drop': Field(

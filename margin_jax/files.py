@@ -66,7 +66,7 @@ class FileError(ValueError):
 # More than any run writes: JSON, and a table of 1,000 classes' rates.
 LARGEST_JSON, LARGEST_TABLE = 2**26, 2**30
 LARGEST_LOCK = 2**12
-# Of a value that a message shows.
+# How many characters of a value a message shows.
 _SHOWN = 60
 
 # A row of a table, by column.
@@ -79,7 +79,7 @@ def read(path: pathlib.Path, largest: int, remedy: str) -> bytes:
   Args:
     path: the path of the file.
     largest: how many bytes it may have.
-    remedy: what the user can do about another file, for the message.
+    remedy: what the user can do about a bad file, for the message.
 
   Raises:
     FileNotFoundError: there is none.
@@ -104,7 +104,7 @@ def read_json(
     path: the path of the file.
     schema: a check of each key's value, which is None where the key is missing;
       or one check of all values.
-    remedy: what the user can do about another file, for the message.
+    remedy: what the user can do about a bad file, for the message.
 
   Raises:
     FileNotFoundError: there is none.
@@ -153,7 +153,7 @@ def read_table(
   Args:
     path: the path of the file.
     numbers: columns that must be there beside 'step', with numbers.
-    remedy: what the user can do about another file, for the message.
+    remedy: what the user can do about a bad file, for the message.
     texts: columns that must be there, too, and hold no numbers. All others
       hold numbers, or nothing.
 
@@ -248,6 +248,7 @@ def locked(folder: str) -> Iterator[None]:
 
   Raises:
     BlockingIOError: somebody has it; the message says who.
+    FileError: .lock is not a lock of margin_jax.
     OSError: the folder is not writable.
   """
   path = pathlib.Path(folder, '.lock')

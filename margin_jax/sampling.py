@@ -1,8 +1,9 @@
 """Sampling: which examples an epoch has, in which order, by remembered scores.
 
-Every function returns an `Order`, once per epoch, from the scores that earlier
-steps left in the score memory. So no example needs scoring, and the loader
-knows the whole epoch before it begins. As elsewhere, examples with the lowest
+`shuffle`, `prune`, `weighted` and `pools` return an `Order`, once per epoch,
+from the scores that earlier steps left in the score memory; the other functions
+help them. So no example needs scoring, and the loader knows the whole epoch
+before it begins. As elsewhere, examples with the lowest
 scores are trained on, and those with the largest are easy. Examples that were
 never in a batch have the score -inf.
 """
@@ -183,8 +184,9 @@ def learned_share(wrong: Bool[Array, ' N'], drop: float) -> Float32[Array, '']:
 
   e is the fraction of examples that were misclassified when they were last in a
   batch, or that were never in one. So an epoch drops the fraction $(1 -
-  \sqrt{e})^2$ of all examples: a quarter of them if a quarter is misclassified,
-  81% if 1% is.
+  \sqrt{e})^2$ of all examples, at most $\mathrm{drop} \, (1 - e)$. That is a
+  quarter of them if a quarter is misclassified; if 1% is, 81%, or half of them
+  with drop = 0.5.
 
   Args:
     wrong: (N,) bool.

@@ -28,7 +28,8 @@ class Scored(NamedTuple):
 
   Attributes:
     logits: (B, C) float32, from the scoring forward pass of the model or its
-      proxy, in evaluation mode.
+      proxy, in evaluation mode unless BatchNorm's statistics follow the pool;
+      with a score memory, from the training forward pass.
     features: (B, D), what the last layer reads.
     kernel: (D, C) float32, the last layer's weights.
     labels: (B,) int32 in [0, C).
@@ -344,7 +345,8 @@ def find(name: str) -> Rule:
 
 
 # (scores, labels, uniforms, key, epoch) -> scores, of a whole pool. `uniforms`
-# are (B,) in [0, 1); `key` and `epoch` are the same on all devices.
+# are (B,) in [0, 1); `key` and `epoch` are the same for all examples that are
+# ranked together.
 ScoreTransform = Callable[[Scores, Labels, Scores, Array, Array], Scores]
 
 
@@ -371,7 +373,8 @@ def balanced_ramp(
     scores: (B,) the rule's scores, lowest is hardest.
     labels: (B,) integers in [0, num_classes).
     uniforms: (B,) uniform in [0, 1).
-    key: decides the order of the classes; the same on all devices.
+    key: decides the order of the classes; the same for all examples that are
+      ranked together.
     epoch: (), the number of completed passes of pools over the data.
     k: how many examples will be selected; static.
     growth: how much the hard fraction grows in a pass.

@@ -54,8 +54,9 @@ def unrolled(function: Callable, initial: PyTree, xs: PyTree) -> PyTree:
 
   XLA:CPU runs the gradient of a convolution in a loop an order of magnitude
   slower (jax-ml/jax#12868). Without one it would run all parts side by side,
-  and keep the activations of all. So each waits for what is done: its examples
-  are changed by a 0 that XLA cannot know, of all results before.
+  and keep the activations of all. So each part waits for the one before: a 0 is
+  added to its examples that is computed from the results of that one, and that
+  XLA cannot fold away.
   """
   carry, outputs = initial, []
   for j in range(jax.tree.leaves(xs)[0].shape[0]):

@@ -1,8 +1,9 @@
 """Checkpoints with Orbax: the last two and the best, saved in the background.
 
-A checkpoint is the whole `TrainState`, as plain arrays that do not know how
-many devices wrote them, and a JSON dictionary about the run. A digest of both
-is saved with it, so a checkpoint that has changed since is never used.
+A checkpoint is the `TrainState`, as plain arrays that do not know how many
+devices wrote them, and a JSON dictionary about the run. A digest of both is
+saved with it, so a checkpoint that has changed since is never used. (Older ones
+without a digest are used as they are.)
 """
 
 import contextlib
@@ -439,10 +440,11 @@ class Checkpoints:
     self._workdir.check()
 
   def close(self) -> None:
-    """Waits for the last save.
+    """Waits for the last save, and closes Orbax's manager.
 
     Raises:
       SaveError: it failed.
+      FileError: the workdir was moved or removed.
     """
     try:
       self.wait()

@@ -45,8 +45,9 @@ class Program:
   Steps may be of several variants: plain and scored ones, say. On accelerators
   one program switches between them on the device. On CPU each is a program of
   its own and the host picks, since XLA:CPU runs the gradient of a convolution
-  inside a conditional eight times slower than outside. Variants that read data
-  of other shapes have a program each, too. Which variant a step is depends on
+  inside a conditional eight times slower than outside; but where a call has
+  several steps, one program switches there, too. Variants that read data of
+  other shapes always have a program each. Which variant a step is depends on
   the step alone, so neither host nor device waits for the other.
 
   Attributes:
@@ -152,7 +153,11 @@ class Program:
   def __call__(
     self, step: int, state: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
-    """Dispatches a call that starts at `step`, which `state` is at."""
+    """Runs the call that starts at `step`, which `state` is at.
+
+    Returns:
+      The state and the metrics, without waiting for them.
+    """
     if self._loader.ordered:
       state = self._in_epoch(step, state)
     variant = None if self._switches else self.variant(step)

@@ -1,4 +1,4 @@
-"""The only file that knows devices and hosts: pmap and placement.
+"""Devices and processes: pmap, placement, and how processes find each other.
 
 State and data are replicated: plain arrays without a leading device axis,
 passed to `pmap` with `in_axes=None` and returned with `out_axes=None`. So a
@@ -33,10 +33,8 @@ PyTree = Any
 # deadlock with a hundred calls waiting; a few keep any device busy.
 MAX_CALLS_AHEAD = 8
 
-# How long a process may be silent until the others give it up, and how long all
-# may take to find each other.
+# How long a process may be silent until the others give it up.
 HEARTBEAT_SECONDS = 30
-JOIN_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +47,9 @@ class Shard:
 
 def join(
   coordinator: str,
-  processes: int | None = None,
-  process: int | None = None,
-  seconds: int = JOIN_SECONDS,
+  processes: int | None,
+  process: int | None,
+  seconds: int,
 ) -> None:
   """Makes this process one of several that train together.
 

@@ -29,7 +29,8 @@ PyTree = Any
 # Images are stored as 0, ..., 255; attacks are configured for [0, 1].
 PIXEL = 255
 
-# Relative to the squared norm of activations, of their total variation.
+# A total variation below this fraction of the squared norm of the reference
+# activations is rounding.
 ROUNDING = 1e-12
 
 
@@ -137,8 +138,8 @@ def measure_step(
 
   Returns:
     'examples': arrays of a row an example, padding included, over all devices,
-    see `Measurer`, and 'square/LAYER', the squared norms of the activations;
-    and 'sums': the activations summed over the examples that count.
+    see `Measurer`, and 'square/LAYER', the squared norms of the activations
+    minus `reference`; and 'sums', their sums over the examples that count.
   """
   inputs, label, real = read(data, chunk)
   inputs = spec.dataset.prepare(inputs)
@@ -270,7 +271,7 @@ class Evaluator:
     examples in the split: a selection can starve a class.
 
     'f1' is 2 TP / (2 TP + FP + FN) over the whole split, of class 1, and 0
-    where there is none; specs ask for it.
+    where there is none; only of datasets with `f1`.
 
     Args:
       name: the name of the split.

@@ -78,10 +78,10 @@ def guard(
   step changes that, until the host has seen it. So nothing is lost, and the
   pool can be sampled again. A NaN score counts.
 
-  'skip' passes over the step's examples: the step is done, and so are samples
-  and counts of steps; parameters, statistics, averages (the optimizer's too)
-  and remembered scores stay. A NaN score does not count: it ranks last, and
-  `nan_scores` tells.
+  'skip' drops the update: step, sampler, buffer, counts and the optimizers'
+  step counters advance; parameters, statistics, averages (the optimizers' too)
+  and remembered scores stay. A NaN score skips nothing: it ranks last, and
+  `nan_scores` counts it.
 
   Args:
     action: `STOP` or `SKIP`.

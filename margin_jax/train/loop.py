@@ -117,16 +117,18 @@ def train(
 
   If you call it again, it restores the latest checkpoint and ends with the same
   bits as an uninterrupted run. It writes to `workdir`: checkpoints/, train.csv,
-  eval.csv, tensorboard/ and, at the end, result.json. A run that selects also
-  writes classes.csv (the fraction of each class that was selected) and, on
-  request, selection_counts.npy. With several processes, the first one writes.
+  eval.csv, tensorboard/ and, at the end, result.json. A run that scores pools
+  also writes classes.csv (the fraction of each class that was selected); with
+  `selection.log_counts` it writes selection_counts.npy, and with sentences
+  vocab.txt. With several processes, the first one writes.
 
   Args:
     config: every field of `config.default()`.
     workdir: a folder, created if need be; "~" is expanded.
     rule: your own rule, `scored -> scores`, in place of
-      `config.selection.rule`. It sees one device's shard of the pool. To give a
-      rule a name that configs can use, see `register_rule`.
+      `config.selection.rule`. It sees one device's shard of the pool or, with
+      `config.selection.memory`, of the batch. To give a rule a name that
+      configs can use, see `register_rule`.
     optimizer: your own optax transformation, or a function of the learning rate
       that returns one, in place of `config.optimizer.name`: see
       `register_optimizer`.
@@ -319,7 +321,8 @@ def _restore(
   again.
 
   Returns:
-    The state, and what the checkpoint holds about the run: 'counters', 'best'.
+    The state, and what the checkpoint holds about the run: 'counters', 'best'
+    and, if an evaluation is still to be reported, 'pending'.
 
   Raises:
     ConfigError: the checkpoint was made by another config.
@@ -548,7 +551,12 @@ def _asked_to_stop(run: Run, interrupts: Interrupts, step: int) -> bool:
 def _evaluate(
   run: Run, reporter: Reporter, step: int
 ) -> tuple[dict[str, Any], float | None, bool]:
-  """Evaluates every split; tells whether validation is the best so far."""
+  """Evaluates every split.
+
+  Returns:
+    The evaluations by split, the validation accuracy or None, and whether it is
+    the best so far.
+  """
   counters = dataclasses.asdict(run.counters)
   results = {}
   for split in run.splits:

@@ -17,7 +17,7 @@ from margin_jax.train.spec import MemorySpec, StepSpec
 
 PyTree = Any
 
-# Of the running mean of the features' norms: a hundred steps' worth or so.
+# Decay of the running mean of feature norms, over about 100 steps.
 NORM_DECAY = 0.99
 
 

@@ -2,7 +2,7 @@
 
 Of every step, float32 unless stated:
 
-* `loss`: the mean risk of the batch (cross-entropy), in training mode;
+* `loss`: the mean risk of the batch (`loss.risk`), in training mode;
 * `penalty`: MMR; `large_margin`; and `loss_NAME` for each of `loss.names`. None
   is part of `loss`;
 * `accuracy` of the batch, and `trimmed_loss` with trimming;
@@ -187,7 +187,7 @@ def _steps(calls: list[PyTree]) -> dict[str, np.ndarray]:
   """Returns the metrics of several calls with one axis of steps."""
   calls = jax.device_get(calls)
   if any('skipped' in call for call in calls):
-    # Where the run was stopped, `on_nonfinite` may have become 'skip', or been.
+    # A resumed run may have another `on_nonfinite`, so only some calls have it.
     calls = [
       {**call, 'skipped': call.get('skipped', np.zeros_like(call['loss']))}
       for call in calls

@@ -1,4 +1,4 @@
-"""Signals: the running call ends, and the state is saved."""
+"""How a process ends: signals, output that goes away, errors in one line."""
 
 import contextlib
 import errno
@@ -44,8 +44,8 @@ def leave(status: int) -> NoReturn:
 class Interrupts:
   """While open, remembers the first signal; a second one ends the process.
 
-  SIGHUP does not count: of a terminal that closes, the kernel sends one, and
-  the shell another.
+  SIGHUP counts as a first signal, never as a second: of a terminal that closes,
+  the kernel sends one, and the shell another.
 
   Only the main thread may handle signals; in another, nothing is remembered.
   Nor are those that the process was started to ignore.
@@ -237,7 +237,7 @@ def _explained() -> Iterator[None]:
 
 
 def _stop(message: str, at_once: bool = False) -> NoReturn:
-  """Ends with one line; where there are several processes, without them."""
+  """Ends the process with one line, without waiting for other processes."""
   # Asked first, because the other question starts a backend.
   alone = not jax.distributed.is_initialized()
   if (alone or not devices_lib.several_processes()) and not at_once:

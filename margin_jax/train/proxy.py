@@ -69,7 +69,7 @@ def train(
 def keep(
   spec: StepSpec, proxy: PyTree, batch: PyTree
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-  """Leaves the proxy as it is; without one there are no metrics either."""
+  """Returns the proxy as it is, and metrics of 0; without a proxy, none."""
   del batch
   names = ('proxy_trained', 'proxy_loss', 'proxy_gradient_norm')
   return proxy, {x: jnp.float32(0) for x in names if spec.proxy is not None}

@@ -1,4 +1,4 @@
-"""What a run reports: progress lines, CSV files, TensorBoard, result.json."""
+"""What a run reports: progress lines, CSV files and TensorBoard files."""
 
 import csv
 import math

@@ -154,7 +154,7 @@ def to_save(
 
 
 def _digests(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns those of the data that the config names."""
+  """Returns the digests of the data that the config names."""
   fields = config.data
   found = data.digests(fields.name, fields.data_dir, fields.labels)
   return {config_lib.DIGESTS[name]: digest for name, digest in found.items()}
@@ -213,9 +213,9 @@ def _digest(result: dict[str, Any]) -> str:
 
 
 def _has_last(workdir: pathlib.Path, result: dict[str, Any]) -> bool:
-  """Returns whether the checkpoint that a result is of was saved.
+  """Returns whether the checkpoint of a result's last step is there.
 
-  Of a workdir without checkpoints, which may have been removed, it was.
+  Also True if there are no checkpoints at all: somebody may have removed them.
   """
   folder = workdir / FOLDER
   steps = [x.name for x in folder.iterdir()] if folder.is_dir() else []
@@ -342,7 +342,8 @@ class TrainedRun:
   def _state(self) -> PyTree:
     """The state before the first step; only its shapes count.
 
-    What predicts is as the model has it, the rest as the checkpoint does.
+    `params`, `batch_stats` and `ema` have the model's shapes. The other fields
+    are None, and are read as saved.
     """
     variables, _ = setup_lib.shapes(self.spec.model, self.dataset)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)

@@ -58,7 +58,9 @@ def load(
   training: bool = True,
   workdir: str | None = None,
 ) -> tuple[devices_lib.Devices, data.Dataset]:
-  """Checks the config against itself, the data and, to train, the devices.
+  """Returns the devices and the dataset that a config names, checked.
+
+  The config is checked against itself, the data and, to train, the devices.
 
   Args:
     config: the run's config.
@@ -558,7 +560,11 @@ def _loss_terms(
 def _large_margin_options(
   config: ml_collections.ConfigDict, model: nn.Module, dataset: data.Dataset
 ) -> dict[str, Any]:
-  """Raises a ConfigError where the model or the data do not fit."""
+  """Returns the options of the large-margin loss.
+
+  Raises:
+    ConfigError: they do not fit the model or the data.
+  """
   options = config.large_margin.to_dict()
   del options['weight'], options['cross_entropy']
   options['layers'] = tuple(options['layers'])
@@ -585,13 +591,13 @@ def _large_margin_options(
 def layer_shapes(
   model: nn.Module, dataset: data.Dataset
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the layers of a model that reads this data, for a batch of one."""
+  """Returns the shapes of a model's layers by name, for a batch of one."""
   variables, inputs = shapes(model, dataset)
   return linearized.layer_shapes(model, variables, inputs)
 
 
 def shapes(model: nn.Module, dataset: data.Dataset) -> tuple[Any, Any]:
-  """Returns those of the model's variables and of a batch of one."""
+  """Returns the shapes of the model's variables, and of a batch of one."""
   inputs = input_shapes(dataset)
   key = jax.eval_shape(jax.random.key, 0)
   init = functools.partial(model.init, train=False)
@@ -599,7 +605,7 @@ def shapes(model: nn.Module, dataset: data.Dataset) -> tuple[Any, Any]:
 
 
 def input_shapes(dataset: data.Dataset) -> Any:
-  """Returns those of a batch of one, as the model reads it."""
+  """Returns the shapes of a batch of one, as the model reads it."""
   stored = jax.ShapeDtypeStruct((1, *dataset.input_shape), dataset.input_dtype)
   return jax.eval_shape(dataset.prepare, stored)
 

@@ -180,7 +180,7 @@ class StepSpec:
     proxy: a small model trained along on the batches, which scores; or None.
     proxy_every: it is trained at every n-th step.
     ema_decay: decay of the average of the model's variables; 0 is none.
-    risk: the loss of an example: cross-entropy or hinge.
+    risk: the loss of an example, `loss.risk`.
     risk_weight: weight of the risk in the total loss; None is 1.
     terms: the other losses, added in this order.
     learning_rate: step -> learning rate, for the metrics.
@@ -240,7 +240,10 @@ class StepSpec:
     return chunked or (self.accumulate > 1 and not self.unrolled)
 
   def checked(self) -> tuple[str, ...]:
-    """Returns the metrics that must be finite: not of losses only measured."""
+    """Returns the metrics that must be finite.
+
+    Losses that are only measured are not among them.
+    """
     weighted = [term.metric for term in self.terms if term.weight is not None]
     return guard.checked(weighted)
 
@@ -306,7 +309,10 @@ class StepSpec:
     return self.examples_sampled(np.arange(steps))
 
   def examples_scored(self, variant: Variant) -> int:
-    """Returns how many examples a step of this variant scores."""
+    """Returns how many examples a step of this variant scores.
+
+    Trimming with a short backward pass scores the batch, to find its hardest.
+    """
     if variant.backward_size < self.batch_size:
       return self.batch_size
     if variant.kind == StepKind.SCORE:

@@ -37,8 +37,8 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: () int32, steps done.
-    seed: () uint32: batches are a pure function of (seed, step) and, with a
-      memory, of `memory` when the epoch began.
+    seed: () uint32: what is sampled is a pure function of (seed, step) and,
+      with a memory, of `memory` when the epoch began.
     sampler: the dataset's sampler state.
     buffer: selected examples that later steps train on; {} without reuse.
     params, batch_stats: the model's variables.
@@ -375,7 +375,10 @@ def transform(
   key: Array,
   epoch: Array,
 ) -> Array:
-  """Applies the score transform to the pool that is ranked together."""
+  """Returns this device's scores after the score transform.
+
+  The transform reads all examples that are ranked together.
+  """
   function = spec.selection.transform
   if function is None:
     return scores
@@ -452,7 +455,10 @@ def batch_gradient(
 def hardest(
   spec: StepSpec, state: TrainState, batch: PyTree, size: int
 ) -> PyTree:
-  """Returns the `size` examples of largest loss, by an eval-mode forward."""
+  """Returns this device's shard of the `size` examples of largest loss.
+
+  They are the largest over all devices, by an eval-mode forward.
+  """
   if size == spec.batch_size:
     return batch
   logits, _ = spec.model.apply(
@@ -522,7 +528,11 @@ def at_once(
   key: Array,
   keep: Array | None,
 ) -> tuple[PyTree, Made]:
-  """Differentiates the loss of this device's shard of the batch."""
+  """Differentiates the loss of this device's shard of the batch.
+
+  Returns:
+    This device's gradient, and what the forward pass made.
+  """
   positions = own_positions(spec, batch['label'].shape[0])
 
   def loss_function(params: PyTree):
@@ -546,10 +556,11 @@ def in_parts(
   """Differentiates as `at_once` does, but a part of the batch at a time.
 
   So only the activations of a part are in memory. A loss that is a mean over
-  examples is the mean of those of the parts. Another is of the whole batch: MMR
-  with its largest norm, trimming with its ranks. That is differentiated by the
-  logits and features of all, which a forward without a gradient makes, and the
-  backward of each part goes on from there (Gao et al. 2021).
+  examples is differentiated part by part. A loss of the whole batch (MMR with
+  its largest norm, trimming with its ranks) needs the outputs of all parts: a
+  forward without a gradient makes them, the loss is differentiated with respect
+  to logits, features and kernel, and the backward of each part goes on from
+  there (Gao et al. 2021).
   """
   positions = own_positions(spec, batch['label'].shape[0])
   parts = accumulation.split(spec, (batch, positions))
@@ -748,10 +759,13 @@ def remember(
   kernel: Array,
   key: Array,
 ) -> tuple[PyTree, Metrics]:
-  """Returns the memory with the batch's own scores, where there is one."""
+  """Returns the memory with the batch's own scores, and metrics.
+
+  Without a memory it returns {} and no metrics.
+  """
   if spec.memory is None:
     return state.memory, {}
-  # No pool is scored, so that nothing else is sampled by this key.
+  # With a memory no pool is scored, so nothing else uses this key.
   key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   scored = scored_examples(spec, logits, features, kernel, batch, key)
   scores = rule_scores(spec, spec.memory.rule, scored, True)
@@ -764,7 +778,10 @@ def remember(
 def train_proxy(
   spec: StepSpec, state: TrainState, batch: PyTree
 ) -> tuple[PyTree, Metrics]:
-  """Returns the proxy's new variables and metrics, in every n-th step."""
+  """Returns the proxy's new variables and metrics.
+
+  In other than every n-th step, the proxy stays and the metrics are 0.
+  """
   table = (proxy_lib.keep, proxy_lib.train)
   return switch(
     None if spec.variant is None else spec.variant.trains_proxy,
@@ -777,7 +794,7 @@ def train_proxy(
 
 
 def count(spec: StepSpec, counts: PyTree, batch: PyTree) -> PyTree:
-  """Counts the examples of the batch, where they are counted."""
+  """Returns the counts with the batch added, where examples are counted."""
   if isinstance(counts, tuple):
     return counts
   index = jax.lax.all_gather(batch['index'], spec.axis_name, tiled=True)
@@ -787,7 +804,9 @@ def count(spec: StepSpec, counts: PyTree, batch: PyTree) -> PyTree:
 def switch(
   fixed: int | None, current: Array, branches: dict[int, Callable]
 ) -> PyTree:
-  """Runs the branch that the program is compiled for, or else the step's own.
+  """Returns the result of one branch.
+
+  It is the branch that the program is compiled for, or else the step's own.
 
   Args:
     fixed: the branch to compile alone; None compiles all.
@@ -802,7 +821,7 @@ def switch(
 
 
 def repeat(step: Callable, times: int) -> Callable:
-  """Runs `times` steps in a call; metrics get a leading axis of steps."""
+  """Returns a function of `times` steps; metrics have an axis of steps."""
 
   def many(state: TrainState, data: PyTree):
     return jax.lax.scan(

@@ -68,7 +68,7 @@ def _exists(path: str) -> bool:
 def kept(workdir: str | None) -> str | None:
   """Returns the copy in the workdir of a run that has begun.
 
-  What else is there may be of a start that came to nothing.
+  Without a checkpoint there, the copy may come from a start that failed.
   """
   if workdir is None:
     return None

@@ -79,7 +79,7 @@ class Workdir:
     """Creates the folder and keeps other programs out of it.
 
     Raises:
-      FileError: it cannot be created.
+      FileError: it cannot be created, or .lock is not a lock of margin_jax.
       OSError: another program uses it.
     """
     files.make_folder(self.folder)
@@ -141,10 +141,10 @@ def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
 class BucketWorkdir(Workdir):
   """A folder of a bucket, and a copy of it on this machine.
 
-  The run reads and writes the copy. Each checkpoint is followed by the tables
-  and TensorBoard's files as they were when it was saved, then by its `MARK`: a
-  checkpoint without it is not there. So the bucket always has all of some
-  checkpoint, with all rows up to it.
+  The run reads and writes the copy. Each checkpoint is followed by
+  TensorBoard's files, by the tables as they were when it was saved, then by its
+  `MARK`: a checkpoint without it is not there. So the bucket always has all of
+  some checkpoint, with all rows up to it.
   """
 
   remote = True
@@ -154,8 +154,8 @@ class BucketWorkdir(Workdir):
     super().__init__(folder)
     self._bucket = bucket
     self._lock: Lock | None = None
-    # The objects that were copied, by name, and the files that were, in either
-    # direction: what tells whether they have changed.
+    # Tags of downloaded objects and stamps of copied files, by name: what has
+    # another one is copied again.
     self._objects: dict[str, Any] = {}
     self._files: dict[str, Any] = {}
     self._steps: set[int] = set()
@@ -188,6 +188,9 @@ class BucketWorkdir(Workdir):
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
     """Keeps other programs out of the folder.
+
+    First it removes checkpoints without a mark; at the end, also after an
+    error, it uploads what has changed.
 
     Raises:
       OSError: another program uses it.

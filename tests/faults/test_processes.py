@@ -133,4 +133,4 @@ def test_processes_that_do_not_find_each_other_end_with_a_line(
 )
 def test_an_address_is_a_host_and_a_port(address):
   with pytest.raises(ValueError, match='must be HOST:PORT, with a port from 1'):
-    devices.join(address, 2, 1)
+    devices.join(address, 2, 1, 3)
