@@ -3,10 +3,12 @@
     python -m benchmarks.selection_cost
 
 ResNet-20, b=64, B=640, images of CIFAR's shape (random: time does not depend
-on what is in them). All variants in one process, in turns, so that whatever
-else the machine does hits all of them; medians over the rounds, with the
-quartiles. Where no pool is scored, the beginning of an epoch is timed too, and
-divided by its steps. Then what examples cost in bytes.
+on what is in them). All variants in one process, in turns, with plain steps
+between them; a ratio is to the plain steps just before and after, so that
+whatever else the machine does hits both. Medians over the rounds, with the
+quartiles; those of plain steps themselves show the noise. Where no pool is
+scored, the beginning of an epoch is timed too, and divided by its steps. Then
+what examples cost in bytes.
 Writes benchmarks/selection_cost.md.
 """
 
@@ -117,8 +119,23 @@ def run(fused: steps.Fused, unscored: bool) -> tuple[float, float]:
   return step + added, added
 
 
+def time_round(
+  compiled: dict[str, steps.Fused],
+) -> dict[str, tuple[float, float, float]]:
+  """Seconds a step of every variant, of these for epochs, and of plain ones."""
+  found = {}
+  before, _ = run(compiled['uniform'], True)
+  for name, fused in compiled.items():
+    step, added = run(fused, name in UNSCORED)
+    after, _ = run(compiled['uniform'], True)
+    found[name] = step, added, (before + after) / 2
+    before = after
+  return found
+
+
 def table(
-  times: dict[str, list[tuple[float, float]]], compiled: dict[str, steps.Fused]
+  rounds: list[dict[str, tuple[float, float, float]]],
+  compiled: dict[str, steps.Fused],
 ) -> list[str]:
   """Markdown rows: time, ratio to uniform, its quartiles, FLOPs."""
   lines = [
@@ -126,12 +143,11 @@ def table(
     'quartiles | examples scored a step | GFLOP a step |',
     '|---|---|---|---|---|---|---|',
   ]
-  base = [step for step, _ in times['uniform']]
-  for name, values in times.items():
-    found = [step for step, _ in values]
-    ratios = [x / y for x, y in zip(found, base, strict=True)]
+  for name in compiled:
+    found, begins, plain = zip(*(times[name] for times in rounds), strict=True)
+    ratios = [x / y for x, y in zip(found, plain, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    added = statistics.median(added for _, added in values)
+    added = statistics.median(begins)
     cost = compiled[name].program.cost(0, STEPS)
     lines.append(
       f'| {name} | {1e3 * statistics.median(found):.0f} | '
@@ -178,11 +194,10 @@ def main() -> None:
     compiled[name] = make_steps(fields, args.model, dataset)
     run(compiled[name], name in UNSCORED)  # a program's first steps are slower
     print('compiled', name, flush=True)
-  times: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
-  for round_number in range(args.rounds):
-    for name, fused in compiled.items():
-      times[name].append(run(fused, name in UNSCORED))
-    print('round', round_number + 1, flush=True)
+  rounds = []
+  for number in range(args.rounds):
+    rounds.append(time_round(compiled))
+    print('round', number + 1, flush=True)
   found = versions()
   device = jax.devices()[0]
   text = [
@@ -192,16 +207,19 @@ def main() -> None:
     f'--rounds={args.rounds}`: {args.model}, b=64, B=640, '
     f'1 x {device.device_kind} ({os.cpu_count()} host cores), '
     f'jax {found["jax"]}, Python {found["python"]}. Medians of '
-    f'{args.rounds} rounds of {STEPS} steps, all variants in turns; the ratio '
-    'is taken within each round. The steps that score nothing include the '
-    'start of an epoch, which puts its 50,000 examples in order.',
+    f'{args.rounds} rounds of {STEPS} steps, all variants in turns; each '
+    'ratio is to the plain steps just before and after. The steps that score '
+    'nothing include the start of an epoch, which puts its 50,000 examples in '
+    'order.',
     '',
-    *table(times, compiled),
+    *table(rounds, compiled),
     '',
     '## Bytes',
     '',
     'The table shows what XLA reserves for a step, from the difference of two '
-    'sizes. The state is kept between steps; temporaries last for one step.',
+    'sizes. The state is kept between steps; temporaries last for one step. On '
+    'CPU a pool is scored in parts that need less than the gradient does, so '
+    'its size adds none.',
     '',
     *bytes_table(args.model),
   ]
