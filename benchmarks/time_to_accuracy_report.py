@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -59,9 +60,9 @@ class Outcome:
 
   @property
   def variance(self) -> float:
-    """Of an error; 0 of a single seed."""
+    """Of an error; NaN, unknown, of a single seed."""
     errors = self.last('error')
-    return statistics.variance(errors) if len(errors) > 1 else 0.0
+    return statistics.variance(errors) if len(errors) > 1 else math.nan
 
 
 class Line:
@@ -79,7 +80,8 @@ class Line:
   def above(self, one: Outcome) -> tuple[float, float] | None:
     """How far a method is above the line, and two standard errors of that.
 
-    None where the line has not begun. Right of its end it goes on level.
+    None where the line has not begun. Right of its end it goes on level. The
+    errors are NaN where the method, or a point of the line, has a single seed.
     """
     line = self.outcomes
     # Steps of the same program are timed a little differently.
@@ -160,7 +162,8 @@ def table(outcomes: Sequence[Outcome], line: Line) -> list[str]:
       seconds = f'{one.seconds:,.0f}'
       if one.family != PLAIN and (found := line.above(one)):
         difference, noise = (100 * x for x in found)
-        compared = f'{difference:+.2f}' + (f' ± {noise:.2f}' if noise else '')
+        known = not math.isnan(noise)
+        compared = f'{difference:+.2f}' + (f' ± {noise:.2f}' if known else '')
       if goal is not None:
         arrived = arrival(one, goal)
     rows.append([
@@ -203,7 +206,8 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
     'seconds. `uniform, 65%` is a whole run of 65% of the steps, learning-rate '
     'schedule included. The line is straight between such runs. To the right '
     'of the longest run it continues level, which flatters the methods there. '
-    '"Error above the line" is given with two standard errors. "Margin '
+    '"Error above the line" is given with two standard errors, once the method '
+    'and all points of the line have several seeds. "Margin '
     'pruning, q, r" leaves out of every epoch a random fraction r of the '
     'fraction q of the examples with the largest remembered margins.',
     '',

@@ -99,6 +99,8 @@ def test_report_compares_with_the_line_at_the_same_seconds(tmp_path):
   assert difference == pytest.approx(-0.03)
   assert line.above(outcomes[3])[0] == pytest.approx(0.005)
   assert line.above(outcome('early', report.FRESH, 5, [0.1])) is None
+  single = outcome('single', report.MEMORY, 15, [0.05])
+  assert '| +1.00 |' in '\n'.join(report.table([single], line))
   assert report.arrival(outcomes[2], 0.03) == '2 of 2: 15'
   assert report.arrival(outcomes[3], 0.03) == '1 of 2: 30'
   report.write(tmp_path / 'report', ['# Title'], outcomes, {})
