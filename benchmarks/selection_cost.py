@@ -122,7 +122,7 @@ def run(fused: steps.Fused, unscored: bool) -> tuple[float, float]:
 def time_round(
   compiled: dict[str, steps.Fused],
 ) -> dict[str, tuple[float, float, float]]:
-  """Seconds a step of every variant, of these for epochs, and of plain ones."""
+  """Returns the seconds of a step: a variant's, to begin epochs, plain ones."""
   found = {}
   before, _ = run(compiled['uniform'], True)
   for name, fused in compiled.items():
