@@ -123,7 +123,8 @@ def main() -> None:
     *selection_rows(),
     '',
     'Steps of ResNet-20 as the pool grows. The cost of a scored example is the '
-    'time of its row beyond the plain step, divided by B.',
+    'median over the rounds of the time beyond the plain step of the same '
+    'round, divided by B.',
     '',
     *step_rows(),
   ]

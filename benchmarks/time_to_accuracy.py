@@ -211,9 +211,11 @@ def remembered(sampler: str, rule: str, **fields: Any) -> Fields:
   return {f'selection.{name}': value for name, value in fields.items()}
 
 
-def pruned(share: float | str, drop: float) -> Fields:
-  """Those of soft pruning by the signed margin."""
-  return remembered('prune', 'signed_margin', share=share, drop=drop)
+def pruned(
+  share: float | str, drop: float, rule: str = 'signed_margin'
+) -> Fields:
+  """Those of soft pruning."""
+  return remembered('prune', rule, share=share, drop=drop)
 
 
 def fresh(rule: str, pool_size: int, **fields: Any) -> Fields:
@@ -226,7 +228,8 @@ PLAIN_FIELDS = {'selection.rule': UNIFORM}
 MMR = {'mmr.alpha': 1e-5, 'mmr.alpha_end': 1e-3}
 INFOBATCH = {'threshold': 'mean', 'drop': 0.5, 'unbiased': True}
 REMEMBERED = {
-  'random pruning': remembered('prune', 'random', share=0.5, drop=0.5),
+  'random pruning': pruned(0.5, 0.5, 'random'),
+  'random pruning, 0.9, 0.9': pruned(0.9, 0.9, 'random'),
   'InfoBatch': remembered('prune', 'loss', **INFOBATCH),
   'margin pruning, 0.5, 0.5': pruned(0.5, 0.5),
   'margin pruning, 0.9, 0.9': pruned(0.9, 0.9),
@@ -234,12 +237,12 @@ REMEMBERED = {
   'margin pruning, auto + MMR': pruned('auto', 0.9) | MMR,
   'weighted': remembered('weighted', 'mms'),
 }
-# Of these also runs of a quarter of the steps: which part of an epoch is
-# redundant shows where steps are few.
+# Of these, and of `mms` with a small pool, also runs of a quarter of the steps:
+# which part of an epoch is redundant shows where steps are few.
 QUARTER = 0.25
 SHORTEST = (
-  'random pruning', 'InfoBatch', 'margin pruning, 0.9, 0.9',
-  'margin pruning, auto', 'weighted',
+  'random pruning', 'random pruning, 0.9, 0.9', 'InfoBatch',
+  'margin pruning, 0.9, 0.9', 'margin pruning, auto', 'weighted',
 )  # fmt: skip
 OTHER_LOSSES = {
   'trimming': PLAIN_FIELDS | {'trimming.last': 0.2},
@@ -269,10 +272,12 @@ def make_methods(size: Size, args: argparse.Namespace) -> dict[str, Method]:
   for name in SHORTEST:
     schedule = size.shortened(QUARTER)
     add(f'{name}, {QUARTER:.0%}', MEMORY, schedule, REMEMBERED[name])
+  small = fresh('mms', 128)
+  add(f'mms, B=128, {QUARTER:.0%}', FRESH, size.shortened(QUARTER), small)
   for name, fields in REMEMBERED.items():
     add(name, MEMORY, size.short, fields)
   proxy = {'proxy': size.proxy, 'proxy_every': 4}
-  add('mms, B=128', FRESH, size.short, fresh('mms', 128))
+  add('mms, B=128', FRESH, size.short, small)
   add('mms, B=128, proxy', FRESH, size.short, fresh('mms', 128, **proxy))
   add('mms, B=640', FRESH, size.short, fresh('mms', 640))
   add('hard-negative, ramp', FRESH, size.short, fresh('loss', 640, ramp=0.1))

@@ -19,7 +19,7 @@ submission, Table 1):
 
     baseline  standard    93.22% (2020), 93.24% (ICLR)
     mmr       standard    93.83%
-    mms       early_drop  93.0% after 44K steps
+    mms       early_drop  93% after 44K steps
     baseline  early_drop  1.57 points below the standard regime
 
 Ours: not yet run at full length.

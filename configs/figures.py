@@ -31,15 +31,16 @@ margin_jax/train/metrics.py.
 ICLR's test accuracy (Table 1, 4.1, 4.3), in %:
 
     CIFAR-10   standard    plain 93.24; MMS 0.1 points above
-    CIFAR-10   early drop  MMS 93.0 at 44K steps; below the standard baseline:
+    CIFAR-10   early drop  MMS 93 at 44K steps; below the standard baseline:
                            plain by 1.57, hard negatives by 1.22
     CIFAR-100  standard    plain 82.26
     CIFAR-100  early drop  MMS 82.2 at 80K steps; below the standard baseline:
                            plain by about 1, hard negatives by 2.97
 
-In the 2020 paper, figure 2 ends at test accuracies of 82.51 and, with MMR,
-83.52. In figure 3, MMS has 93 at 44K steps, 0.25 points below the standard
-baseline, and 82.2 at 80K steps, 0.07 points below. The others lose as above.
+In the 2020 paper, the networks of figure 2 have test accuracies (Table 1) of
+82.51 and, with MMR, 83.52. In figure 3, MMS has 93 at 44K steps, 0.25 points
+below the standard baseline, and 82.2 at 80K steps, 0.07 points below. The
+others lose as above.
 
 In ICLR's figure 4, entropy does as well as MMS on CIFAR-10, and fails on
 CIFAR-100.

@@ -6,12 +6,12 @@
 Argument: the method, `baseline` or `mmr`. DIR holds `imagenet2012` as TFDS
 prepares it in the array_record format.
 
-Paper's accuracy on the 50,000 validation images (Weinstein et al. 2020, Table
-1): baseline 71.17%, mmr 71.44%. It trains for 90 epochs with batches of 256
-over four devices, so BatchNorm sees 64 examples, as it does here on any number
-of devices (model.batch_norm_examples). The learning rate is 0.1, divided by 10
-at epochs 30, 60 and 80, and L2 is on convolution kernels only. The coefficient
-of 1e-4 is not in the paper. Depthwise kernels count as convolutions here.
+Paper's test accuracy (Weinstein et al. 2020, Table 1): baseline 71.17%, mmr
+71.44%. It trains for 90 epochs with batches of 256 over four devices, so
+BatchNorm sees 64 examples, as it does here on any number of devices
+(model.batch_norm_examples). The learning rate is 0.1, divided by 10 at epochs
+30, 60 and 80, and L2 is on convolution kernels only. The coefficient of 1e-4 is
+not in the paper. Depthwise kernels count as convolutions here.
 
 The code that the authors build on (convNet.pytorch) differs. It decays the last
 layer too, but no depthwise kernel. It trains on random 224x224 crops of images
