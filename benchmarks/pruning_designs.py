@@ -84,27 +84,33 @@ def make_trials(args: argparse.Namespace) -> dict[str, methods_lib.Trial]:
   }
 
 
-def table(errors: dict[str, list[float]]) -> list[str]:
-  """Markdown rows: the errors of both, and their difference, in points."""
+def table(errors: dict[str, dict[int, float]]) -> list[str]:
+  """Markdown rows: the errors of both, and their difference, in points.
+
+  Args:
+    errors: of each setting or recipe, by seed.
+  """
   lines = [
     '| pruning by margin, q = r = 0.9 | seeds | test error, % | of plain '
     'training | difference, two standard errors |',
     '|---|---|---|---|---|',
   ]
   for name in (*SETTINGS, *RECIPES):
-    found = errors.get(name, [])
-    base = errors.get(f'{UNIFORM}, {name}' if name in RECIPES else UNIFORM, [])
-    count = min(len(found), len(base))
+    found = errors.get(name, {})
+    base = errors.get(f'{UNIFORM}, {name}' if name in RECIPES else UNIFORM, {})
+    seeds = sorted({*found} & {*base})
+    count = len(seeds)
     if not count:
       continue
     # The same seeds start from the same parameters.
-    pairs = [100 * (x - y) for x, y in zip(found, base, strict=False)]
+    pairs = [100 * (found[seed] - base[seed]) for seed in seeds]
     spread = ''
     if count > 1:
       spread = f' ± {2 * statistics.stdev(pairs) / count**0.5:.2f}'
     lines.append(
-      f'| {name} | {count} | {100 * statistics.mean(found[:count]):.2f} | '
-      f'{100 * statistics.mean(base[:count]):.2f} | '
+      f'| {name} | {count} | '
+      f'{100 * statistics.mean(found[seed] for seed in seeds):.2f} | '
+      f'{100 * statistics.mean(base[seed] for seed in seeds):.2f} | '
       f'{statistics.mean(pairs):+.2f}{spread} |'
     )
   return lines
@@ -124,19 +130,19 @@ def main() -> None:
     trials = make_trials(args)
     plan = runs.plan([*trials.values()], args.seeds, Workdir(args.workdir))
     for outcome in runs.train(plan, interrupts, time_to_accuracy.say):
-      errors: dict[str, list[float]] = {}
+      errors: dict[str, dict[int, float]] = {}
       for run, result in zip(outcome.runs, outcome.results, strict=True):
         error = 1 - result['test']['accuracy']
-        errors.setdefault(run.trial.name, []).append(error)
+        errors.setdefault(run.trial.name, {})[run.seed] = error
       version = outcome.results[0]['versions']['jax']
       text = [
         '# Designs of pruning',
         '',
         f'`python -m benchmarks.pruning_designs --steps={args.steps} '
         f'--seeds={args.seeds}`: MNIST, {time_to_accuracy.SMALL}, b=64, '
-        f'{args.steps:,} steps, jax {version}. Each row changes one thing. '
-        'Differences are between runs of the same seed. Below 0, pruning is '
-        'better at equal steps.',
+        f'{trials[UNIFORM].config.steps:,} steps, jax {version}. Each row '
+        'changes one thing. Differences are between runs of the same seed. '
+        'Below 0, pruning is better at equal steps.',
         '',
         *table(errors),
       ]

@@ -81,18 +81,19 @@ class Line:
     """How far a method is above the line, and two standard errors of that.
 
     None where the line has not begun. Right of its end it goes on level. The
-    errors are NaN where the method, or a point of the line, has a single seed.
+    errors are NaN where the method, or a point beside it, has a single seed.
     """
     line = self.outcomes
     # Steps of the same program are timed a little differently.
     if not line or one.seconds < 0.98 * line[0].seconds:
       return None
-    there = np.interp(
-      one.seconds, [x.seconds for x in line], [x.error for x in line]
-    )
-    of_line = statistics.mean(x.variance / len(x.runs) for x in line)
-    own = one.variance / len(one.runs)
-    return one.error - float(there), 2 * (own + of_line) ** 0.5
+    seconds = [x.seconds for x in line]
+    shares = [np.interp(one.seconds, seconds, x) for x in np.eye(len(line))]
+    beside = [(w, x) for w, x in zip(shares, line, strict=True) if w]
+    there = sum(w * x.error for w, x in beside)
+    variance = sum(w**2 * x.variance / len(x.runs) for w, x in beside)
+    variance += one.variance / len(one.runs)
+    return float(one.error - there), 2 * float(variance) ** 0.5
 
 
 def write(
@@ -207,7 +208,7 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
     'schedule included. The line is straight between such runs. To the right '
     'of the longest run it continues level, which flatters the methods there. '
     '"Error above the line" is given with two standard errors, once the method '
-    'and all points of the line have several seeds. "Margin '
+    'and the points of the line beside it have several seeds. "Margin '
     'pruning, q, r" leaves out of every epoch a random fraction r of the '
     'fraction q of the examples with the largest remembered margins.',
     '',

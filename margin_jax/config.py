@@ -785,10 +785,11 @@ FIELDS: dict[str, Field] = {
   'selection.unbiased': Field(
     False,
     flag(),
-    'Weigh examples to make the expected loss equal to that of all examples. '
-    "With 'prune', the easy examples that stay have the weight 1 / (1 - "
-    "drop); with 'weighted', the weight of an example is its clipped inverse "
-    'probability.',
+    'Weigh examples to make the expected sum of the losses over an epoch equal '
+    "to that over all examples. With 'prune', the easy examples that stay have "
+    'the weight 1 / (1 - drop), so an epoch of half the steps has steps of '
+    "twice the gradient; with 'weighted', the weight of an example is its "
+    'clipped inverse probability.',
     needs=[MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(

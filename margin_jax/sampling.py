@@ -94,8 +94,9 @@ def prune(
     drop: the fraction of the easy examples that is dropped, below 1.
     least: an epoch has at least this many examples.
     unbiased: whether the easy examples that stay have the weight 1 / (1 -
-      drop), up to rounding. The expected loss of the epoch is then that of all
-      examples.
+      drop), up to rounding. The sum of the losses over an epoch is then, in
+      expectation, that over all examples. The epoch has fewer steps, so the
+      expected loss of a step is N / count times the mean over all examples.
 
   Returns:
     The order; its `count` is N - ceil(drop * easy), or `least`.
@@ -240,14 +241,15 @@ def weighted(
   """
   n = scores.shape[0]
   batches = n // batch_size
-  fractions = ranks(scores, jax.random.fold_in(key, 1)).astype(jnp.float32) / n
+  ranking, sampling = jax.random.split(key)
+  fractions = ranks(scores, ranking).astype(jnp.float32) / n
   log_p = jax.nn.log_softmax(-jnp.log(pressure) * fractions)
 
   def sample(key: Array) -> Array:
     perturbed = log_p + jax.random.gumbel(key, (n,))
     return jax.lax.top_k(perturbed, batch_size)[1].astype(jnp.int32)
 
-  sampled = jax.lax.map(sample, jax.random.split(key, batches)).reshape(-1)
+  sampled = jax.lax.map(sample, jax.random.split(sampling, batches)).reshape(-1)
   count = batches * batch_size
   # XLA:CPU of jax 0.11 crashes where zeros are updated here, on 2 devices.
   rows = jnp.concatenate([sampled, jnp.zeros(n - count, jnp.int32)])
@@ -281,11 +283,11 @@ def inclusion_probabilities(
 
   def newton(_: int, t: Array) -> Array:
     stays = jnp.exp(-t * p)
-    return t + (k - jnp.sum(1 - stays)) / jnp.sum(p * stays)
+    return t + (k + jnp.sum(jnp.expm1(-t * p))) / jnp.sum(p * stays)
 
   # The sum is concave in t, so that this rises to the root and never passes it.
   t = jax.lax.fori_loop(0, 20, newton, jnp.float32(0))
-  return 1 - jnp.exp(-t * p)
+  return -jnp.expm1(-t * p)
 
 
 def pools(

@@ -218,6 +218,18 @@ def test_less_memory_is_needed():
   assert sizes[1] < 0.75 * sizes[0]
 
 
+def test_parts_that_are_not_finite_do_not_spoil_the_next():
+  """A model may mask a class with -inf."""
+  xs = jnp.array([[0.0, 1.0], [2.0, 3.0]])
+
+  def part(carry, x):
+    return carry + x[1], jnp.array([-jnp.inf, x[0]])
+
+  total, outputs = accumulation.unrolled(part, jnp.float32(0), xs)
+  assert total == 4
+  np.testing.assert_array_equal(outputs[:, 1], xs[:, 0])
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_loop_is_the_same_and_needs_less_and_has_all_flops():

@@ -142,6 +142,39 @@ def test_a_pilot_that_would_diverge_ends_nothing():
   assert made.on_nonfinite == 'skip'
 
 
+def test_a_pilot_may_be_shorter_than_what_a_schedule_needs():
+  """MMR's released schedule needs an epoch without MMR, and a step costs it."""
+  fields = {
+    'mmr.schedule': 'released',
+    'mmr.alpha': 1e-4,
+    'mmr.alpha_end': 0.01,
+  }
+  config = small_config(steps=4000, batch_size=8, **fields)
+  periods = budgets.check(config)
+  made = budgets.pilot(config, periods)
+  assert made.steps < periods.epoch
+  budgets.check(made)
+
+
+def test_a_pilot_of_remembered_scores_begins_one_epoch():
+  config = small_config(
+    steps=1000, **{'selection.memory': True, 'selection.tail': 0.125}
+  )
+  made = budgets.pilot(config, budgets.Periods(call=1, epoch=1000))
+  assert made.selection.tail == 0
+
+
+def test_what_cannot_be_priced_is_named(monkeypatch):
+  monkeypatch.setattr(budgets, 'check', lambda config: budgets.Periods(10, 10))
+
+  def cost(trial, periods):
+    raise ConfigError('steps=1 is not allowed')
+
+  trials = trials_of(small_config(), ['uniform', 'mms'])
+  with pytest.raises(ConfigError, match=r'^uniform: steps=1 is'):
+    budgets.allocate(trials, 'seconds', 'uniform', cost, print)
+
+
 def test_a_checkpoint_that_is_never_reached_is_not_kept():
   config = small_config(steps=400, keep_every=200)
   scaled = budgets.scaled(config, 100)

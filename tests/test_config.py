@@ -172,6 +172,9 @@ def test_sizes_must_be_divisible_by_the_devices():
   schema.validate_devices(config, 3)
   with pytest.raises(ConfigError, match=r'^pool_size=9 .*divisible by 2 '):
     schema.validate_devices(config, 2)
+  # Every device has the scores of the whole pool.
+  config.selection.memory, config.selection.sampler = True, 'pool'
+  schema.validate_devices(config, 2)
 
 
 def test_the_released_alpha_needs_a_second_epoch():

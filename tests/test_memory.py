@@ -279,6 +279,35 @@ def test_a_proxy_is_trained_at_every_nth_step():
   assert cheap < this.program.cost(0, 1).flops
 
 
+def test_the_proxy_has_the_learning_rate_of_the_step():
+  """At its third training, with every=3, the step is 6."""
+  fields = {'selection.proxy': 'cnn', 'selection.proxy_every': 3}
+  spec = helpers.Setup(
+    **fields,
+    **{
+      'steps': 9,
+      'optimizer.learning_rates': (1.0, 0.0),
+      'optimizer.boundaries': (5,),
+      'optimizer.momentum': 0.0,
+    },
+  ).spec
+  params = {'w': jnp.ones(2)}
+  state = spec.proxy_optimizer.init(params)
+  sizes = []
+  for _ in range(3):
+    updates, state = spec.proxy_optimizer.update(params, state, params)
+    sizes.append(float(updates['w'][0]))
+  assert sizes == [-1, -1, 0]
+
+
+def test_the_proxy_rests_once_nothing_is_scored():
+  spec = helpers.Setup(
+    **{'selection.proxy': 'cnn', 'selection.stop': 4, 'steps': 8}
+  ).spec
+  assert spec.trains_proxy(np.arange(8)).tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+  assert spec.proxy_branches() == (0, 1)
+
+
 # Weights of examples.
 
 

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from benchmarks import pruning_designs
 from benchmarks import time_to_accuracy as benchmark
 from benchmarks import time_to_accuracy_report as report
 
@@ -85,6 +86,36 @@ def outcome(name, family, seconds, errors):
     for x in errors
   ]
   return report.Outcome(name, family, 100, rows, seconds / 100)
+
+
+def test_the_noise_of_the_line_is_that_of_its_neighbours():
+  """Between two points a share of each, as of their errors."""
+  line = report.Line(
+    [
+      outcome('a', report.PLAIN, 10, [0.05, 0.07]),
+      outcome('b', report.PLAIN, 20, [0.02, 0.03]),
+      outcome('c', report.PLAIN, 40, [0.01, 0.09]),
+    ]
+  )
+  first, second, third = (x.variance / 2 for x in line.outcomes)
+  exact = [0.01, 0.01]
+  for seconds, variance in (
+    (10, first),
+    (15, first / 4 + second / 4),
+    (25, 9 * second / 16 + third / 16),
+    (50, third),
+  ):
+    noise = line.above(outcome('x', report.MEMORY, seconds, exact))[1]
+    assert noise == pytest.approx(2 * variance**0.5)
+
+
+def test_designs_compare_runs_of_the_same_seed():
+  errors = {
+    'uniform': {0: 0.01, 1: 0.02, 2: 0.03},
+    'as it is': {1: 0.02, 2: 0.03},  # seed 0 was not finite
+  }
+  rows = [x for x in pruning_designs.table(errors) if 'as it is' in x]
+  assert rows == ['| as it is | 2 | 2.50 | 2.50 | +0.00 ± 0.00 |']
 
 
 def test_report_compares_with_the_line_at_the_same_seconds(tmp_path):

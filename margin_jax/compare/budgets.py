@@ -85,7 +85,10 @@ def allocate(
         f'{trial.name}: steps={trial.config.steps} is not allowed with budget='
         f'{budget!r}, which decides the steps: it must be {own}'
       )
-  costs = {t.name: cost(t, periods[t.name]) for t in trials}
+  costs = {}
+  for trial in trials:
+    with named_errors(trial.name):
+      costs[trial.name] = cost(trial, periods[trial.name])
   total = max(costs[t.name] for t in trials if t.method == baseline)
   allocated = []
   for trial in trials:
@@ -281,6 +284,10 @@ def pilot(
   # Without the warm-up that `config` may need, it may diverge.
   short.on_nonfinite = guard.SKIP
   short.attack = config_lib.default().attack
+  # Another schedule of alpha may need more steps, and costs the same.
+  short.mmr.schedule = config_lib.default().mmr.schedule
+  if short.selection.memory:
+    short.selection.tail = 0.0  # which would begin another epoch
   short = scaled(short, steps)
   short.log_every = short.eval_every = short.checkpoint_every = steps
   short.keep_every = None

@@ -39,9 +39,9 @@ EXPLANATION = (
   'each run. Difference: how many points higher the error is than that of '
   '`{baseline}`. Reduction: how many percent lower it is. p: two-sided Welch '
   't-test of the test errors against `{baseline}`, not corrected for the '
-  'number of methods. There is no p with one seed, or if all errors are equal. '
-  'XLA counts the FLOPs, scoring included. Seconds are training time, without '
-  'compilation and evaluation.'
+  'number of methods. There is no p with one seed, or if the errors of neither '
+  'method vary. XLA counts the FLOPs, scoring included. Seconds are training '
+  'time, without compilation and evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
 OTHER_METRICS = {

@@ -63,7 +63,8 @@ def unrolled(function: Callable, initial: PyTree, xs: PyTree) -> PyTree:
     x = jax.tree.map(lambda x, j=j: x[j], xs)
     if outputs:
       done = jax.tree.leaves((carry, outputs[-1]))
-      zero = sum(0 * leaf.ravel()[0].astype(jnp.float32) for leaf in done)
+      values = jnp.stack([leaf.ravel()[0].astype(jnp.float32) for leaf in done])
+      zero = jnp.sum(jnp.where(jnp.isfinite(values), 0 * values, 0))
       x = jax.tree.map(lambda x, zero=zero: x + zero.astype(x.dtype), x)
     carry, output = function(carry, x)
     outputs.append(output)

@@ -51,7 +51,7 @@ def train(
   gradient = jax.lax.pmean(gradient, spec.axis_name)
   if spec.average_batch_stats:
     batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
-  updates, opt_state = spec.optimizer.update(
+  updates, opt_state = spec.proxy_optimizer.update(
     gradient, proxy['opt_state'], proxy['params']
   )
   proxy = {

@@ -420,7 +420,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
     ConfigError: naming the field, its value and what is allowed.
   """
   names = ['batch_size']
-  if config_lib.samples_pools(flatten(config)):
+  if config_lib.samples_pools(flatten(config)) and not config.selection.memory:
     names.append('pool_size')
   for name in names:
     holds = config[name] % devices == 0

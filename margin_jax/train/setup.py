@@ -154,9 +154,9 @@ def make_spec(
     end=config.steps,
   )
   _check_optimizer(config, learning_rate, (model, proxy), dataset)
-  optimizer = optimizers.make(
+  make_optimizer = functools.partial(
+    optimizers.make,
     config.optimizer.name,
-    learning_rate,
     momentum=config.optimizer.momentum,
     nesterov=config.optimizer.nesterov,
     weight_decay=config.optimizer.weight_decay,
@@ -164,11 +164,16 @@ def make_spec(
     epsilon=config.optimizer.epsilon,
     clip_norm=config.optimizer.clip_norm,
   )
+  proxy_optimizer = None
+  if proxy is not None:
+    every = config.selection.proxy_every
+    # It counts its own updates.
+    proxy_optimizer = make_optimizer(lambda n: learning_rate(every * n))
   alpha = _alpha(config, dataset.counts['train'])
   has_large_margin = bool(config.large_margin.weight)
   spec = StepSpec(
     model=model,
-    optimizer=optimizer,
+    optimizer=make_optimizer(learning_rate),
     dataset=dataset,
     batch_size=config.batch_size,
     accumulate=config.accumulate,
@@ -181,6 +186,7 @@ def make_spec(
     ),
     proxy=proxy,
     proxy_every=config.selection.proxy_every,
+    proxy_optimizer=proxy_optimizer,
     ema_decay=config.ema.decay,
     risk=losses.find(config.loss.risk),
     risk_weight=config.large_margin.cross_entropy if has_large_margin else None,
@@ -206,7 +212,10 @@ def _synchronized(config: ml_collections.ConfigDict) -> bool:
 def _models(
   config: ml_collections.ConfigDict, dataset: data.Dataset
 ) -> tuple[nn.Module, nn.Module | None]:
-  """Returns the model, and the proxy, whose own options are the defaults."""
+  """Returns the model, and the proxy, with the model's variant and dtype.
+
+  Other options of the proxy are the defaults.
+  """
 
   def build(field: str, name: str, **options: Any) -> nn.Module:
     module = models.build(

@@ -178,7 +178,9 @@ class StepSpec:
     memory: how scores of earlier steps are remembered and used; or None.
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
-    proxy_every: it is trained at every n-th step.
+    proxy_every: it is trained at every n-th step, until no pool is scored.
+    proxy_optimizer: applied to the proxy's mean gradient; its learning rate is
+      that of the step.
     ema_decay: decay of the average of the model's variables; 0 is none.
     risk: the loss of an example, `loss.risk`.
     risk_weight: weight of the risk in the total loss; None is 1.
@@ -206,6 +208,7 @@ class StepSpec:
   trimming: Trimming | None
   proxy: nn.Module | None
   proxy_every: int
+  proxy_optimizer: optax.GradientTransformation | None
   ema_decay: float
   risk: losses.Loss
   risk_weight: float | None
@@ -289,13 +292,16 @@ class StepSpec:
     """Returns 1 for a step that trains the proxy, else 0."""
     if self.proxy is None:
       return 0 * step
-    return 0 * step + (step % self.proxy_every == 0)
+    trains = step % self.proxy_every == 0
+    stop = self.selection.stop
+    return 0 * step + (trains if stop is None else trains & (step < stop))
 
   def proxy_branches(self) -> tuple[int, ...]:
     """Returns what `trains_proxy` is for some step."""
     if self.proxy is None:
       return (0,)
-    return (1,) if self.proxy_every == 1 else (0, 1)
+    always = self.proxy_every == 1 and self.selection.stop is None
+    return (1,) if always else (0, 1)
 
   def examples_sampled(self, step: Step) -> Step:
     """Returns how many new examples a step reads, over all devices."""

@@ -192,7 +192,7 @@ def selected_batch(
   if spec.selection.reuse > 1:
     buffer = jax.lax.all_gather(selected, spec.axis_name, tiled=True)
     batch = from_buffer(spec, buffer, jnp.int32(0))
-    del buffer['mms']
+    del buffer['mms'], buffer['wrong']
     buffer = spec.dataset.fit(buffer, state.buffer)
   wrong, mms = batch.pop('wrong'), batch.pop('mms')
   metrics |= metrics_lib.of_selected_batch(spec, wrong, mms)
@@ -207,7 +207,6 @@ def buffered_batch(
   position = spec.selection.batch_in_buffer(state.step)
   batch = from_buffer(spec, state.buffer, position)
   batch = spec.dataset.fit(batch, data)
-  del batch['wrong']
   return Sampled(
     batch,
     state.sampler,
@@ -849,19 +848,23 @@ def init_state(
   """
   example = spec.dataset.prepare(inputs)
 
-  def variables(model: nn.Module, key: Array) -> dict[str, PyTree]:
+  def variables(
+    model: nn.Module, optimizer: optax.GradientTransformation, key: Array
+  ) -> dict[str, PyTree]:
     initial = model.init({'params': key}, example, train=False)
     return {
       'params': initial['params'],
       'batch_stats': initial.get('batch_stats', {}),
-      'opt_state': spec.optimizer.init(initial['params']),
+      'opt_state': optimizer.init(initial['params']),
     }
 
   @jax.jit
   def init(seed: Array) -> tuple[dict[str, PyTree], PyTree]:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), INIT))
-    proxy = {} if spec.proxy is None else variables(spec.proxy, keys[1])
-    return variables(spec.model, keys[0]), proxy
+    proxy = {}
+    if spec.proxy is not None:
+      proxy = variables(spec.proxy, spec.proxy_optimizer, keys[1])
+    return variables(spec.model, spec.optimizer, keys[0]), proxy
 
   seed = jnp.uint32(seed)
   model, proxy = init(seed)
@@ -892,7 +895,6 @@ def empty_buffer(spec: StepSpec, inputs: PyTree) -> PyTree:
     ),
     'label': jnp.zeros(rows, jnp.int32),
     'index': jnp.zeros(rows, jnp.int32),
-    'wrong': jnp.zeros(rows, bool),
   }
   if spec.weighted:
     buffer['weights'] = jnp.zeros(rows, jnp.float32)
