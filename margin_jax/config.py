@@ -699,7 +699,7 @@ FIELDS: dict[str, Field] = {
   'selection.proxy_every': Field(
     1,
     integer(1),
-    'Train the proxy at every n-th step.',
+    'Train the proxy at every n-th step before selection.stop.',
     needs=[
       *FRESH,
       Need(

@@ -156,7 +156,7 @@ def test_a_pilot_may_be_shorter_than_what_a_schedule_needs():
   budgets.check(made)
 
 
-def test_a_pilot_of_remembered_scores_begins_one_epoch():
+def test_a_pilot_of_remembered_scores_has_no_tail():
   config = small_config(
     steps=1000, **{'selection.memory': True, 'selection.tail': 0.125}
   )

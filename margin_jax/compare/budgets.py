@@ -287,7 +287,8 @@ def pilot(
   # Another schedule of alpha may need more steps, and costs the same.
   short.mmr.schedule = config_lib.default().mmr.schedule
   if short.selection.memory:
-    short.selection.tail = 0.0  # which would begin another epoch
+    # A tail would begin another epoch.
+    short.selection.tail = 0.0
   short = scaled(short, steps)
   short.log_every = short.eval_every = short.checkpoint_every = steps
   short.keep_every = None

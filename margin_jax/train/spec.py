@@ -178,7 +178,7 @@ class StepSpec:
     memory: how scores of earlier steps are remembered and used; or None.
     trimming: which part of the batch counts; None is all of it.
     proxy: a small model trained along on the batches, which scores; or None.
-    proxy_every: it is trained at every n-th step, until no pool is scored.
+    proxy_every: it is trained at every n-th step before `selection.stop`.
     proxy_optimizer: applied to the proxy's mean gradient; its learning rate is
       that of the step.
     ema_decay: decay of the average of the model's variables; 0 is none.
