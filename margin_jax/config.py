@@ -138,6 +138,11 @@ def scores_pools(config: Flat) -> bool:
   return config['selection.rule'] != UNIFORM and not config['selection.memory']
 
 
+def remembers_scores(config: Flat) -> bool:
+  """Returns whether the scores of training batches are remembered."""
+  return config['selection.rule'] != UNIFORM and config['selection.memory']
+
+
 def samples_pools(config: Flat) -> bool:
   """Returns whether batches are selected from pools, however these score."""
   if config['selection.rule'] == UNIFORM:
@@ -166,10 +171,13 @@ POOL = (
     'selection.sampler',
   ),
 )
-MEMORY = Need(
-  'selection.memory',
-  lambda config: config['selection.memory'] and SCORING.met(config),
-  'selection.memory',
+MEMORY = (
+  SCORING,
+  Need(
+    'selection.memory',
+    lambda config: config['selection.memory'],
+    'selection.memory',
+  ),
 )
 PRUNE = _equal('selection.sampler', 'prune')
 TRIMMING = Need(
@@ -199,11 +207,11 @@ SENTENCES = _dataset('sentences', kinds.is_sentences)
 
 
 def _steps_may_change(config: Flat) -> bool:
-  """Unless something is linear between the first step and the last."""
+  """Unless something depends on how far a step is from the last."""
   trims = config['trimming.first'] != config['trimming.last']
   alpha = config['mmr.alpha_end'] is not None
   decays = config['optimizer.decay'] != 'steps'
-  return not (trims or alpha or decays or MEMORY.met(config))
+  return not (trims or alpha or decays or remembers_scores(config))
 
 
 def _devices_may_change(config: Flat) -> bool:
@@ -725,33 +733,33 @@ FIELDS: dict[str, Field] = {
     "pools ('pool'), all except a random part of the easy examples "
     "('prune'), or batches sampled by rank, low scores most often "
     "('weighted').",
-    needs=[MEMORY],
+    needs=MEMORY,
   ),
   'selection.warmup': Field(
     1,
     integer(0),
     'Number of first epochs that have all examples, shuffled.',
-    needs=[MEMORY],
+    needs=MEMORY,
   ),
   'selection.tail': Field(
     0.125,
     number(least=0, most=1),
     'Last fraction of the steps, in which epochs have all examples, shuffled.',
-    needs=[MEMORY],
+    needs=MEMORY,
   ),
   'selection.decay': Field(
     0.0,
     number(least=0, below=1),
     "Decay of the exponential average of an example's scores; 0 keeps the "
     'last score.',
-    needs=[MEMORY],
+    needs=MEMORY,
   ),
   'selection.explore': Field(
     0.0,
     number(least=0, most=1),
     'Fraction of the batch to fill with those examples of the pool that '
     'were trained on longest ago.',
-    needs=[MEMORY, _equal('selection.sampler', 'pool')],
+    needs=[*MEMORY, _equal('selection.sampler', 'pool')],
   ),
   'selection.threshold': Field(
     'share',
@@ -759,7 +767,7 @@ FIELDS: dict[str, Field] = {
     'Which examples are easy: the fraction selection.share with the largest '
     "scores ('share'), or those above the mean ('mean'; with the rule loss, "
     'this is InfoBatch).',
-    needs=[MEMORY, PRUNE],
+    needs=[*MEMORY, PRUNE],
   ),
   'selection.share': Field(
     0.5,
@@ -767,20 +775,20 @@ FIELDS: dict[str, Field] = {
     "Fraction of examples that are easy. 'auto' follows what is learned: an "
     'epoch leaves out (1 - sqrt(e))^2 of all examples, but at most '
     'drop * (1 - e), where e is the fraction misclassified when last seen.',
-    needs=[MEMORY, PRUNE, _equal('selection.threshold', 'share')],
+    needs=[*MEMORY, PRUNE, _equal('selection.threshold', 'share')],
   ),
   'selection.drop': Field(
     0.5,
     number(least=0, below=1),
     'Fraction of the easy examples that an epoch leaves out, at random.',
-    needs=[MEMORY, PRUNE],
+    needs=[*MEMORY, PRUNE],
   ),
   'selection.pressure': Field(
     100.0,
     number(least=1, most=losses.LARGEST),
     'How many times more often the lowest score is sampled than the largest, '
     'in the beginning. It falls geometrically to 1.',
-    needs=[MEMORY, _equal('selection.sampler', 'weighted')],
+    needs=[*MEMORY, _equal('selection.sampler', 'weighted')],
   ),
   'selection.unbiased': Field(
     False,
@@ -788,9 +796,10 @@ FIELDS: dict[str, Field] = {
     'Weigh examples to make the expected sum of the losses over an epoch equal '
     "to that over all examples. With 'prune', the easy examples that stay have "
     'the weight 1 / (1 - drop), so an epoch of half the steps has steps of '
-    "twice the gradient; with 'weighted', the weight of an example is its "
-    'clipped inverse probability.',
-    needs=[MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
+    'twice the gradient (with several buckets of sentences, all weights are '
+    "divided to have the mean 1); with 'weighted', the weight of an example is "
+    'its clipped inverse probability.',
+    needs=[*MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(
     0.0,

@@ -91,7 +91,8 @@ def prune(
     key: decides which examples are dropped, and the order.
     share: the fraction of examples that are easy: those with the largest
       scores, ties at random. With None, examples above the mean score are easy.
-    drop: the fraction of the easy examples that is dropped, below 1.
+    drop: the fraction of the easy examples that is dropped, below 1; one of
+      them always stays, so that over the epochs all of them come back.
     least: an epoch has at least this many examples.
     unbiased: whether the easy examples that stay have the weight 1 / (1 -
       drop), up to rounding. The sum of the losses over an epoch is then, in
@@ -99,7 +100,8 @@ def prune(
       expected loss of a step is N / count times the mean over all examples.
 
   Returns:
-    The order; its `count` is N - ceil(drop * easy), or `least`.
+    The order; its `count` is N - ceil(drop * easy), or more: see `drop` and
+    `least`.
 
   References:
     Qin et al. 2024 (InfoBatch), with `share=None` and minus the loss as scores.
@@ -117,8 +119,7 @@ def prune(
     easy = largest(scores, share, jax.random.fold_in(key, 2))
   dropping, ordering = jax.random.split(key)
   total = jnp.sum(easy)
-  # A little more than exact: 0.1 * 50 must not become 4 by rounding.
-  staying = jnp.floor((1 - drop) * total * (1 + 1e-6)).astype(jnp.int32)
+  staying = jnp.maximum(rounded_down((1 - drop) * total), 1)
   staying = jnp.clip(staying, least - (n - total), total)
   # Easy examples first, in random order: the first `staying` of them stay.
   shuffled = jnp.lexsort((jax.random.bits(dropping, (n,)), ~easy))
@@ -131,6 +132,14 @@ def prune(
     weights = jnp.where(easy, weight, 1).astype(jnp.float32)[rows]
   count = n - (total - staying)
   return Order(rows.astype(jnp.int32), count.astype(jnp.int32), weights)
+
+
+def rounded_down(value: Float32[Array, '']) -> Int32[Array, '']:
+  """Rounds down, but for float32's own rounding: 0.1 * 50 is 5, not 4.
+
+  Above a million, the result may be one too large.
+  """
+  return jnp.floor(value * (1 + 2.5e-7)).astype(jnp.int32)
 
 
 def above_mean(scores: Scores) -> Bool[Array, ' N']:
@@ -158,7 +167,7 @@ def largest(
     [False, True, False, True]
   """
   n = scores.shape[0]
-  many = jnp.floor(jnp.float32(share) * n * (1 + 1e-6)).astype(jnp.int32)
+  many = rounded_down(jnp.float32(share) * n)
   known = scores > -jnp.inf
   return known & (ranks(jnp.where(known, scores, -jnp.inf), key) >= n - many)
 

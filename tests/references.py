@@ -335,10 +335,11 @@ def infobatch(losses, keep_ratio, order):
 
 
 def pruned_count(scores, share, drop) -> int:
-  """How many examples an epoch keeps, of a share of easy ones."""
+  """How many examples an epoch keeps, of a share of easy ones at least one."""
   known = sum(s > -math.inf for s in scores)
   easy = min(int(share * len(scores) + 1e-9), known)
-  return len(scores) - easy + int((1 - drop) * easy + 1e-9)
+  staying = max(int((1 - drop) * easy + 1e-9), min(easy, 1))
+  return len(scores) - easy + staying
 
 
 def pool_batches(scores, visited, order, pool_size, batch_size, explore=0.0):

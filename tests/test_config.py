@@ -101,6 +101,15 @@ def test_a_field_without_effect_is_a_warning(fields, reason):
   assert {*schema.unused(config)} == {name}
 
 
+def test_a_warning_names_the_field_to_change():
+  """Here only the rule is amiss, not the memory."""
+  config = make_config({'selection.memory': True, 'selection.warmup': 2})
+  lines = schema.warnings(config)
+  assert len(lines) == 2
+  for line in lines:
+    assert "other than 'uniform', but selection.rule is 'uniform'" in line
+
+
 def test_mmr_that_rises_from_nothing_is_a_warning():
   config = make_config({'mmr.alpha': 0.0, 'mmr.alpha_end': 1e-3})
   (line,) = schema.warnings(config)
@@ -305,6 +314,10 @@ def test_a_change_is_a_difference_unless_a_run_may_make_it(name):
   [
     # alpha's slope is (alpha_end - alpha) / steps.
     ('steps', 2000, {'mmr.alpha_end': 1e-3}),
+    # The tail begins at a fraction of the steps.
+    ('steps', 2000, {'selection.memory': True, 'selection.rule': 'mms'}),
+    # The rate is 0 at the last step.
+    ('steps', 2000, {'optimizer.decay': 'linear'}),
     # Each part normalizes with its own examples.
     ('accumulate', 2, {'model.name': 'resnet8'}),
     # Each device normalizes with its own examples.
@@ -332,11 +345,11 @@ def test_a_continued_run_may_not_change_its_updates(name, value, because):
   assert [line.partition(':')[0] for line in lines] == [name]
 
 
-def test_every_field_is_read_outside_of_config():
+def test_every_field_is_read_where_it_is_used():
   # Attribute chains of the syntax tree: comments and docstrings do not count.
   read = set()
   for path in pathlib.Path(margin_jax.__file__).parent.rglob('*.py'):
-    if path.name != 'config.py':
+    if path.name not in ('config.py', 'schema.py'):
       for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
           read.add(ast.unparse(node))

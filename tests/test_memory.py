@@ -224,7 +224,7 @@ def test_a_memory_step_is_a_plain_step(tmp_path):
   assert cost.examples_trained == 96
 
 
-def test_the_memory_is_donated_and_written_in_place():
+def test_the_memory_is_donated():
   this = setup(**PRUNE)
   state = this.devices.replicate(this.first)
   scores = state.memory.examples.scores

@@ -81,13 +81,10 @@ def test_an_epoch_keeps_what_share_and_drop_say(scores, share, drop):
 def test_nothing_that_is_unknown_is_easy():
   """Neither what was never in a batch nor NaN."""
   scores = jnp.array([1.0, -math.inf, math.nan, 2.0, -math.inf])
-  for share in (1.0, None):
+  for share, count in ((1.0, 4), (None, 5)):
     order = sampling.prune(scores, jax.random.key(0), share=share, drop=0.99)
     assert {1, 2, 4} <= {*epoch_of(order).tolist()}
-  assert (
-    int(sampling.prune(scores, jax.random.key(0), share=1.0, drop=0.99).count)
-    == 3
-  )
+    assert int(order.count) == count
 
 
 @pytest.mark.slow
@@ -142,7 +139,7 @@ def test_the_chi_square_sees_other_probabilities(scores):
 
 
 @pytest.mark.slow
-def test_weights_make_the_mean_loss_unbiased(scores):
+def test_weights_make_the_sum_over_an_epoch_unbiased(scores):
   """Over many draws, within four standard errors; without weights it is not.
 
   Of weighted sampling, whose probabilities are an approximation, within 2%.
@@ -163,10 +160,32 @@ def test_weights_make_the_mean_loss_unbiased(scores):
       values = losses[np.asarray(orders.rows)] * inside
       if unbiased:
         values = values * np.asarray(orders.weights)
-      epochs = values.sum(axis=1) / N  # mean(w * loss), over the whole epoch
+      epochs = values.sum(axis=1) / N
       error = epochs.std() / math.sqrt(len(epochs))
       difference = abs(epochs.mean() - losses.mean())
       assert (difference < 4 * error + slack) == unbiased
+
+
+def test_one_easy_example_always_stays(scores):
+  """A tenth of three is none: without it, the three would never come back."""
+  easy = {*np.argsort(scores)[-3:].tolist()}
+  prune = functools.partial(sampling.prune, share=0.05, drop=0.9, unbiased=True)
+  orders = jax.jit(jax.vmap(prune, (None, 0)))(scores, keys(50))
+  stayed = set()
+  for rows, count, weights in zip(*map(np.asarray, orders), strict=True):
+    (one,) = easy & {*rows[:count].tolist()}
+    assert count == N - 2
+    assert weights[:count][rows[:count] == one] == 3
+    stayed.add(one)
+  assert stayed == easy
+
+
+@pytest.mark.parametrize('drop', [0.1, 0.3, 0.5, 0.64, 0.75, 0.9])
+def test_counts_are_rounded_down(drop):
+  for easy in (99_999, 50_000, 999, 50, 20):
+    exact = (100 - round(100 * drop)) * easy // 100
+    staying = jax.jit(lambda easy: sampling.rounded_down((1 - drop) * easy))
+    assert int(staying(jnp.int32(easy))) == exact
 
 
 def test_inverse_probabilities_are_clipped(scores):

@@ -173,6 +173,41 @@ def test_every_bucket_prunes_its_own():
     assert len({*order.tolist()}) == int(bucket.count)
 
 
+@pytest.mark.slow
+def test_a_step_of_any_bucket_is_unbiased():
+  """Epochs of the buckets differ in length, and their turns do not.
+
+  So the weights of a bucket's epoch have the mean 1. Without that, a bucket
+  that drops more would get a larger gradient.
+  """
+  this = setup(**{
+    'steps': 200,
+    'selection.rule': 'loss',
+    'selection.memory': True,
+    'selection.sampler': 'prune',
+    'selection.threshold': 'mean',
+    'selection.drop': 0.8,
+    'selection.tail': 0.0,
+    'selection.unbiased': True,
+    'pool_size': 640,
+    'optimizer.name': 'sgd',
+    'optimizer.learning_rates': (0.01,),
+  })  # fmt: skip
+  state, _ = this.run(90)
+  kept = []
+  for (_, rows), bucket in zip(
+    dataset().buckets['train'], state.sampler.buckets, strict=True
+  ):
+    count = int(bucket.count)
+    weights = np.asarray(bucket.weights)[:count]
+    np.testing.assert_allclose(weights.mean(), 1, 1e-6)
+    hard, easy = np.unique(weights.round(4))
+    np.testing.assert_allclose(hard, count / len(rows), 1e-3)
+    assert 4 < easy / hard < 10
+    kept.append(count / len(rows))
+  assert len({*kept}) > 1
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_buffer_keeps_sentences_whole():

@@ -182,6 +182,7 @@ def test_four_devices_agree_with_one(tmp_path, monkeypatch):
 REMEMBERED = {
   'steps': 20,
   'eval_every': 20,
+  'checkpoint_every': 2,
   'selection.memory': True,
   'selection.rule': 'loss',
   'selection.sampler': 'prune',
@@ -195,10 +196,11 @@ REMEMBERED = {
 
 @pytest.mark.slow
 def test_remembered_scores_order_what_is_decoded(tmp_path, monkeypatch):
-  """The epochs are those of the same images in memory; resumed, the bits.
+  """Stopped within an epoch and resumed, it ends with the same numbers.
 
   24 of 30 examples fill the first epoch; then 15 are easy, of which 7 stay, so
-  that an epoch is 2 steps; at step 16 the plain tail begins.
+  that an epoch is 2 steps, and one begins at step 9; at step 16 the plain tail
+  begins. The checkpoint to resume from is that of step 10.
   """
   workdir = tmp_path / 'whole'
   whole = train(workdir, monkeypatch, **REMEMBERED)
@@ -209,6 +211,8 @@ def test_remembered_scores_order_what_is_decoded(tmp_path, monkeypatch):
   assert whole['examples_scored'] == 0
   with pytest.raises(KeyboardInterrupt):
     train(tmp_path / 'b', monkeypatch, steps_until=12, **REMEMBERED)
+  saved = sorted(int(x.name) for x in (tmp_path / 'b/checkpoints').iterdir())
+  assert saved[-1] == 10
   resumed = train(tmp_path / 'b', monkeypatch, **REMEMBERED)
   assert resumed['test'] == whole['test']
   counts = [

@@ -233,9 +233,10 @@ class Dataset(Protocol):
   ) -> tuple[PyTree, dict[str, Array]]:
     """Samples the next `size` training examples; per device.
 
-    The order of an epoch depends on (key, epoch), the pixels of an example on
-    (key, step, its index among the `size`): never on the number of devices. An
-    epoch's last examples that do not fill a sample are left for another epoch.
+    The order of an epoch depends on (key, epoch) and on `orders`, the pixels of
+    an example on (key, step, its index among the `size`): never on the number
+    of devices. An epoch's last examples that do not fill a sample are left for
+    another epoch.
 
     Args:
       state: the sampler state.

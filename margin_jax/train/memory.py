@@ -1,8 +1,9 @@
-"""The score memory: every training example's score when it was last in a batch.
+"""The score memory: a score of every training example, from its last batch.
 
-A step scores its own batch with the training forward pass that it runs anyway,
-so a score costs nothing. When an epoch begins, a sampler chooses its examples
-by these scores.
+With a decay, it is an average over the batches that had the example. A step
+scores its own batch with the training forward pass that it runs anyway, so a
+score costs nothing. When an epoch begins, a sampler chooses its examples by
+these scores.
 """
 
 from typing import Any

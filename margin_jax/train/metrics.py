@@ -22,7 +22,8 @@ With a selection, 0 where the step scores nothing:
 * `pool_error`, `batch_error`: fractions that the scoring forward misclassifies;
 * `mean_mms_scoring`: `mean_mms` from the scoring forward, in its mode (of a
   proxy, in its feature space): what the authors' code traces;
-* `nan_scores`, and the quantiles `score_min` to `score_max` of the others;
+* `nan_scores` (also where scores are remembered), and the quantiles `score_min`
+  to `score_max` of the others;
 * `scores`, (B,): of the pool, the lowest first;
 * `pool_classes`, `batch_classes`, (C,): examples of each class in the pool, and
   in the reuse * b selected from it.

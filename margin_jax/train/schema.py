@@ -14,7 +14,6 @@ from margin_jax import config_files, data, models
 from margin_jax.checks import did_you_mean, nearest
 from margin_jax.config import (
   FIELDS,
-  MEMORY,
   TRIMMING,
   ConfigError,
   Flat,
@@ -281,7 +280,7 @@ def _check_scoring(flat: Flat) -> None:
 
 def _check_memory(flat: Flat) -> None:
   """Checks that the sampler can do with the remembered scores what it is to."""
-  if not MEMORY.met(flat):
+  if not config_lib.remembers_scores(flat):
     return
   rule, size = flat['selection.rule'], flat['batch_size']
   allowed = "'loss' with selection.memory, and selection.sampler='weighted'"

@@ -180,7 +180,7 @@ def make_spec(
     selection=_selection(
       config, rule, proxy or model, dataset.num_classes, device_count
     ),
-    memory=_memory(config, rule),
+    memory=_memory(config, dataset, rule),
     trimming=_trimming(
       config, dataset.counts['train'], device_count * config.accumulate
     ),
@@ -455,7 +455,9 @@ def _score_transform(
 
 
 def _memory(
-  config: ml_collections.ConfigDict, rule: selection.RuleFunction | None
+  config: ml_collections.ConfigDict,
+  dataset: data.Dataset,
+  rule: selection.RuleFunction | None,
 ) -> MemorySpec | None:
   if not config.selection.memory:
     return None
@@ -463,7 +465,7 @@ def _memory(
   return MemorySpec(
     rule=_rule(config, rule),
     decay=config.selection.decay,
-    sample=_sampler(config, tail_start),
+    sample=_sampler(config, dataset, tail_start),
     has_weights=config.selection.unbiased,
     visits=config.selection.explore > 0,
     errors=config.selection.share == 'auto',
@@ -473,9 +475,10 @@ def _memory(
 
 
 def _sampler(
-  config: ml_collections.ConfigDict, tail_start: int
+  config: ml_collections.ConfigDict, dataset: data.Dataset, tail_start: int
 ) -> SampleFunction:
   """Returns what makes the order of an epoch from the remembered scores."""
+  has_buckets = isinstance(dataset, data.Bucketed) and len(dataset.widths) > 1
 
   def pool(remembered: sampling.Remembered, key: Array, step: Array):
     del step
@@ -495,7 +498,7 @@ def _sampler(
       share = None
     elif share == 'auto':
       share = sampling.learned_share(remembered.wrong, config.selection.drop)
-    return sampling.prune(
+    order = sampling.prune(
       remembered.scores,
       key,
       share=share,
@@ -503,6 +506,12 @@ def _sampler(
       least=config.batch_size,
       unbiased=config.selection.unbiased,
     )
+    if config.selection.unbiased and has_buckets:
+      # Each has its own epochs, and the buckets take turns by their sizes: what
+      # has to be unbiased is the loss of a step.
+      fraction = order.count / len(remembered.scores)
+      order = order._replace(weights=fraction * order.weights)
+    return order
 
   def weighted(remembered: sampling.Remembered, key: Array, step: Array):
     return sampling.weighted(

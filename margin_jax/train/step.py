@@ -45,8 +45,8 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: the optimizer's.
     proxy: the same three of the proxy model; {} without one.
     ema: the average of the model's variables; {} without one.
-    memory: a `memory.Memory`, with the last score of each training example;
-      {} where none is kept.
+    memory: a `memory.Memory`, with a score of each training example; {} where
+      none is kept.
     counts: (N,) int32, how often each training example was in a batch; ()
       where that is not counted.
     nonfinite: () int32, what has stopped the run, see `guard.guard`; 0 while
@@ -580,7 +580,7 @@ def in_parts(
     return total, means
 
   kernel = head_kernel(state.params)
-  slopes = ()
+  cotangents = ()
   weighted = [term for term in batch_terms if term.weight is not None]
   if weighted or keep is not None:
 
@@ -589,20 +589,22 @@ def in_parts(
       return carry, (outputs.logits, outputs.features)
 
     _, outputs = in_turn(outputs_of, None, parts)
-    *slopes, kernel_slope = jax.grad(batch_loss, (0, 1, 2), has_aux=True)(
+    gradients, _ = jax.grad(batch_loss, (0, 1, 2), has_aux=True)(
       *accumulation.merge(spec, outputs), kernel
-    )[0]
-    slopes = accumulation.split(spec, slopes)
+    )
+    *cotangents, kernel_cotangent = gradients
+    cotangents = accumulation.split(spec, cotangents)
 
-  def loss_function(params: PyTree, part: PyTree, slopes: PyTree):
+  def loss_function(params: PyTree, part: PyTree, cotangents: PyTree):
     outputs, batch_stats = forward(params, part)
     total, risks, means = total_loss(
       spec, state, outputs, None, example_terms, adds_risk=keep is None
     )
     total = total / spec.accumulate
     made = outputs.logits, outputs.features
-    for slope, output in zip(slopes, made[: len(slopes)], strict=True):
-      total = total + jnp.sum(slope * output)
+    if cotangents:
+      for cotangent, output in zip(cotangents, made, strict=True):
+        total = total + jnp.sum(cotangent * output)
     return total, Made(batch_stats, *made, risks, means)
 
   def add(gradient: PyTree, xs: PyTree):
@@ -610,10 +612,10 @@ def in_parts(
     return jax.tree.map(jnp.add, gradient, more), made
 
   zeros = jax.tree.map(jnp.zeros_like, state.params)
-  gradient, made = in_turn(add, zeros, (parts, slopes))
-  if slopes:
+  gradient, made = in_turn(add, zeros, (parts, cotangents))
+  if cotangents:
     head = gradient['head']
-    total = head['kernel'] + kernel_slope.astype(head['kernel'].dtype)
+    total = head['kernel'] + kernel_cotangent.astype(head['kernel'].dtype)
     gradient = {**gradient, 'head': {**head, 'kernel': total}}
   batch_stats, means = jax.tree.map(
     lambda x: jnp.mean(x, axis=0), (made.batch_stats, made.means)
