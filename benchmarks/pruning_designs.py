@@ -3,7 +3,7 @@
     python -m benchmarks.pruning_designs --data_dir=DIR [--steps=4700]
 
 The network and the recipe of benchmarks/time_to_accuracy.py on MNIST, a quarter
-of its steps, without crops. Pruning by signed margin, q = r = 0.9, and then
+of its steps, without crops. Margin pruning, share = drop = 0.9, and then
 with one thing changed at a time; what changes plain training too is compared
 with plain training of its own. Every run is kept in WORKDIR: started again it
 goes on.
@@ -32,11 +32,11 @@ PRUNED = time_to_accuracy.pruned(0.9, 0.9)
 # Of the pruning alone.
 SETTINGS: dict[str, Fields] = {
   'as it is': {},
-  'drops half as much: q = r = 0.64': {
+  'drops half as much: share = drop = 0.64': {
     'selection.share': 0.64,
     'selection.drop': 0.64,
   },
-  'drops a quarter: q = r = 0.5': {
+  'drops a quarter: share = drop = 0.5': {
     'selection.share': 0.5,
     'selection.drop': 0.5,
   },
@@ -91,7 +91,7 @@ def table(errors: dict[str, dict[int, float]]) -> list[str]:
     errors: of each setting or recipe, by seed.
   """
   lines = [
-    '| pruning by margin, q = r = 0.9 | seeds | test error, % | of plain '
+    '| margin pruning, share = drop = 0.9 | seeds | test error, % | of plain '
     'training | difference, two standard errors |',
     '|---|---|---|---|---|',
   ]

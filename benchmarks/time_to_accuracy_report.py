@@ -200,22 +200,22 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
   """What the columns are, and where the seconds were measured."""
   lines = [
     'Errors are on the test split at the last step, mean ± standard deviation '
-    'over the seeds. Methods that change which examples are trained on get '
-    'fewer steps than `uniform`, because they promise to need fewer. A '
-    'different loss gets the same number of steps. All are points in one '
-    'plane, so any can be compared with plain training cut short to its '
-    'seconds. `uniform, 65%` is a whole run of 65% of the steps, learning-rate '
-    'schedule included. The line is straight between such runs. To the right '
-    'of the longest run it continues level, which flatters the methods there. '
-    '"Error above the line" is given with two standard errors, once the method '
-    'and the points of the line beside it have several seeds. "Margin '
-    'pruning, q, r" leaves out of every epoch a random fraction r of the '
-    'fraction q of the examples with the largest remembered margins.',
+    'over the seeds. `uniform, 65%` is a plain run of 65% of the steps, with '
+    'the whole learning-rate schedule in them. The line joins the plain runs. '
+    'Right of the longest it is level; a longer plain run might do better, so '
+    'methods there look better than they are. Methods that choose examples get '
+    'fewer steps than `uniform`, and other losses get all. Compare each with '
+    'the line at its seconds: "error above the line" is that difference, with '
+    'two standard errors over the seeds, once the method and the points of the '
+    'line beside it have several seeds. "Margin pruning, 0.9, 0.8" leaves out '
+    'of every epoch a random fraction 0.8 (`drop`) of the fraction 0.9 '
+    '(`share`) of the examples with the largest remembered margins.',
     '',
     'Seconds are the time of a step times the number of steps. The seconds '
-    '"to the error" end at the first evaluation with at most the mean error of '
-    '`uniform`. The table gives the number of seeds that reached it, and the '
-    'mean over these seeds.',
+    '"to the error" are the time until the error of a run is first at or below '
+    'the mean final error of `uniform`. The table gives the number of seeds '
+    'that reached it, and the mean over these seeds. FLOPs are those of the '
+    'first seed.',
     '',
   ]
   if not times:
