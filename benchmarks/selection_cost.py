@@ -218,8 +218,8 @@ def main() -> None:
     '',
     'The table shows what XLA reserves for a step, from the difference of two '
     'sizes. The state is kept between steps; temporaries last for one step. On '
-    'CPU a pool is scored in parts that need less than the gradient does, so '
-    'its size adds none.',
+    'CPUs a pool is scored 32 examples at a time, so a larger pool needs no '
+    'more memory.',
     '',
     *bytes_table(args.model),
   ]

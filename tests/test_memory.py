@@ -233,7 +233,26 @@ def test_the_memory_is_donated():
 
 
 @pytest.mark.slow
-def test_a_skipped_step_is_not_remembered():
+@pytest.mark.parametrize('sampler', ['auto', 'weighted', 'pool'])
+def test_the_memory_is_written_in_place(sampler):
+  """It adds no temporaries: without one, as many bytes a training example."""
+
+  def bytes_per_example(fields):
+    few, many = (
+      setup(dataset=small(n), **fields).program.programs[0].memory_analysis()
+      for n in (200, 1200)
+    )
+    return (many.temp_size_in_bytes - few.temp_size_in_bytes) / 1000
+
+  weights = 4 * SAMPLERS[sampler].get('selection.unbiased', False)
+  uniform = bytes_per_example({'selection.rule': 'uniform'})
+  added = bytes_per_example(SAMPLERS[sampler]) - uniform
+  assert added == pytest.approx(weights, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('action', ['skip', 'stop'])
+def test_a_step_without_effect_is_not_remembered(action):
   """Its scores may be NaN."""
   margin_jax.register_loss(
     'fails_later',
@@ -241,14 +260,16 @@ def test_a_skipped_step_is_not_remembered():
   )
   this = setup(**{
     **PRUNE,
-    'on_nonfinite': 'skip',
+    'on_nonfinite': action,
     'loss.names': ('fails_later',),
     'loss.weights': (1.0,),
   })  # fmt: skip
   state, metrics = this.run(2)
-  assert metrics['skipped'].tolist() == [1, 1]
+  assert metrics['nonfinite'].all()
   assert (state.memory.examples.scores == -np.inf).all()
-  assert int(state.sampler.cursor) == 16
+  assert state.memory.feature_norm == 0
+  cursor = 16 if action == 'skip' else this.first.sampler.cursor
+  assert int(state.sampler.cursor) == cursor
 
 
 @pytest.mark.slow

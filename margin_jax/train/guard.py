@@ -79,8 +79,8 @@ def guard(
   pool can be sampled again. A NaN score counts.
 
   'skip' drops the update: step, sampler, buffer, counts and the optimizers'
-  step counters advance; parameters, statistics, averages (the optimizers' too)
-  and remembered scores stay. A NaN score skips nothing: it ranks last, and
+  step counters advance; parameters, statistics and averages (the optimizers'
+  too) stay. A NaN score skips nothing: it ranks last, and
   `nan_scores` counts it.
 
   Args:
@@ -114,7 +114,6 @@ def guard(
       opt_state=_averages(before.opt_state, after.opt_state),
       proxy=_averages(before.proxy, after.proxy),
       ema=before.ema,
-      memory=before.memory,
     )
   metrics = {**metrics, 'nonfinite': code}
   good = code == 0

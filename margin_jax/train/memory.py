@@ -6,7 +6,7 @@ score costs nothing. When an epoch begins, a sampler chooses its examples by
 these scores.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -80,41 +80,80 @@ def orders(spec: StepSpec, memory: PyTree, step: Array) -> Orders | None:
   return Orders(spec.memory, memory, step)
 
 
-def write(
-  spec: StepSpec,
-  memory: PyTree,
-  step: Array,
-  scores: Array,
-  scored: selection.Scored,
-) -> PyTree:
-  """Returns the memory with the scores of a batch.
+class BatchScores(NamedTuple):
+  """What the memory keeps of a batch, over all devices.
+
+  Attributes:
+    index: (b,) int32, the training examples of the batch.
+    scores: (b,) float32, the rule's.
+    wrong: (b,) bool, whether each was misclassified.
+    feature_norm: () float32, the mean of the feature norms.
+  """
+
+  index: Array
+  scores: Array
+  wrong: Array
+  feature_norm: Array
+
+
+def gather(
+  scores: Array, scored: selection.Scored, axis_name: str
+) -> BatchScores:
+  """Returns the scores of the batch of all devices.
 
   Args:
-    spec: the step's.
-    memory: the memory of the step before.
-    step: () int32.
     scores: (b,) of this device's shard of the batch.
     scored: what they are scores of.
+    axis_name: the name of the mapped axis.
   """
   norms = margins.row_norms(scored.features.astype(jnp.float32))
   wrong = jnp.argmax(scored.logits, axis=1) != scored.labels
   # Gathered first: a mean of the devices' means would depend on their number.
   scores, norms, wrong, index = jax.lax.all_gather(
-    (scores, norms, wrong, scored.index), spec.axis_name, tiled=True
+    (scores, norms, wrong, scored.index), axis_name, tiled=True
   )
+  return BatchScores(index, scores, wrong, jnp.mean(norms))
+
+
+def write(
+  spec: MemorySpec | None,
+  memory: PyTree,
+  step: Array,
+  batch: PyTree,
+  good: Array,
+) -> PyTree:
+  """Returns the memory with the scores of a batch, in place.
+
+  Args:
+    spec: what is kept; None keeps nothing.
+    memory: the memory of the step before; {} where none is kept.
+    step: () int32.
+    batch: a `BatchScores`.
+    good: () bool, whether the step counts. One that does not writes what was
+      there: a choice between two whole memories would copy them.
+  """
+  if spec is None:
+    return memory
   old = memory.examples
-  mean = jnp.mean(norms)
-  running = NORM_DECAY * memory.feature_norm + (1 - NORM_DECAY) * mean
-  running = jnp.where(memory.feature_norm == 0, mean, running)
-  if spec.memory.rule.distance:
-    scores = scores / jnp.where(running > 0, running, 1)
-  if spec.memory.decay:
-    last = old.scores[index]
-    average = spec.memory.decay * last + (1 - spec.memory.decay) * scores
-    scores = jnp.where(jnp.isfinite(last), average, scores)
-  new = sampling.Remembered(
-    scores=old.scores.at[index].set(scores),
-    visited=old.visited.at[index].set(step) if spec.memory.visits else (),
-    wrong=old.wrong.at[index].set(wrong) if spec.memory.errors else (),
+  running = NORM_DECAY * memory.feature_norm + (1 - NORM_DECAY) * (
+    batch.feature_norm
   )
-  return Memory(new, running)
+  running = jnp.where(memory.feature_norm == 0, batch.feature_norm, running)
+  scores = batch.scores
+  if spec.rule.distance:
+    scores = scores / jnp.where(running > 0, running, 1)
+  if spec.decay:
+    last = old.scores[batch.index]
+    average = spec.decay * last + (1 - spec.decay) * scores
+    scores = jnp.where(jnp.isfinite(last), average, scores)
+
+  def put(array: Array, values: Array) -> Array:
+    values = jnp.where(good, values, array[batch.index])
+    return array.at[batch.index].set(values)
+
+  examples = sampling.Remembered(
+    scores=put(old.scores, scores),
+    visited=put(old.visited, step) if spec.visits else (),
+    wrong=put(old.wrong, batch.wrong) if spec.errors else (),
+  )
+  return Memory(examples, jnp.where(good, running, memory.feature_norm))

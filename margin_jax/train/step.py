@@ -101,7 +101,7 @@ def train_step(
     buffer=sampled.buffer,
     batch_stats=sampled.batch_stats,
   )
-  gradient, batch_stats, memory, metrics = batch_gradient(
+  gradient, batch_stats, scores, metrics = batch_gradient(
     spec, state, batch, key
   )
   updates, opt_state = spec.optimizer.update(
@@ -116,12 +116,17 @@ def train_step(
     opt_state=opt_state,
     proxy=proxy,
     ema=ema.update(spec.ema_decay, state.ema, params, batch_stats),
-    memory=memory,
     counts=count(spec, state.counts, batch),
   )
   metrics |= metrics_lib.of_update(spec, before.step, gradient, updates, state)
   metrics |= sampled.metrics | proxy_metrics
-  return guard.guard(spec.on_nonfinite, spec.checked(), before, state, metrics)
+  state, metrics = guard.guard(
+    spec.on_nonfinite, spec.checked(), before, state, metrics
+  )
+  memory = memory_lib.write(
+    spec.memory, before.memory, before.step, scores, metrics['nonfinite'] == 0
+  )
+  return state.replace(memory=memory), metrics
 
 
 class Sampled(NamedTuple):
@@ -420,7 +425,10 @@ def from_buffer(spec: StepSpec, buffer: PyTree, position: Array) -> PyTree:
 def batch_gradient(
   spec: StepSpec, state: TrainState, batch: PyTree, key: Array
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-  """Returns the mean gradient over devices, batch_stats, memory, and metrics.
+  """Returns the mean gradient over devices, and what else the batch gives.
+
+  Returns:
+    The gradient, batch_stats, the scores to remember, and metrics.
 
   With a short backward pass of trimming, all are of the examples that it runs
   on.
@@ -434,7 +442,7 @@ def batch_gradient(
     examples = hardest(spec, state, batch, size)
     return gradient_of(spec, state, examples, key, keep)
 
-  gradient, batch_stats, memory, metrics = switch(
+  gradient, batch_stats, scores, metrics = switch(
     None if spec.variant is None else spec.variant.backward_size,
     spec.backward_size(state.step),
     {n: functools.partial(of_hardest, n) for n in spec.backward_sizes()},
@@ -448,7 +456,7 @@ def batch_gradient(
       batch_stats,
       state.batch_stats,
     )
-  return gradient, batch_stats, memory, metrics
+  return gradient, batch_stats, scores, metrics
 
 
 def hardest(
@@ -481,10 +489,10 @@ def gradient_of(
   key: Array,
   keep: Array | None,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-  """Differentiates the loss of the batch, and remembers its scores.
+  """Differentiates the loss of the batch, and scores it to remember that.
 
   Returns:
-    The mean gradient over devices, batch_stats, memory, and metrics.
+    See `batch_gradient`.
   """
   differentiate = at_once if spec.accumulate == 1 else in_parts
   gradient, made = differentiate(spec, state, batch, key, keep)
@@ -494,14 +502,14 @@ def gradient_of(
     batch_stats = jax.lax.pmean(batch_stats, spec.axis_name)
   kernel = head_kernel(state.params)
   metrics = metrics_lib.of_batch(spec, batch['label'], logits, kernel, means)
-  memory, remembered = remember(
+  scores, score_metrics = batch_scores(
     spec, state, batch, logits, features, kernel, key
   )
-  metrics |= remembered
+  metrics |= score_metrics
   if keep is not None:
     risks = weigh(risks, batch.get('weights'))
     metrics['trimmed_loss'] = mean_risk(spec, risks, keep)
-  return gradient, batch_stats, memory, metrics
+  return gradient, batch_stats, scores, metrics
 
 
 class Made(NamedTuple):
@@ -751,7 +759,7 @@ def mean_risk(spec: StepSpec, risks: Array, keep: Array | None) -> Array:
   return losses.trimmed_mean(gathered, keep)
 
 
-def remember(
+def batch_scores(
   spec: StepSpec,
   state: TrainState,
   batch: PyTree,
@@ -760,20 +768,20 @@ def remember(
   kernel: Array,
   key: Array,
 ) -> tuple[PyTree, Metrics]:
-  """Returns the memory with the batch's own scores, and metrics.
+  """Returns what the memory keeps of the batch, of all devices, and metrics.
 
   Without a memory it returns {} and no metrics.
   """
   if spec.memory is None:
-    return state.memory, {}
+    return {}, {}
   # With a memory no pool is scored, so nothing else uses this key.
   key = jax.random.fold_in(jax.random.fold_in(key, RULE), state.step)
   scored = scored_examples(spec, logits, features, kernel, batch, key)
   scores = rule_scores(spec, spec.memory.rule, scored, True)
   nan_scores = jnp.sum(jnp.isnan(scores), dtype=jnp.float32)
   nan_scores = jax.lax.psum(nan_scores, spec.axis_name)
-  memory = memory_lib.write(spec, state.memory, state.step, scores, scored)
-  return memory, {'nan_scores': nan_scores}
+  gathered = memory_lib.gather(scores, scored, spec.axis_name)
+  return gathered, {'nan_scores': nan_scores}
 
 
 def train_proxy(
