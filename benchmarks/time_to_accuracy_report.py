@@ -202,20 +202,21 @@ def explanation(times: Mapping[str, Any]) -> list[str]:
     'Errors are on the test split at the last step, mean ± standard deviation '
     'over the seeds. `uniform, 65%` is a plain run of 65% of the steps, with '
     'the whole learning-rate schedule in them. The line joins the plain runs. '
-    'Right of the longest it is level; a longer plain run might do better, so '
-    'methods there look better than they are. Methods that choose examples get '
-    'fewer steps than `uniform`, and other losses get all. Compare each with '
-    'the line at its seconds: "error above the line" is that difference, with '
-    'two standard errors over the seeds, once the method and the points of the '
-    'line beside it have several seeds. "Margin pruning, 0.9, 0.8" leaves out '
-    'of every epoch a random fraction 0.8 (`drop`) of the fraction 0.9 '
-    '(`share`) of the examples with the largest remembered margins.',
+    'Right of the longest run the line is level; a longer plain run might do '
+    'better, so methods there look better than they are. Methods that choose '
+    'examples get fewer steps than `uniform`, and those with another loss get '
+    'as many. Compare each with the line at its seconds: "error above the '
+    'line" is that difference, with two standard errors over the seeds, once '
+    'the method and the points of the line beside it have several seeds. '
+    '"Margin pruning, 0.9, 0.8" leaves out of every epoch a random fraction '
+    '0.8 (`drop`) of the fraction 0.9 (`share`) of the examples with the '
+    'largest remembered margins.',
     '',
     'Seconds are the time of a step times the number of steps. The seconds '
-    '"to the error" are the time until the error of a run is first at or below '
-    'the mean final error of `uniform`. The table gives the number of seeds '
-    'that reached it, and the mean over these seeds. FLOPs are those of the '
-    'first seed.',
+    '"to the error" are those until the first evaluation of a run with an '
+    'error of at most the mean final error of `uniform`. The table gives the '
+    'number of seeds that reached it, and the mean over these seeds. FLOPs are '
+    'those of the first seed.',
     '',
   ]
   if not times:

@@ -796,9 +796,9 @@ FIELDS: dict[str, Field] = {
     'Weigh examples to make the expected sum of the losses over an epoch equal '
     "to that over all examples. With 'prune', the easy examples that stay have "
     'the weight 1 / (1 - drop), so an epoch of half the steps has steps of '
-    'twice the gradient (with several buckets of sentences, all weights are '
-    "divided to have the mean 1); with 'weighted', the weight of an example is "
-    'its clipped inverse probability.',
+    'twice the gradient (with several buckets of sentences, the weights of a '
+    "bucket are scaled to the mean 1); with 'weighted', the weight of an "
+    'example is its clipped inverse probability.',
     needs=[*MEMORY, _equal('selection.sampler', 'prune', 'weighted')],
   ),
   'selection.ramp': Field(

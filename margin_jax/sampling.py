@@ -137,7 +137,7 @@ def prune(
 def rounded_down(value: Float32[Array, '']) -> Int32[Array, '']:
   """Rounds down, but for float32's own rounding: 0.1 * 50 is 5, not 4.
 
-  Above a million, the result may be one too large.
+  A large result may be one too large: 32,770 for 0.99 * 33,101.
   """
   return jnp.floor(value * (1 + 2.5e-7)).astype(jnp.int32)
 

@@ -80,7 +80,7 @@ def test_an_epoch_keeps_what_share_and_drop_say(scores, share, drop):
 
 def test_nothing_that_is_unknown_is_easy():
   """Neither what was never in a batch nor NaN."""
-  scores = jnp.array([1.0, -math.inf, math.nan, 2.0, -math.inf])
+  scores = jnp.array([0.0, -math.inf, math.nan, 2.0, -math.inf, 2.1, 2.2])
   for share, count in ((1.0, 4), (None, 5)):
     order = sampling.prune(scores, jax.random.key(0), share=share, drop=0.99)
     assert {1, 2, 4} <= {*epoch_of(order).tolist()}

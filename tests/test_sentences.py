@@ -174,7 +174,7 @@ def test_every_bucket_prunes_its_own():
 
 
 @pytest.mark.slow
-def test_a_step_of_any_bucket_is_unbiased():
+def test_the_weights_of_every_bucket_have_the_mean_1():
   """Epochs of the buckets differ in length, and their turns do not.
 
   So the weights of a bucket's epoch have the mean 1. Without that, a bucket

@@ -264,7 +264,7 @@ def pilot(
 ) -> ml_collections.ConfigDict:
   """Returns the config of a short run whose steps cost the same on average.
 
-  The same fractions of them score and train the proxy.
+  The same fraction of them scores and, up to rounding, trains the proxy.
 
   Args:
     config: the config of the whole run.
@@ -276,7 +276,8 @@ def pilot(
     least = max(least, 2 * periods.epoch)
   multiple = _multiple(config, periods)
   if schema.effective(config).selection.proxy is not None:
-    multiple = math.lcm(multiple, config.selection.proxy_every)
+    whole = math.lcm(multiple, config.selection.proxy_every)
+    multiple = whole if whole <= 10 * least else multiple
   steps = min(multiple * math.ceil(least / multiple), config.steps)
   short = copy.deepcopy(config)
   # A constant rate costs the same, and its schedule fits any number of steps.

@@ -139,7 +139,12 @@ class Bucketed(in_memory.InMemory):
   @property
   def most_steps_per_call(self) -> int:
     """One where the next step may sample from another bucket."""
-    return 1 if len(self.widths) > 1 else sys.maxsize
+    return 1 if self.bucket_count > 1 else sys.maxsize
+
+  @property
+  def bucket_count(self) -> int:
+    """The number of the training split's buckets."""
+    return len(self.buckets['train'])
 
   def arrays(self, name: str) -> list[Split]:
     """Returns the buckets of a split, each with 'row', where they are in it."""

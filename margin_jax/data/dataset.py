@@ -183,6 +183,7 @@ class Dataset(Protocol):
     vocabulary: of sentences, how many different tokens there are; else None.
     f1: whether F1 of class 1 is reported beside accuracy.
     most_steps_per_call: how many steps one call may run on the same data.
+    bucket_count: the buckets of the training examples; 1 where there are none.
     weighted: whether the training examples have weights of their own.
     class_names: C of them; None where the classes have none.
   """
@@ -198,6 +199,7 @@ class Dataset(Protocol):
   vocabulary: int | None
   f1: bool
   most_steps_per_call: int
+  bucket_count: int
   weighted: bool
   class_names: tuple[str, ...] | None
 

@@ -163,6 +163,7 @@ class InMemory:
   vocabulary = None
   f1 = False
   most_steps_per_call = sys.maxsize
+  bucket_count = 1
 
   @property
   def counts(self) -> dict[str, int]:

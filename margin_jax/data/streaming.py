@@ -381,6 +381,7 @@ class Streaming:
   vocabulary = None
   f1 = False
   most_steps_per_call = 1
+  bucket_count = 1
   weighted = False
 
   @property

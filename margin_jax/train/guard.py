@@ -80,8 +80,8 @@ def guard(
 
   'skip' drops the update: step, sampler, buffer, counts and the optimizers'
   step counters advance; parameters, statistics and averages (the optimizers'
-  too) stay. A NaN score skips nothing: it ranks last, and
-  `nan_scores` counts it.
+  too) stay. A NaN score skips nothing: it ranks last, and `nan_scores` counts
+  it. The step writes the score memory after this, and guards it itself.
 
   Args:
     action: `STOP` or `SKIP`.

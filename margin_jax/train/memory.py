@@ -119,18 +119,18 @@ def write(
   spec: MemorySpec | None,
   memory: PyTree,
   step: Array,
-  batch: PyTree,
+  batch: BatchScores | dict,
   good: Array,
 ) -> PyTree:
-  """Returns the memory with the scores of a batch, in place.
+  """Returns the memory with the scores of a batch, which XLA writes in place.
 
   Args:
     spec: what is kept; None keeps nothing.
     memory: the memory of the step before; {} where none is kept.
     step: () int32.
-    batch: a `BatchScores`.
-    good: () bool, whether the step counts. One that does not writes what was
-      there: a choice between two whole memories would copy them.
+    batch: its `BatchScores`; {} where none is kept.
+    good: () bool, whether the step counts. If it does not, the old scores are
+      written again: a choice between two whole memories would copy them.
   """
   if spec is None:
     return memory

@@ -203,7 +203,7 @@ class Reporter:
       counters: what the run has cost up to it.
       metrics: the means.
       class_rates: (C,) fraction of each class's pool examples that was
-        selected, for classes.csv; None without a selection.
+        selected, for classes.csv; None where no pool is scored.
       scores: (B,) of the last pool, for a histogram; None where there is none.
     """
     before, then = self._last

@@ -478,7 +478,6 @@ def _sampler(
   config: ml_collections.ConfigDict, dataset: data.Dataset, tail_start: int
 ) -> SampleFunction:
   """Returns what makes the order of an epoch from the remembered scores."""
-  has_buckets = isinstance(dataset, data.Bucketed) and len(dataset.widths) > 1
 
   def pool(remembered: sampling.Remembered, key: Array, step: Array):
     del step
@@ -506,7 +505,7 @@ def _sampler(
       least=config.batch_size,
       unbiased=config.selection.unbiased,
     )
-    if config.selection.unbiased and has_buckets:
+    if config.selection.unbiased and dataset.bucket_count > 1:
       # Each has its own epochs, and the buckets take turns by their sizes: what
       # has to be unbiased is the loss of a step.
       fraction = order.count / len(remembered.scores)

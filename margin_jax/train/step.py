@@ -427,11 +427,11 @@ def batch_gradient(
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
   """Returns the mean gradient over devices, and what else the batch gives.
 
-  Returns:
-    The gradient, batch_stats, the scores to remember, and metrics.
-
   With a short backward pass of trimming, all are of the examples that it runs
   on.
+
+  Returns:
+    The gradient, batch_stats, the scores to remember, and metrics.
   """
   keep = None
   if spec.trimming is not None:
@@ -489,7 +489,7 @@ def gradient_of(
   key: Array,
   keep: Array | None,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-  """Differentiates the loss of the batch, and scores it to remember that.
+  """Differentiates the loss of the batch, and scores the batch for the memory.
 
   Returns:
     See `batch_gradient`.
