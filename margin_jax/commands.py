@@ -42,9 +42,11 @@ def line(name: str, *arguments: str) -> str:
   return shlex.join(['python', '-m', MODULES[name], *arguments])
 
 
-def finish(results: Any, following: str) -> None:
-  """Says where the results of a command are, and what to type next."""
-  terminal.say(f'results: {results}\nnext:    {following}')
+def finish(results: Any, following: str | None) -> None:
+  """Says where the results of a command are, and what to type next, if so."""
+  lines = [f'results: {results}']
+  lines += [f'next:    {following}'] if following else []
+  terminal.say('\n'.join(lines))
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[..., None]:

@@ -623,7 +623,8 @@ FIELDS: dict[str, Field] = {
   'optimizer.epsilon': Field(
     None,
     optional(POSITIVE),
-    "Added to the denominator; None uses optax's default.",
+    'Added to the denominator, with rmsprop under its root; None uses '
+    "optax's default.",
     needs=[_equal('optimizer.name', 'adam', 'adamw', 'rmsprop')],
   ),
   'optimizer.clip_norm': Field(

@@ -160,7 +160,7 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def count_axis(axis: Any) -> None:
-  """Labels large counts as 20 k or 3 T."""
+  """Labels large counts as 20k or 3T."""
   from matplotlib.ticker import EngFormatter
 
   axis.set_major_formatter(EngFormatter(sep=''))

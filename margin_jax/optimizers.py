@@ -156,10 +156,16 @@ def _arrays(tree: PyTree) -> PyTree:
 def kernels_only(params):
   """Marks the kernels, the arrays that have an input and an output axis.
 
-  Biases and the scales of normalization layers are vectors. The rows of an
-  embedding are marked: they are what BERT's pre-training decays too.
+  Biases and the scales of normalization layers are vectors, or have these
+  names: the biases of Flax's attention are (heads, D). The rows of an embedding
+  are marked: they are what BERT's pre-training decays too.
   """
-  return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+
+  def is_kernel(path, x) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True).rpartition('/')[2]
+    return jnp.ndim(x) > 1 and name not in ('bias', 'scale')
+
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def convolutions_only(params):

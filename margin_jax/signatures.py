@@ -96,8 +96,7 @@ class GapFit:
     r2: the fraction of the gaps' variance that the model explains.
     adjusted_r2: 1 - (1 - r2) (n - 1) / (n - F - 1), for n networks; NaN for
       n <= F + 1, where any numbers fit.
-    cross_validated_r2: the same, with each gap predicted by a model fitted
-      without it.
+    cross_validated_r2: r2 with each gap predicted by a model fitted without it.
   """
 
   coefficients: Float[np.ndarray, ' F']
@@ -130,16 +129,17 @@ def fit_generalization_gap(
     signatures: (n, F) positive: for each trained network a row with the
       signatures of its layers, concatenated.
     gaps: (n,) training accuracy minus test accuracy.
-    folds: number of folds of the cross-validation. If n is smaller, there are n
-      folds, each of which leaves out one network.
+    folds: number of folds of the cross-validation, at least 2. If n is smaller,
+      there are n folds, each of which leaves out one network.
     seed: seed of the shuffle before the networks are split into folds.
 
   Returns:
     The model, and how well it fits.
 
   Raises:
-    ValueError: a shape does not fit, there are fewer than three networks, a
-      number is not finite, or a signature is not positive.
+    ValueError: a shape does not fit, there are fewer than three networks or two
+      folds, a number is not finite, a signature is not positive, or all gaps
+      are equal, so that there is nothing to explain.
 
   References:
     Jiang et al. 2019, section 3.4, Eq. 7.
@@ -169,6 +169,10 @@ def fit_generalization_gap(
     raise ValueError('signatures must be positive and finite')
   if not np.isfinite(gaps).all():
     raise ValueError('gaps must be finite')
+  if np.ptp(gaps) == 0:
+    raise ValueError(f'gaps must differ, got {gaps[0]:g} only')
+  if folds < 2:
+    raise ValueError(f'folds must be at least 2, got {folds}')
   logs = np.log(signatures)
   model = linear_model.LinearRegression().fit(logs, gaps)
   r2 = metrics.r2_score(gaps, model.predict(logs))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -118,14 +119,15 @@ class Trained:
       )
     if self.input_dtype != np.uint8 or not inputs.size:
       return inputs
-    largest = inputs.max()
+    least, largest = inputs.min(), inputs.max()
     problem = (
       'pixels from 0 to 255, as data.name='
-      f'{self.config.data.name!r} has them, got {inputs.dtype} up to '
-      f'{largest:g}'
+      f'{self.config.data.name!r} has them, got {inputs.dtype} from {least:g} '
+      f'up to {largest:g}'
     )
     # Pixels may be floating, under an attack say, but not from 0 to 1.
-    if inputs.dtype.kind == 'f' and largest <= 1:
+    from_0_to_1 = inputs.dtype.kind == 'f' and 0 < largest <= 1
+    if from_0_to_1 or not (least >= 0 and largest <= 255):
       raise ValueError(f'inputs must be {problem}')
     if 0 < largest <= DARK:
       # At the line that calls `apply` or `predict`.
@@ -172,7 +174,7 @@ def load(
   from margin_jax.data import images, kinds, tokenization
   from margin_jax.train import runs, vocabulary
 
-  step = checkpoint if isinstance(checkpoint, int) else None
+  step = None if isinstance(checkpoint, str) else operator.index(checkpoint)
   steps = None if step is None else [step]
   with runs.open_run(workdir, steps, reads_data=False) as run:
     if checkpoint not in ('latest', 'best', step):

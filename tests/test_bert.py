@@ -61,6 +61,15 @@ def test_weight_decay_as_in_pretraining():
   assert mask['embeddings/word/embedding']
 
 
+def test_biases_of_flax_attention_do_not_decay():
+  attention = nn.MultiHeadDotProductAttention(num_heads=2)
+  params = attention.init(jax.random.key(0), jnp.ones((1, 3, 8)))['params']
+  mask = optimizers.kernels_only(params)
+  assert params['query']['bias'].shape == (2, 4)
+  for layer in mask.values():
+    assert layer == {'kernel': True, 'bias': False}
+
+
 def apply(inputs, train=False, key=0, device=0, **fields):
   """Logits and features, in training with the masks of the train step."""
   model = bert.Bert(**{**TINY, **fields})

@@ -87,6 +87,22 @@ def pretended(monkeypatch):
   return train
 
 
+def test_validation_errors_need_a_validation_split_in_every_method(
+  tmp_path, pretended
+):
+  method = 'mms+data.validation_examples=0'
+  with pytest.raises(ConfigError) as caught:
+    compare(tmp_path, 'uniform', method, split='validation')
+  assert f'{caught.value}'.startswith(f"{method}: split='validation' is not")
+  assert not pretended.trained
+
+
+def test_a_comparison_without_checkpoints_has_no_best_run(tmp_path, pretended):
+  """Somebody removed them, to save space."""
+  compare(tmp_path, 'uniform')
+  assert runs_lib.find_best(tmp_path) is None
+
+
 @pytest.mark.slow
 def test_the_summary_of_a_config_file_stands_below_the_table(
   tmp_path, pretended

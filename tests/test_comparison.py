@@ -573,6 +573,48 @@ def test_the_end_of_the_baseline_is_a_dotted_line(drawn, tmp_path):
     assert [*dotted.get_ydata()] == pytest.approx([25, 25])
 
 
+def test_what_lies_below_the_axis_is_said(drawn, tmp_path):
+  """A run that diverges; the baseline ends at 0, and its line is there."""
+  test = {
+    'mms': [curve(0.02, *[0.3] * 9, 0.5)],
+    'plain': [curve(*[0.4] * 10, 0.0)],
+  }
+  plots.error(tmp_path / 'error.png', test, test, 'plain')
+  whole = drawn[0].axes[0]
+  low = whole.get_ylim()[0]
+  assert low == pytest.approx(30 / 1.15)
+  (note,) = [x.get_text() for x in whole.texts]
+  assert note.splitlines() == [
+    'at first down to 2%', '0% is at the lower edge'
+  ]  # fmt: skip
+  (dotted,) = [x for x in whole.get_lines() if x.get_label() == 'end of plain']
+  assert [*dotted.get_ydata()] == [low, low]
+
+
+def test_a_mean_has_a_place_where_its_lowest_seed_has_none(drawn, tmp_path):
+  seeds = [curve(0.5, x) for x in (0.0, 0.0, 0.003)]
+  plots.error(tmp_path / 'error.png', {'mms': seeds}, {'mms': seeds}, 'mms')
+  (line,) = [x for x in drawn[0].axes[0].get_lines() if x.get_label() == 'mms']
+  assert line.get_ydata()[-1] == pytest.approx(0.1)
+
+
+def test_steps_that_were_all_skipped_are_gaps(drawn, tmp_path):
+  """Their error is NaN."""
+  test = {'mms': [curve(0.5, 0.2)]}
+  for errors in ([0.5, np.nan, 0.2], [np.nan]):
+    plots.error(tmp_path / 'error.png', test, {'mms': [curve(*errors)]}, 'mms')
+    assert np.isfinite(drawn[-1].axes[3].get_ylim()).all()
+
+
+@pytest.mark.parametrize('seeds', [1, 3, 5, 10])
+def test_seeds_may_be_equal(seeds, drawn, tmp_path):
+  """The mean of equal numbers may differ from them in the last bit."""
+  for wrong in range(40):
+    row = {'test_error': wrong / 360, 'flops': 5e16 / 3, 'seconds': 0.1}
+    plots.cost(tmp_path / 'cost.png', {'mms': [row] * seeds})
+  assert len(drawn) == 40
+
+
 @pytest.mark.parametrize(
   ('number', 'found'),
   [

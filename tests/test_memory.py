@@ -237,7 +237,7 @@ def test_the_memory_is_donated():
   ('sampler', 'steps_per_call'), [('auto', 1), ('auto', 10), ('weighted', 1)]
 )
 def test_the_memory_is_written_in_place(sampler, steps_per_call):
-  """It adds no temporaries: without one, as many bytes a training example."""
+  """It adds no temporaries; only the weights of an order do."""
 
   def bytes_per_example(fields):
     few, many = (

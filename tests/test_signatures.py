@@ -150,8 +150,9 @@ def test_ten_folds_agree_with_scikit_learn():
     gaps,
     cv=model_selection.KFold(10, shuffle=True, random_state=3),
   )
-  expected = 1 - np.var(gaps - predicted) / np.var(gaps)
-  assert fit.cross_validated_r2 == pytest.approx(expected, abs=0.01)
+  total = np.sum((gaps - gaps.mean()) ** 2)
+  expected = 1 - np.sum((gaps - predicted) ** 2) / total
+  assert fit.cross_validated_r2 == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +165,18 @@ def test_ten_folds_agree_with_scikit_learn():
     (np.zeros((4, 2)), np.ones(4), 'positive and finite'),
     (np.full((4, 2), np.nan), np.ones(4), 'positive and finite'),
     (np.ones((4, 2)), np.full(4, np.inf), 'gaps must be finite'),
+    (np.ones((4, 2)), np.full(4, 0.1), 'gaps must differ, got 0.1 only'),
   ],
 )
 def test_bad_signatures_are_refused(signatures, gaps, message):
   with pytest.raises(ValueError, match=message):
     fit_generalization_gap(signatures, gaps)
+
+
+def test_too_few_folds_are_refused():
+  signatures, gaps, _ = planted(networks=4)
+  with pytest.raises(ValueError, match='folds must be at least 2, got 1'):
+    fit_generalization_gap(signatures, gaps, folds=1)
 
 
 def test_too_few_networks_have_no_adjusted_r2():
@@ -212,7 +220,14 @@ def test_query_under_jit_may_close_over_labels():
 
 @pytest.mark.parametrize(
   'values',
-  [[1.0, 2.0, 3.0], [np.inf, -np.inf, np.nan], [2.0, 2.0, 2.0], [np.inf, 1.0]],
+  [
+    [1.0, 2.0, 3.0],
+    [np.inf, -np.inf, np.nan],
+    [2.0, 2.0, 2.0],
+    [np.inf, 1.0],
+    np.float32([1, np.nextafter(np.float32(1), np.float32(2))]),
+    np.float32([3e8]),
+  ],
 )
 def test_any_distribution_can_be_drawn(values, tmp_path):
   last = {

@@ -116,7 +116,7 @@ def test_a_description_prepares_as_its_dataset(name):
 
 def test_checkpoints_are_the_latest_the_best_or_of_a_step(finished):
   workdir, result = finished
-  assert margin_jax.load(workdir, 10).step == 10
+  assert margin_jax.load(workdir, np.int64(10)).step == 10
   best = margin_jax.load(workdir, 'best')
   assert best.step == result['best']['step']
   split = helpers.digits().splits['test']
@@ -146,6 +146,10 @@ def test_inputs_of_another_shape_are_refused(finished):
     trained.predict(np.zeros((5, 64), np.uint8))
   with pytest.raises(ValueError, match=r'from 0 to 255, .* up to 1'):
     trained.predict(np.ones((5, 8, 8, 1), np.float32))
+  for dtype, value in ((np.uint16, 60_000), (int, -300), (float, np.nan)):
+    with pytest.raises(ValueError, match='from 0 to 255, as'):
+      trained.predict(np.full((5, 8, 8, 1), value, dtype))
+  trained.predict(np.zeros((5, 8, 8, 1), np.float32))  # black
   grey = np.full((5, 8, 8, 1), 100)
   floating = trained.predict(grey.astype(np.float32))
   np.testing.assert_array_equal(

@@ -135,11 +135,11 @@ class Report:
     self._title = title
     self._distributions: list[Row] = []
     self._signatures: list[Row] = []
-    # For each split, at the last checkpoint: values by quantity; examples; and
-    # where in the split the first of these are.
+    # For each split, at the last checkpoint: what was measured, and values by
+    # quantity; in the end the examples, the most negative margin first.
+    self._measured: dict[str, dict[str, Any]] = {}
     self._last: dict[str, dict[str, np.ndarray]] = {}
     self.ranked: dict[str, list[Row]] = {}
-    self._first: dict[str, np.ndarray] = {}
 
   def add(self, step: int, split: str, measured: dict[str, Any]) -> float:
     """Adds what `evaluation.Measurer` returns for a split at a checkpoint.
@@ -162,18 +162,16 @@ class Report:
         numbers = signatures.signature(normalized, kind)
         row |= {f's{i}': float(x) for i, x in enumerate(numbers, 1)}
         self._signatures.append(row)
+    self._measured[split] = measured
     self._last[split] = quantities
-    self.ranked[split] = self._rank(split, measured)
-    first = signatures.ranking(measured['margin'])[:SHOWN]
-    self._first[split] = measured['row'][first]
     return accuracy
 
-  def _rank(self, split: str, measured: dict[str, Any]) -> list[Row]:
-    """Returns every example of a split, the most negative margin first."""
-    dataset = self._dataset
+  def _rank(self, split: str, order: np.ndarray) -> list[Row]:
+    """Returns the examples of a split in an order."""
+    dataset, measured = self._dataset, self._measured[split]
     rows = dataset.rows[split][measured['row']]
     table = []
-    for i in signatures.ranking(measured['margin']):
+    for i in order:
       row = {
         'index': int(rows[i]),
         'label': int(measured['label'][i]),
@@ -201,6 +199,11 @@ class Report:
     Returns:
       For each split, the file that shows its most negative margins.
     """
+    orders = {
+      split: signatures.ranking(measured['margin'])
+      for split, measured in self._measured.items()
+    }
+    self.ranked = {split: self._rank(split, x) for split, x in orders.items()}
     tables = {
       'distributions': self._distributions,
       'signatures': self._signatures,
@@ -211,10 +214,20 @@ class Report:
     plots.margins(
       folder / 'margins.png', self._title, self._distributions, self._last
     )
-    return {x: self._write_most_negative(folder, x) for x in self._first}
+    return {
+      split: self._write_most_negative(folder, split, order[:SHOWN])
+      for split, order in orders.items()
+    }
 
-  def _write_most_negative(self, folder: pathlib.Path, split: str) -> str:
+  def _write_most_negative(
+    self, folder: pathlib.Path, split: str, first: np.ndarray
+  ) -> str:
     """Writes a sheet of images, or a table of sentences; of others nothing.
+
+    Args:
+      folder: the folder to write to.
+      split: the split of the examples.
+      first: where among the measured examples the shown ones are.
 
     Returns:
       The name of the file that shows them.
@@ -222,7 +235,7 @@ class Report:
     dataset = self._dataset
     rows = self.ranked[split][:SHOWN]
     name = f'most_negative_{split}'
-    inputs = dataset.inputs(split, self._first[split])
+    inputs = dataset.inputs(split, self._measured[split]['row'][first])
     names = dataset.class_names or [*map(str, range(dataset.num_classes))]
     if self._words:
       texts = tokenization.decode(inputs, self._words)

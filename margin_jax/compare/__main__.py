@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     best = runs.find_best(args.workdir)
     commands.finish(
       f'{args.workdir}/compare.md, and the tables and plots beside it',
-      file.analyze_line(best),
+      best and file.analyze_line(best),
     )
 
 

@@ -14,6 +14,8 @@ from margin_jax.train import workdirs
 from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupts
 
+SPLITS = ('test', 'validation')
+
 MOST_SEEDS = 1000  # more is a slip of the hand
 
 
@@ -81,10 +83,7 @@ def compare(
   """
   allowed = f'one of {budgets.BUDGETS}'
   require(budget in budgets.BUDGETS, 'budget', budget, allowed)
-  validated = config.data.validation_examples > 0
-  allowed = "'test', or 'validation' with data.validation_examples above 0"
-  holds = split == 'test' or (split == 'validation' and validated)
-  require(holds, 'split', split, allowed)
+  require(split in SPLITS, 'split', split, f'one of {SPLITS}')
   holds = isinstance(seeds, int) and 1 <= seeds <= MOST_SEEDS
   require(holds, 'seeds', seeds, f'an integer from 1 to {MOST_SEEDS:,}')
   methods = methods_lib.parse_methods(methods, config)
@@ -93,6 +92,11 @@ def compare(
     log(f'{baseline!r} is added: the baseline')
     methods = methods_lib.with_baseline(methods, baseline, config)
   trials = _trials(config, methods, grid, log)
+  for trial in trials:
+    holds = split == 'test' or trial.config.data.validation_examples > 0
+    allowed = "'test' unless data.validation_examples is above 0"
+    with methods_lib.named_errors(trial.name):
+      require(holds, 'split', split, allowed)
   with (
     Interrupts() as interrupts,
     workdirs.opened(workdir) as place,
@@ -102,7 +106,7 @@ def compare(
     with wait(f'loading {config.data.name}, and checking {len(trials)} trials'):
       trials = budgets.allocate(trials, budget, baseline, costs, log)
     all_runs = runs.plan(trials, seeds, place)
-    notes = _notes(all_runs, budget, baseline, command)
+    notes = _notes(trials, budget, baseline, command)
     text = None
     for outcome in runs.train(all_runs, interrupts, log, wait):
       ended = len(outcome.runs) + len(outcome.failures)
@@ -113,7 +117,7 @@ def compare(
         below = [x for line in lines for x in (line, '')]
         text = report.write(
           place.folder, outcome.runs, outcome.results, baseline,
-          [*below, *notes, *_failures(outcome)], split,
+          [*below, *notes, _seeds(outcome), *_failures(outcome)], split,
         )  # fmt: skip
         place.publish()
         text = '\n\n'.join([text, *lines])
@@ -148,19 +152,23 @@ def _trials(
 
 
 def _notes(
-  all_runs: Sequence[runs.Run], budget: str, baseline: str, command: str
+  trials: Sequence[methods_lib.Trial], budget: str, baseline: str, command: str
 ) -> list[str]:
-  """Returns lines for below the tables: the command, the budget, the seeds."""
-  first = all_runs[0].trial
-  seeds = ', '.join(f'{run.seed}' for run in all_runs if run.trial is first)
-  steps = {run.trial.config.steps for run in all_runs}
+  """Returns lines for below the tables: the command and the budget."""
+  steps = {trial.config.steps for trial in trials}
   text = f'Budget: the {budget} of `{baseline}`.'
   if budget == 'steps' and len(steps) > 1:
     text = 'Budget: none; each method has the steps of its own config.'
   if budget == 'seconds':
     text += ' Short runs estimate the seconds; the table shows what was spent.'
   lines = [f'Command: `{command}`', ''] if command else []
-  return [*lines, f'{text} Seeds: {seeds}.']
+  return [*lines, text, '']
+
+
+def _seeds(outcome: runs.Outcome) -> str:
+  """Returns a line for below the tables: the seeds of the complete runs."""
+  seeds = sorted({run.seed for run in outcome.runs})
+  return f'Seeds: {", ".join(map(str, seeds))}.'
 
 
 def _failures(outcome: runs.Outcome) -> list[str]:

@@ -273,6 +273,10 @@ def make_trials(
           f'methods: {trial.name!r} and {other.name!r} would have the same '
           f'folder, {trial.folder}'
         )
+  names = [trial.name for trial in trials.values()]
+  for name in names:
+    if names.count(name) > 1:
+      raise ConfigError(f'methods: two trials would be called {name!r}')
   for field, values in grid.items():
     if not any(field in trial.grid_point for trial in trials.values()):
       raise ConfigError(

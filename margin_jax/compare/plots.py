@@ -24,7 +24,8 @@ BEGINNING = 0.2
 MMS_NOTE = (
   'Mean over the ten examples of the training batch that are nearest to a '
   'boundary. Rules that select such\nexamples are lower by design: the curves '
-  "show what was selected, and do not compare the networks' margins."
+  "show what was selected, and do not compare the networks' margins. A proxy "
+  'scores in a feature space of its own.'
 )
 # Which forward mean MMS is by, by column.
 FORWARDS = {'mean_mms': 'training', 'mean_mms_scoring': 'scoring'}
@@ -61,11 +62,12 @@ def error(
   below = 1.2 + 0.13 * max(len(test) - 5, 0)
   with figures.drawing(path, 2.9 + below) as figure:
     above, under = figure.subfigures(2, 1, height_ratios=(2.2, below))
-    limits = _limits([average(x, 'step', 'error') for x in test.values()])
+    averages = [average(x, 'step', 'error') for x in test.values()]
+    limits = _limits(averages, BEGINNING, final)
     grid = above.subplots(1, len(COSTS), sharey=True)
     for axes, cost in zip(grid, COSTS, strict=True):
       _error_lines(axes, test, looks, cost, limits)
-      axes.axhline(final, **dotted)
+      axes.axhline(max(final, limits[0]), **dotted)
     grid[0].set_ylabel(f'{split} error, %')
 
     batches, ends = under.subplots(1, 2, width_ratios=(1, 1.6))
@@ -82,23 +84,29 @@ def error(
 
 
 def _limits(
-  curves: Sequence[tuple[np.ndarray, ...]], beginning: float = BEGINNING
-) -> tuple[float, float, float]:
-  """Returns where a logarithmic axis begins and ends, and the largest error.
+  curves: Sequence[tuple[np.ndarray, ...]],
+  beginning: float,
+  *others: float,
+) -> tuple[float, float]:
+  """Returns where a logarithmic axis begins and ends, in percent.
 
-  In percent. Errors of 0 have no place on it, and those of the beginning of a
-  run may lie above it.
+  Errors of 0 have no place on it, and those of the beginning of a run may lie
+  outside. Those of steps that were all skipped are NaN.
+
+  Args:
+    curves: steps; means, minima and maxima of errors.
+    beginning: the fraction of a run that may lie outside.
+    *others: other errors, in percent, that have a place.
   """
   later = [
-    100 * np.stack([low, high])[:, x >= beginning * x[-1]]
-    for x, _, low, high in curves
+    100 * np.stack(errors)[:, x >= beginning * x[-1]].ravel()
+    for x, *errors in curves
   ]
-  values = np.concatenate([x.ravel() for x in later])
-  positive = values[values > 0]
-  least = float(positive.min()) if positive.size else 0.1
-  most = max(float(values.max()), 1.5 * least)
-  largest = max(float(100 * high.max()) for _, _, _, high in curves)
-  return least / 1.15, min(1.15 * most, max(100, most)), largest
+  values = np.concatenate([*later, np.array(others)])
+  values = values[np.isfinite(values) & (values > 0)]
+  least = float(values.min()) if values.size else 0.1
+  most = max(float(values.max(initial=0)), 1.5 * least)
+  return least / 1.15, min(1.15 * most, max(100, most))
 
 
 def _error_lines(
@@ -106,23 +114,27 @@ def _error_lines(
   curves: Curves,
   looks: Mapping[str, dict[str, Any]],
   cost: str,
-  limits: tuple[float, float, float],
+  limits: tuple[float, float],
   bands: bool = True,
 ) -> None:
   """Draws errors on a logarithmic axis, and says what does not fit on it."""
-  low, high, largest = limits
+  low, high = limits
   axes.set_yscale('log')
   axes.set_ylim(low, high)
   figures.log_ticks(axes.yaxis, low, high)
+  found = []
   for index, (name, seeds) in enumerate(curves.items()):
     x, *values = average(seeds, cost, 'error')
+    found.append(100 * np.concatenate(values))
     values = tuple(np.maximum(100 * y, low) for y in values)
     place = index, len(curves)
     figures.curve(axes, x, values, place, looks[name], name, bands)
   _cost_axis(axes, cost)
-  zero = any(row['error'] == 0 for x in curves.values() for r in x for row in r)
-  notes = [f'at first up to {largest:.3g}%'] if largest > high else []
-  notes += ['0% is at the lower edge'] if zero else []
+  values = np.concatenate(found)
+  above, below = values[values > high], values[(values > 0) & (values < low)]
+  notes = [f'at first up to {above.max():.3g}%'] if above.size else []
+  notes += [f'at first down to {below.min():.3g}%'] if below.size else []
+  notes += ['0% is at the lower edge'] if (values == 0).any() else []
   axes.annotate(
     '\n'.join(notes), (0.98, 0.98), xycoords='axes fraction', ha='right',
     va='top',
@@ -205,14 +217,20 @@ def cost(path: pathlib.Path, trials: Mapping[str, Sequence[Row]]) -> None:
         width = look.pop('linewidth')
         axes.errorbar(
           x.mean(), y.mean(), label=label, elinewidth=width, capsize=2 * width,
-          xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
-          yerr=[[y.mean() - y.min()], [y.max() - y.mean()]], **look,
+          xerr=_reach(x), yerr=_reach(y), **look,
         )  # fmt: skip
       _cost_axis(axes, name)
     grid[0].set_ylabel('test accuracy after the last step, %')
     seeds = [len(rows) for rows in trials.values()]
     note = figures.seeds_note(seeds).replace('line', 'marker')
     figures.legend(figure, grid[0], note.replace('band', 'bars'))
+
+
+def _reach(values: np.ndarray) -> np.ndarray:
+  """Returns how far values reach below and above their mean, (2, 1)."""
+  mean = values.mean()
+  # The mean of equal values may differ from them in the last bit.
+  return np.maximum([[mean - values.min()], [values.max() - mean]], 0)
 
 
 def average(
@@ -240,7 +258,7 @@ def _note(curves: Curves) -> str:
 
 
 def _cost_axis(axes: Any, cost: str) -> None:
-  """Labels large counts as 20 k or 3 T; seconds as they are."""
+  """Labels large counts as 20k or 3T; seconds as they are."""
   from matplotlib.ticker import MaxNLocator
 
   axes.set_xlabel(COSTS[cost])

@@ -38,9 +38,9 @@ EXPLANATION = (
   'runs were finite. Worst class: the class with the largest test error in '
   'each run. Difference: how many points higher the error is than that of '
   '`{baseline}`. Reduction: how many percent lower it is. p: two-sided Welch '
-  't-test of the test errors against `{baseline}`, not corrected for the '
-  'number of methods. There is no p with one seed, or if the errors of neither '
-  'method vary. XLA counts the FLOPs, scoring included. Seconds are training '
+  't-test of the test errors against `{baseline}`, which does not pair the '
+  'seeds, and is not corrected for the number of methods. There is no p with '
+  'one seed, or if the errors of neither method vary. XLA counts the FLOPs, scoring included. Seconds are training '
   'time, without compilation and evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
@@ -463,7 +463,7 @@ def comparison_table(trials: Sequence[Seeds], baseline: Seeds) -> list[str]:
     if comparable and x.trial.name != baseline.trial.name:
       higher, p = difference(x.rows, baseline.rows)
       error = baseline.summary['test'][0]
-      reduction = f'{-100 * higher / error:+.1f}' if error else '-'
+      reduction = f'{-100 * higher / error + 0.0:+.1f}' if error else '-'
       compared = f'{100 * higher:+.2f}', reduction, significance(p)
     lines.append([
       f'`{x.trial.name}`',

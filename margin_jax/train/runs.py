@@ -409,10 +409,11 @@ def open_run(
     yield TrainedRun(place, config, checkpoints, devices, dataset, spec)
 
 
-def find_best(workdir: str | os.PathLike) -> str:
+def find_best(workdir: str | os.PathLike) -> str | None:
   """Returns the run of a comparison with the highest accuracy.
 
-  On the validation split, if there is one.
+  On the validation split, if there is one. It is one of the runs that are
+  complete and have their checkpoints; None if there is none.
   """
 
   def accuracy(run: Workdir) -> float:
@@ -425,7 +426,7 @@ def find_best(workdir: str | os.PathLike) -> str:
     for run in runs:
       run.refresh()
     finished = [x for x in runs if (x.folder / 'result.json').exists()]
-    return str(max(finished, key=accuracy))
+    return str(max(finished, key=accuracy)) if finished else None
 
 
 def _checkpoints(workdir: Workdir, steps: list[int] | None) -> Checkpoints:
