@@ -381,9 +381,10 @@ FIELDS: dict[str, Field] = {
   'data.validation_examples': Field(
     0,
     integer(0),
-    'How many of the last training examples to hold out for validation. The '
-    'order is the original one if the records tell it (CIFAR, GLUE), '
-    'otherwise the stored one.',
+    'How many training examples to hold out for validation: the last, in the '
+    'original order if the records tell it (CIFAR, GLUE), otherwise in the '
+    'stored one. Of a folder or a CSV file, random ones by a fixed seed, of '
+    'every class its fraction.',
   ),
   'data.fraction': Field(
     1.0,

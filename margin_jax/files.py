@@ -293,6 +293,8 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   aside = path.with_name(f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}')
   try:
     yield aside
+    with aside.open('rb') as file:
+      os.fsync(file.fileno())  # or a power cut may leave an empty file
     os.replace(aside, path)
   finally:
     with contextlib.suppress(OSError):

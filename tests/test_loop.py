@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+import signal
 import types
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 
 from margin_jax import config as config_lib
 from margin_jax import files
+from margin_jax.data import description
 from margin_jax.train import devices as devices_lib
-from margin_jax.train import guard, loop
+from margin_jax.train import guard, loop, process
 from tests import helpers
 from tests.helpers import Interrupted, read_csv, saved_state, slow, train
 
@@ -126,6 +129,49 @@ def test_another_config_is_refused(finished):
   with pytest.raises(config_lib.ConfigError, match=r'steps=10 .* step 20'):
     train(workdir, steps=10)
   assert (workdir / 'result.json').read_bytes() == before
+
+
+def test_another_config_is_refused_where_checkpoints_were_removed(
+  finished, tmp_path
+):
+  """By someone who needed the room: the results stay."""
+  shutil.copytree(
+    finished[0], tmp_path / 'run', ignore=shutil.ignore_patterns('checkpoints')
+  )
+  files = 'result.json', 'train.csv', 'eval.csv'
+  before = [(tmp_path / 'run' / x).read_bytes() for x in files]
+  with pytest.raises(config_lib.ConfigError, match=r'result of another config'):
+    train(tmp_path / 'run', seed=1)
+  assert [(tmp_path / 'run' / x).read_bytes() for x in files] == before
+
+
+def test_data_that_have_changed_are_refused():
+  """Those of TFDS, say, have no digest."""
+  dataset = helpers.digits()
+  described = description.to_json(dataset)
+  loop._check_same_data({'dataset': described}, dataset)
+  loop._check_same_data({}, dataset)  # older versions had none
+  with pytest.raises(config_lib.ConfigError, match=r'examples: 99 -> 1257$'):
+    loop._check_same_data({'dataset': described | {'examples': 99}}, dataset)
+
+
+@pytest.mark.slow
+def test_a_run_cannot_end_where_it_was_stopped(tmp_path):
+  """There was no evaluation, and the checkpoint says so."""
+  came = []
+
+  def log(line):
+    if 'step 6/' in line and not came:
+      came.append(signal.raise_signal(signal.SIGTERM))
+
+  fields = {'eval_every': 10, 'log_every': 2}
+  with pytest.raises(process.Interrupted):
+    loop.train(helpers.small_config(**fields), str(tmp_path), log=log)
+  step = max(int(x.name) for x in (tmp_path / 'checkpoints').iterdir())
+  assert 6 <= step < 10
+  with pytest.raises(config_lib.ConfigError, match=f'must be above {step}$'):
+    train(tmp_path, steps=step, **fields)
+  assert train(tmp_path, steps=10, **fields)[0]['best']['step'] == 10
 
 
 @pytest.mark.slow

@@ -96,6 +96,14 @@ def test_photos_are_turned(tmp_path):
   np.testing.assert_array_equal(found, pixels[:, ::-1])
 
 
+def test_damaged_exif_data_are_ignored(tmp_path):
+  pixels = np.full((8, 8, 3), 100, np.uint8)
+  for exif in (b'Exif\0\0II*\0', b'Exif\0\0garbage!'):
+    Image.fromarray(pixels).save(tmp_path / 'x.jpg', exif=exif, dpi=(72, 72))
+    (found,) = images.read_files([tmp_path / 'x.jpg'], 8)
+    np.testing.assert_allclose(found, 100, atol=2)
+
+
 # Folders.
 
 
@@ -135,6 +143,26 @@ def test_hold_out_takes_random_examples():
   assert sorted([*rows['train'], *test]) == [*range(3000)]
   assert abs(np.mean(test) - 1499.5) < 5 * 3000 / np.sqrt(12 * 600)
   assert abs(np.mean(test % 5) - 2) < 5 * np.sqrt(2 / 600)
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+def test_validation_examples_are_of_every_class(tmp_path, streamed):
+  """The files are in the order of their classes."""
+  counts = {'train/a': 12, 'train/b': 6, 'train/c': 6, 'test/a': 1}
+  name = write_folder(tmp_path, counts)
+  dataset = load(name, streamed=streamed, validation_examples=8)
+  labels = np.repeat([0, 1, 2], [12, 6, 6])
+  rows = dataset.rows
+  assert np.bincount(labels[rows['validation']]).tolist() == [4, 2, 2]
+  assert np.bincount(labels[rows['train']]).tolist() == [8, 4, 4]
+  assert sorted([*rows['train'], *rows['validation']]) == [*range(24)]
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+def test_a_class_needs_two_examples_to_hold_one_out(tmp_path, streamed):
+  name = write_folder(tmp_path, {'cat': 1, 'dog': 1})
+  with pytest.raises(data.DatasetError, match='no class has two examples'):
+    load(name, streamed=streamed)
 
 
 def test_a_folder_with_test_and_val_has_a_validation_split(tmp_path):

@@ -40,8 +40,9 @@ EXPLANATION = (
   '`{baseline}`. Reduction: how many percent lower it is. p: two-sided Welch '
   't-test of the test errors against `{baseline}`, which does not pair the '
   'seeds, and is not corrected for the number of methods. There is no p with '
-  'one seed, or if the errors of neither method vary. XLA counts the FLOPs, scoring included. Seconds are training '
-  'time, without compilation and evaluation.'
+  'one seed, or if the errors of neither method vary. XLA counts the FLOPs, '
+  'scoring included. Seconds are training time, without compilation and '
+  'evaluation.'
 )
 # What tasks are reported by beside their test error, and how tables call it.
 OTHER_METRICS = {

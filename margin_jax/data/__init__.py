@@ -138,7 +138,7 @@ def load(
     )
 
   def training_rows(
-    examples: int, has_validation: bool
+    examples: int, has_validation: bool, own_labels: np.ndarray | None
   ) -> dict[str, np.ndarray]:
     if has_validation and validation_examples:
       raise ValueError(
@@ -148,6 +148,8 @@ def load(
     return splits.training_rows(
       name, examples, validation_examples=validation_examples,
       fraction=fraction, seed=seed,
+      # Files of the user may be in the order of their classes.
+      classes=own_labels if kinds.is_path(name) else None,
     )  # fmt: skip
 
   def augmentation(prepare: Callable, channels: int) -> augment.Augmentation:
@@ -161,7 +163,11 @@ def load(
   if kinds.is_streamed(name, streamed):
     source = _source(name, data_dir)
     counts = {split: len(x) for split, x in source.records.items()}
-    rows = training_rows(counts['train'], 'validation' in counts)
+    rows = training_rows(
+      counts['train'],
+      'validation' in counts,
+      getattr(source.records['train'], 'labels', None),
+    )
     of = dict.fromkeys(rows, 'train')  # of which own split each is made
     for split in {*counts} - {'train'}:
       rows[split], of[split] = np.arange(counts[split]), split
@@ -204,9 +210,10 @@ def load(
   if labels is not None:
     own = labels_lib.read(labels, examples, num_classes)
     whole['train'] = {**whole['train'], 'label': own}
-  rows, arrays = splits.cut(
-    whole, training_rows(examples, 'validation' in whole)
+  training = training_rows(
+    examples, 'validation' in whole, found.splits['train']['label']
   )
+  rows, arrays = splits.cut(whole, training)
   train = arrays['train']
   shift = splits.label_shift(
     len(train['label']), label_noise, num_classes, seed

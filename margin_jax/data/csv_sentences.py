@@ -97,7 +97,10 @@ def load(
     }
   if 'test' not in found:
     whole = found['train']
-    cut = splits.hold_out(whole['label'])
+    try:
+      cut = splits.hold_out(whole['label'])
+    except ValueError as error:
+      raise DatasetError(f'{path!r}: {error}') from error
     found = {
       split: {name: x[where] for name, x in whole.items()}
       for split, where in cut.items()

@@ -108,7 +108,10 @@ def load(path: str) -> images.Source:
     records[split] = Records(path, paths, labels)
   if 'test' not in records:
     train = records['train']
-    rows = splits.hold_out(train.labels)
+    try:
+      rows = splits.hold_out(train.labels)
+    except ValueError as error:
+      raise DatasetError(f'folder {path!r}: {error}') from error
     records = {
       split: Records(path, [train.files[i] for i in which], train.labels[which])
       for split, which in rows.items()

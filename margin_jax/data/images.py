@@ -1,9 +1,11 @@
 """Images of any size, resized: records -> one square of pixels each."""
 
+import contextlib
 import dataclasses
 import io
 import os
 import pathlib
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +17,11 @@ from margin_jax.data.dataset import DatasetError, Origins, Split
 
 # What Pillow raises of what is no image, half of one, or far too large.
 UNDECODABLE = (
-  OSError, SyntaxError, ValueError, Image.DecompressionBombError
+  OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
+# And of EXIF data that are damaged.
+_NO_EXIF = (
+  SyntaxError, ValueError, struct.error, KeyError, TypeError, ZeroDivisionError
 )  # fmt: skip
 # So many training images tell the colours of all that are streamed.
 SAMPLE = 1000
@@ -50,11 +56,13 @@ def open_encoded(encoded: bytes) -> Image.Image:
 def resize(encoded: bytes, side: int) -> np.ndarray:
   """Decodes an image to its central square, resized to (side, side, 3) uint8.
 
-  Bilinear, with antialiasing. A photo is turned as its EXIF data say, grey
+  Bilinear, with antialiasing. A photo is turned as its EXIF data say, if they
+  can be read; grey
   levels become RGB, and what is transparent lies on black.
   """
   with open_encoded(encoded) as image:
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(*_NO_EXIF):
+      image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):  # of 16 bits, which Pillow would clip
       image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

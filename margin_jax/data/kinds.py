@@ -57,6 +57,11 @@ def allowed() -> str:
   )
 
 
+def is_path(name: str) -> bool:
+  """Returns whether it names a folder or a file of the user's own."""
+  return name.startswith((FOLDER, CSV))
+
+
 def is_sentences(name: str) -> bool:
   """Returns whether examples are sentences or pairs of them."""
   return name in SENTENCES or name.startswith(CSV)

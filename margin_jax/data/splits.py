@@ -19,6 +19,7 @@ def training_rows(
   validation_examples: int,
   fraction: float,
   seed: int,
+  classes: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns which rows 'train' and 'validation' have of the training examples.
 
@@ -28,6 +29,8 @@ def training_rows(
     validation_examples: so many, the last, are held out; 0 is no split.
     fraction: of the others, how many are trained on.
     seed: decides which.
+    classes: (N,) labels of examples that may be in the order of their classes:
+      of each class its fraction is held out, random examples by a fixed seed.
 
   Raises:
     ValueError: nothing would be left to train on.
@@ -38,7 +41,10 @@ def training_rows(
       f'leave something to train on: {name!r} has {examples} training examples'
     )
   cut = examples - validation_examples
-  train = subset(np.arange(cut), fraction, seed)
+  order = np.arange(examples)
+  if classes is not None:
+    order = order[np.argsort(-_places(classes), kind='stable')]
+  train = subset(np.sort(order[:cut]), fraction, seed)
   if not train.size:
     raise ValueError(
       f'data.fraction={fraction} must leave something to train on: there are '
@@ -46,8 +52,21 @@ def training_rows(
     )
   rows = {'train': train}
   if validation_examples:
-    rows['validation'] = np.arange(cut, examples)
+    rows['validation'] = np.sort(order[cut:])
   return rows
+
+
+def _places(classes: np.ndarray) -> np.ndarray:
+  """Returns where each example is in a random order of its class, in (0, 1).
+
+  The n lowest are of every class its fraction of n, up to rounding.
+  """
+  rng = np.random.default_rng(1)
+  places = np.empty(len(classes))
+  for name in np.unique(classes):
+    rows = rng.permutation(np.flatnonzero(classes == name))
+    places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+  return places
 
 
 def cut(
@@ -99,6 +118,9 @@ def hold_out(labels: np.ndarray) -> dict[str, np.ndarray]:
 
   Returns:
     The rows of 'train' and of 'test', in their order.
+
+  Raises:
+    ValueError: no class has two examples.
   """
   rng = np.random.default_rng(0)
   test = np.zeros(len(labels), bool)
@@ -106,4 +128,9 @@ def hold_out(labels: np.ndarray) -> dict[str, np.ndarray]:
     rows = np.flatnonzero(labels == label)
     count = max(round(len(rows) / 5), min(len(rows) - 1, 1))
     test[rng.choice(rows, count, replace=False)] = True
+  if not test.any():
+    raise ValueError(
+      'it has no test split, and no class has two examples, of which one could '
+      'be held out'
+    )
   return {'train': np.flatnonzero(~test), 'test': np.flatnonzero(test)}

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from margin_jax import checks, files
+from margin_jax import config as config_lib
 from margin_jax.data import description
 from margin_jax.train import devices as devices_lib
 from margin_jax.train.compiled import Counters
@@ -295,6 +296,7 @@ class Checkpoints:
     Raises:
       CorruptError: it cannot be read, or is not what was saved.
       RemovedError: it was there, and is no longer.
+      ConfigError: an array has another shape or dtype.
     """
     if step is None:
       return self._latest(functools.partial(self.restore, target))
@@ -310,6 +312,7 @@ class Checkpoints:
     digest = self.digests(step).get('arrays')
     if digest not in (None, _digest(state)):
       raise self._corrupt(step, 'its arrays are not those that were saved')
+    _check_shapes(_stored(host), state, self._folder / str(step))
     return target.replace(**state | {'nonfinite': np.int32(0)}), info
 
   def _with_saved(self, target: PyTree, step: int) -> PyTree:
@@ -404,6 +407,7 @@ class Checkpoints:
     )
     target = next(x for x in map(folder.joinpath, names) if not x.exists())
     shutil.move(self._folder / str(step), target)
+    self._workdir.forget(step)
     self._unknown.discard(step)
     return target
 
@@ -464,6 +468,22 @@ class Checkpoints:
         f'a checkpoint could not be written to {self._folder}: '
         f'{_first_line(error)}'
       ) from error
+
+
+def _check_shapes(target: PyTree, state: PyTree, folder: pathlib.Path) -> None:
+  """Raises a ConfigError unless arrays are as they should be.
+
+  Orbax gives them the shapes that were saved.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(target)
+  for (path, wanted), found in zip(leaves, jax.tree.leaves(state), strict=True):
+    if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise config_lib.ConfigError(
+        f'the checkpoint {folder} is of another model or dataset: {name} is '
+        f'{found.dtype}{[*found.shape]} in it, and should be '
+        f'{wanted.dtype}{[*wanted.shape]}'
+      )
 
 
 def _stored(state: PyTree) -> dict[str, PyTree]:

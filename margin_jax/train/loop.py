@@ -50,6 +50,11 @@ from margin_jax.train.spec import StepSpec
 from margin_jax.train.workdirs import Workdir
 from margin_jax.trained import Trained
 
+# What a dataset's description must keep while a run goes on.
+UNCHANGED = (
+  'examples', 'num_classes', 'input_shape', 'input_dtype', 'vocabulary'
+)  # fmt: skip
+
 PyTree = Any
 Log = Callable[[str], None]
 
@@ -196,15 +201,20 @@ def train(
       config, dataset, spec, restoring=bool(checkpoints.steps())
     )
     state, info = _restore(
-      state, config, saved_config, checkpoints, devices, say
+      state, config, saved_config, checkpoints, dataset, devices, say
     )
     start = int(state.step)
     result = None
-    if start == config.steps:
+    if start == config.steps or not checkpoints.steps():
+      # Also of a run whose checkpoints somebody has removed.
       result = runs.trained(place.folder, saved_config)
     if result is not None and runs.attacked(result, saved_config):
       say(f'already complete: {_headline(result)}')
       return result
+    if start == config.steps and result is None:
+      _check_evaluated(info, dataset, checkpoints.accuracy(start))
+    if start < config.steps:
+      result = None
 
     # Compile.
     state = devices.replicate(state)
@@ -263,7 +273,8 @@ def say_if_complete(
 ) -> dict[str, Any] | None:
   """Returns the result of a run that has nothing left to do, and says so.
 
-  Neither data nor devices are needed, and the checkpoint is not read.
+  It needs no devices, and reads neither data nor checkpoints. Where the data
+  are files of the user, they must be there: their digests tell them.
 
   Args:
     config, workdir, log, rule: those of `train`.
@@ -312,6 +323,7 @@ def _restore(
   config: ml_collections.ConfigDict,
   saved_config: dict[str, Any],
   checkpoints: Checkpoints,
+  dataset: data.Dataset,
   devices: devices_lib.Devices,
   log: Log,
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
@@ -325,7 +337,7 @@ def _restore(
     and, if an evaluation is still to be reported, 'pending'.
 
   Raises:
-    ConfigError: the checkpoint was made by another config.
+    ConfigError: the checkpoint was made by another config, or from other data.
     CorruptError: there are checkpoints, but none can be read.
   """
   corrupt = []
@@ -333,6 +345,7 @@ def _restore(
     try:
       info = checkpoints.info(step)
       _check_same_run(info, config, saved_config, devices)
+      _check_same_data(info, dataset)
       state, info = checkpoints.restore(state, step)
     except CorruptError as error:
       corrupt.append((step, error))
@@ -374,6 +387,38 @@ def _check_same_run(
     raise config_lib.ConfigError(
       f'steps={config.steps} is not allowed: the checkpoint in the workdir is '
       f'already at step {info["step"]}'
+    )
+
+
+def _check_same_data(info: dict[str, Any], dataset: data.Dataset) -> None:
+  """Raises a ConfigError if a checkpoint is of a dataset that was another."""
+  now = description.to_json(dataset)
+  changed = [
+    f'{name}: {before} -> {now[name]}'
+    for name, before in (info.get('dataset') or {}).items()
+    if name in UNCHANGED and before != now[name]
+  ]
+  if changed:
+    raise config_lib.ConfigError(
+      f'the checkpoint in the workdir was made from other data of '
+      f'{dataset.name!r}; go back to them, or use another workdir:\n  '
+      + '\n  '.join(changed)
+    )
+
+
+def _check_evaluated(
+  info: dict[str, Any], dataset: data.Dataset, accuracy: float | None
+) -> None:
+  """Raises a ConfigError if the last checkpoint lacks its evaluation.
+
+  The number of steps was lowered to where the run was stopped.
+  """
+  unknown = 'validation' in dataset.counts and accuracy is None
+  if info.get('pending') or unknown:
+    step = info['step']
+    raise config_lib.ConfigError(
+      f'steps={step} is not allowed: the run was stopped there, without an '
+      f'evaluation; it must be above {step}'
     )
 
 

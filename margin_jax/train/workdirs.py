@@ -109,6 +109,9 @@ class Workdir:
   def fetch(self, step: int) -> None:
     """Copies the arrays of a checkpoint: nothing, since they are here."""
 
+  def forget(self, step: int) -> None:
+    """Removes a checkpoint from where it stays: that was its only place."""
+
   def commit(self, busy: Callable[[], bool] = lambda: False) -> None:
     """Begins to copy what is new to where it stays: nothing, it is there.
 
@@ -213,21 +216,27 @@ class BucketWorkdir(Workdir):
   def refresh(self) -> None:
     """Copies what has changed, of checkpoints all but the arrays."""
     found = self._bucket.find()
-    self._steps = _marked(found)
+    steps = _marked(found)
     wanted = {
       name: _tag(about)
       for name, about in found.items()
-      if _is_top_level(name) or self._describes_checkpoint(name)
+      if _is_top_level(name) or _describes_checkpoint(name, steps)
     }
-    for step in _steps(self.folder) - self._steps:
+    for step in _steps(self.folder) - steps:
       shutil.rmtree(self.folder / FOLDER / str(step))
     for name in {*self._objects} - {*wanted}:
       (self.folder / name).unlink(missing_ok=True)
     changed = [
       name for name, tag in wanted.items() if tag != self._objects.get(name)
     ]
-    self._bucket.download(self.folder, changed)
-    self._objects = wanted
+    try:
+      self._bucket.download(self.folder, changed)
+    except BaseException:
+      # Half of a checkpoint must not be taken for one that is to be uploaded.
+      for step in steps - self._steps:
+        shutil.rmtree(self.folder / FOLDER / str(step), ignore_errors=True)
+      raise
+    self._steps, self._objects = steps, wanted
     self._files |= {name: _stamp(self.folder / name) for name in changed}
 
   def _remove_unfinished(self) -> None:
@@ -238,11 +247,6 @@ class BucketWorkdir(Workdir):
       [x for x in found if _is_of_save(x) and _step(x) not in marked]
     )
 
-  def _describes_checkpoint(self, name: str) -> bool:
-    """Returns whether a file is of a checkpoint, but not of its arrays."""
-    step = _step(name)
-    return step in self._steps and not name.startswith(f'{FOLDER}/{step}/state')
-
   def has(self, step: int) -> bool:
     """Returns whether a whole checkpoint is there now."""
     return step in _marked(self._bucket.find(f'{FOLDER}/{step}'))
@@ -252,6 +256,15 @@ class BucketWorkdir(Workdir):
     found = self._bucket.find(f'{FOLDER}/{step}')
     missing = [name for name in found if not (self.folder / name).exists()]
     self._bucket.download(self.folder, missing)
+
+  def forget(self, step: int) -> None:
+    """Removes a checkpoint that lies in quarantine here, and its copy there.
+
+    Its step may be saved again.
+    """
+    self._upload_changed(QUARANTINE)
+    self._remove_checkpoint(step)
+    self._steps.discard(step)
 
   def commit(self, busy: Callable[[], bool] = lambda: False) -> None:
     """Begins to copy to the bucket what is new.
@@ -373,6 +386,12 @@ def _marked(names: Iterable[str]) -> set[int]:
   marks = {name for name in names if name.endswith(f'/{MARK}')}
   steps = {_step(name) for name in marks} - {None}
   return {step for step in steps if f'{FOLDER}/{step}/{MARK}' in marks}
+
+
+def _describes_checkpoint(name: str, steps: set[int]) -> bool:
+  """Returns whether a file is of one of these steps, but not of its arrays."""
+  step = _step(name)
+  return step in steps and not name.startswith(f'{FOLDER}/{step}/state')
 
 
 def _is_top_level(name: str) -> bool:

@@ -155,12 +155,40 @@ def test_a_corrupt_checkpoint_is_moved_in_the_bucket(store, tmp_path):
   assert moved == [f'warning: it is now {URL}/corrupt_checkpoints/15']
   assert any('going back to step 10' in line for line in lines)
   assert f'{URL}/checkpoints/15 cannot be used' in ''.join(lines)
-  assert runs.digest(URL, 20) == runs.digest(tmp_path / 'whole', 20)
+  for step in (15, 20):  # 15 was saved again
+    assert runs.digest(URL, step) == runs.digest(tmp_path / 'whole', step)
   for name in ('train.csv', 'eval.csv'):
     assert runs.rows(URL, name) == runs.rows(tmp_path / 'whole', name)
   kept = store.find('bucket/run/corrupt_checkpoints/15/state')
   assert len(kept) > 5
   assert result['steps'] == 20
+
+
+@pytest.mark.slow
+def test_a_download_that_fails_removes_nothing(store, tmp_path, monkeypatch):
+  """Another program has saved step 20 since the first look."""
+  train(URL)
+  hidden = store.find('bucket/run/checkpoints/20')
+  contents = {name: store.cat_file(name) for name in hidden}
+  for name in hidden:
+    store.rm_file(name)
+  download = Bucket.download
+
+  def fails(self, folder, names):
+    download(self, folder, names[: len(names) // 2])
+    raise BucketError('the network is gone')
+
+  with workdirs.opened(URL) as place:
+    place.refresh()
+    for name, content in contents.items():
+      store.pipe_file(name, content)
+    monkeypatch.setattr(Bucket, 'download', fails)
+    with pytest.raises(BucketError, match='is gone'), place.locked():
+      place.refresh()
+  there = {
+    x: store.cat_file(x) for x in store.find('bucket/run/checkpoints/20')
+  }
+  assert there == contents
 
 
 def stop_at(last):

@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 
+import numpy as np
 import pytest
 
 import margin_jax
@@ -16,6 +17,7 @@ from margin_jax import config as config_lib
 from margin_jax.train import checkpoints as checkpoints_lib
 from margin_jax.train import loop
 from margin_jax.train import runs as runs_lib
+from margin_jax.train import setup as setup_lib
 from margin_jax.train.workdirs import Workdir
 from tests import helpers
 from tests.faults import runs
@@ -236,6 +238,22 @@ def test_a_result_without_its_checkpoint_is_made_again(finished, tmp_path):
   assert runs_lib.complete(workdir, saved) is not None
   shutil.rmtree(workdir / 'checkpoints')  # by someone who needs the room
   assert runs_lib.complete(workdir, saved) is not None
+
+
+def test_arrays_of_other_shapes_are_refused_by_name(finished):
+  """Of a model that was registered again, say."""
+  config = helpers.small_config()
+  spec = setup_lib.make_spec(config, helpers.digits(), 1)
+  target = setup_lib.init_state(config, helpers.digits(), spec)
+  head = target.params['head'] | {'bias': np.zeros(7, np.float32)}
+  target = target.replace(params=target.params | {'head': head})
+  checkpoints = checkpoints_lib.Checkpoints(Workdir(finished))
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r'head/bias is float32\[10\] in it, and should be float32\[7\]',
+  ):
+    checkpoints.restore(target)
+  checkpoints.close()
 
 
 @pytest.mark.slow
