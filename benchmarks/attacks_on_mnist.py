@@ -17,6 +17,7 @@ import statistics
 
 from margin_jax import data, files, register_dataset
 from margin_jax.train import loop
+from margin_jax.train import runs as runs_lib
 
 LOSSES = ('cross_entropy', 'large_margin')
 SEEDS = (0, 1)
@@ -32,12 +33,12 @@ DATASET = 'mnist_part'
 
 def register(data_dir: str | None) -> None:
   """Registers the first images of both splits."""
-  train, test, _ = data.tfds_images.load('mnist', data_dir)
-  register_dataset(
-    DATASET,
-    train=(train['inputs'][:TRAIN], train['label'][:TRAIN]),
-    test=(test['inputs'][:TEST], test['label'][:TEST]),
+  splits, _ = data.tfds_images.load('mnist', data_dir, side=28)
+  train, test = (
+    (splits[name]['inputs'][:count], splits[name]['label'][:count])
+    for name, count in (('train', TRAIN), ('test', TEST))
   )
+  register_dataset(DATASET, train=train, test=test)
 
 
 def run(
@@ -101,7 +102,9 @@ def attack_all(
           folder / f'{loss}_{seed}', loss, seed, best[loss], args,
           name=name, epsilons=EPSILONS, steps=ATTACK_STEPS, source=other,
         )  # fmt: skip
-        found[key] = [x['accuracy'] for x in attacked['attack'].values()]
+        # Beside those of earlier attacks.
+        names = runs_lib.attack_names(attacked['config'])
+        found[key] = [attacked['attack'][x]['accuracy'] for x in names]
         files.write_json(path, found)
         print(key, found[key], flush=True)
   return runs, found

@@ -68,8 +68,9 @@ def curve(rows: list[dict], quantity: str) -> tuple[np.ndarray, np.ndarray]:
 def at_accuracy(rows: list[dict], quantity: str, accuracy: float) -> float:
   """The median where training accuracy first was `accuracy`, interpolated."""
   x, y = curve(rows, quantity)
-  x = np.maximum.accumulate(x)
-  return float(np.interp(accuracy, x, y))
+  # Only where it rises above all before.
+  rises = np.append(True, x[1:] > np.maximum.accumulate(x)[:-1])
+  return float(np.interp(accuracy, x[rises], y[rises]))
 
 
 def cell(mean: float, deviation: float) -> str:

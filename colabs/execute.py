@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     '--out', type=pathlib.Path, default=HERE, help='default: in place'
   )
   args = parser.parse_args(argv)
+  if args.small and args.out == HERE:
+    parser.error('--small needs --out: the notebooks here show whole runs')
   unknown = [name for name in args.names if name not in NAMES]
   if unknown:
     parser.error(f'no notebook is called {unknown[0]!r}; there are {NAMES}')

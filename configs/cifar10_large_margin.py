@@ -23,8 +23,15 @@ Cost, calculated from XLA's FLOP count of the step (1.38 TFLOP): 97 PFLOP, at
 50 TFLOP/s 0.5 GPU-hours; 2.3 times those of cross-entropy.
 """
 
-from configs import mnist_large_margin
+import pathlib
+import runpy
+import types
+
 from margin_jax import config as config_lib
+
+# The file beside this one, wherever they are.
+_PATH = pathlib.Path(__file__).with_name('mnist_large_margin.py')
+mnist_large_margin = types.SimpleNamespace(**runpy.run_path(str(_PATH)))
 
 STEPS_PER_EPOCH = 351  # batches of 128 of 45,000 images
 LAYERS = ('input', 'stage1_block4', 'stage2_block4', 'stage3_block4')

@@ -24,8 +24,15 @@ Cost, calculated from XLA's FLOP count of the step (14.1 TFLOP): 6,370 PFLOP, at
 JPEGs takes longer than that.
 """
 
-from configs import mnist_large_margin
+import pathlib
+import runpy
+import types
+
 from margin_jax import config as config_lib
+
+# The file beside this one, wherever they are.
+_PATH = pathlib.Path(__file__).with_name('mnist_large_margin.py')
+mnist_large_margin = types.SimpleNamespace(**runpy.run_path(str(_PATH)))
 
 STEPS_PER_EPOCH = 5004  # 1,281,167 images in batches of 256
 

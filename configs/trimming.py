@@ -131,9 +131,9 @@ def get_summary(rows: list, argument: str | None = None) -> list[str]:
     if off and on:
       means = [report.mean_and_deviation(x) for x in (off, on)]
       (before, _), (after, _) = means
-      change = f'{100 * (before - after) / before:+.1f}' if before else '-'
+      reduction = f'{100 * (before - after) / before:+.1f}' if before else '-'
       p = report.significance(report.welch(off, on))
       cells = [report.percent(*x) for x in means]
-      lines.append([dataset, model, *cells, change, p])
-  header = ('dataset', 'network', 'off, %', 'on, %', 'change, %', 'p')
+      lines.append([dataset, model, *cells, reduction, p])
+  header = ('dataset', 'network', 'off, %', 'on, %', 'reduction, %', 'p')
   return ['\n'.join(report.markdown(header, lines))] if lines else []

@@ -214,7 +214,11 @@ class Parser(argparse.ArgumentParser):
       return f'unknown flag {flag}{did_you_mean(near) or there_are}'
     near = []
     if os.path.exists(argument):
-      near = [f'{"--config" if self._fields else "--workdir"}={argument}']
+      flags = ('--config', '--workdir', '--data_dir')
+      if os.path.isdir(argument):
+        flags = flags[1:]
+      known = [flag for flag in flags if flag in self._flags()]
+      near = [f'{flag}={argument}' for flag in known[:1]]
     elif equals:
       near = [f'{x}={value}' for x in self._near(flag)]
     form = '; write --FLAG=VALUE, and a list with commas but no spaces'

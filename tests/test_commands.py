@@ -351,6 +351,7 @@ MISTAKES = [
     'it is a comparison',
   ),
   ('prepare', (), 'NAME must be given'),
+  ('prepare', ('cifar10', '/tmp'), "'/tmp'; did you mean --data_dir=/tmp?"),
   ('prepare', ('cifar',), 'did you mean cifar10 or cifar100?'),
   ('prepare', ('digits',), 'needs no preparing: it comes with scikit-learn'),
   ('prepare', ('folder:{folder}',), 'needs no preparing'),

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from margin_jax import config as config_lib
-from margin_jax import data
+from margin_jax import config_files, data
 from margin_jax.compare import methods as methods_lib
 from margin_jax.train import schema
 from margin_jax.train import setup as setup_lib
@@ -222,7 +222,7 @@ def test_the_summary_of_trimming_is_the_table():
   p = scipy.stats.ttest_ind([0.05, 0.07], [0.04, 0.05], equal_var=False).pvalue
   (table,) = module.get_summary(rows, 'dataset=all,model=all')
   assert table.splitlines() == [
-    '| dataset | network | off, % | on, % | change, % | p |',
+    '| dataset | network | off, % | on, % | reduction, % | p |',
     '| --- | --- | --- | --- | --- | --- |',
     '| svhn_cropped | resnet34 | 6.00 ± 1.41 | 4.50 ± 0.71 | +25.0 | '
     f'{p:.3f} |',
@@ -321,3 +321,18 @@ def test_a_missing_dataset_is_one_message(path, tmp_path, capfd):
   assert words in str(caught.value)
   assert '\n' not in str(caught.value)
   assert not capfd.readouterr().err
+
+
+def test_config_files_need_nothing_but_the_package():
+  """Where margin_jax is installed, `configs` cannot be imported."""
+  for path in CONFIG_FILES:
+    text = path.read_text()
+    assert 'from configs' not in text, path
+    assert 'import configs' not in text, path
+
+
+def test_the_baseline_of_a_config_file_is_among_its_methods():
+  file = config_files.load(str(REPOSITORY / 'configs' / 'figures.py:figure5a'))
+  baseline = methods_lib.baseline_of(file)
+  found = methods_lib.of_command_line('mms', file, baseline)
+  assert [*found] == [baseline, 'mms']

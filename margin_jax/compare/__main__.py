@@ -72,13 +72,14 @@ def main(argv: list[str]) -> None:
   with process.one_line_errors():
     cpu.tune()
     devices_lib.use_compilation_cache()
+    baseline = args.baseline or methods_lib.baseline_of(file)
     experiment.compare(
       file.config,
       args.workdir,
-      methods=methods_lib.of_command_line(args.methods, file),
+      methods=methods_lib.of_command_line(args.methods, file, baseline),
       seeds=args.seeds,
       budget=args.budget,
-      baseline=args.baseline or methods_lib.baseline_of(file),
+      baseline=baseline,
       sweep=args.sweep,
       split=args.split,
       command=commands.line('compare', *argv),

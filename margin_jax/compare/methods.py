@@ -93,11 +93,12 @@ def parse_methods(
 
 
 def of_command_line(
-  text: str | None, file: config_files.ConfigFile
+  text: str | None, file: config_files.ConfigFile, baseline: str
 ) -> Sequence[str] | dict[str, Fields]:
   """Returns the methods that a flag names, else those of the config file.
 
-  A config file may have methods of its own, `get_methods`.
+  A config file may have methods of its own, `get_methods`. If the baseline is
+  one of them, it is there, too.
   """
   get_methods = getattr(file.module, 'get_methods', None)
   named = get_methods(file.argument) if get_methods else {}
@@ -106,6 +107,8 @@ def of_command_line(
   names = split(text)
   if not all(names):
     raise ConfigError(f'methods={text!r} is not allowed: a name is empty')
+  if baseline in named and baseline not in names:
+    names = [baseline, *names]
   return parse_methods(names, file.config, named)
 
 
