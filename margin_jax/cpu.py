@@ -74,7 +74,9 @@ def constant_dots(program: str) -> list[str]:
   found = []
   for body in re.split(r'\n(?=%|ENTRY)', program):
     name = body.lstrip().partition(' ')[0]
-    if ' dot(' not in body or not re.search(f'calls={name}\\b', program):
+    if ' dot(' not in body or not re.search(
+      rf'calls={re.escape(name)}(?![\w.])', program
+    ):
       continue
     constants = set(re.findall(r'(%\S+) = \S+ broadcast\(', body))
     for line in body.splitlines():

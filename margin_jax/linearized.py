@@ -328,7 +328,9 @@ def batch_statistics(
     momentum = momenta.get(path[:-1])
     if momentum is None:
       return new
-    return (new - momentum * running[path]) / (1 - momentum)
+    solved = (new - momentum * running[path]) / (1 - momentum)
+    # Rounding may leave a variance of 0 a little below it.
+    return jnp.maximum(solved, 0) if path[-1] == 'var' else solved
 
   flat = traverse_util.flatten_dict(updated)
   solved = {path: solve(path, new) for path, new in flat.items()}

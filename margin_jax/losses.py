@@ -68,6 +68,7 @@ def mmr_penalty(
     reduction: 'mean_of_squares' (the paper) or 'square_of_mean'.
     stop_feature_gradient: treat the second factor as a constant.
     weights: (B,) floating, the weight of each example in the mean; None is 1.
+      Those of weight 0 are not in the maximum, either.
     axis_name: the mapped axis to reduce over, if any.
 
   Returns:
@@ -114,6 +115,8 @@ def mmr_penalty(
     margins.check_shape('weights', weights, labels.shape, 'one an example')
   wide = margins.compute_dtype(features, logits, kernel)[1]
   features, columns = features.astype(wide), kernel.astype(wide).T
+  if weights is not None:
+    features = jnp.where((weights == 0)[:, None], 0, features)
 
   valid = m >= 0
   labels, m = jnp.where(valid, labels, 0), jnp.where(valid, m, 1)

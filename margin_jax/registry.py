@@ -241,9 +241,18 @@ def register_model(
       f'model {name!r} must have a field num_classes: {module.__name__} has '
       'none'
     )
+  for field in dataclasses.fields(module):
+    allowed = models.OPTIONAL.get(field.name, (field.default,))
+    if field.default not in (*allowed, dataclasses.MISSING):
+      raise ValueError(
+        f'model {name!r}: {module.__name__} has '
+        f'{field.name}={field.default!r}, but model.{field.name} of the config '
+        f'sets it. Let its default be {allowed[0]!r}, or give the field another '
+        'name'
+      )
   models.REGISTERED[name] = models.Model(
     make=module,
-    options=frozenset(fields & {'dtype', 'dropout', 'width'}),
+    options=frozenset(fields & {*models.OPTIONAL}),
     any_shape=True,
     batch_norm='batch_norm_axis' in fields,
     any_size=any_size,

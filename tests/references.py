@@ -89,14 +89,17 @@ def mmr_penalty(
 ) -> float:
   """2020, Eq. 8; 'square_of_mean' is the form of the authors' later code."""
   features, kernel = float64(features), float64(kernel)
-  largest = max(math.sqrt(sum(x * x for x in phi)) for phi in features)
+  count = len(features)
+  weights = [1.0] * count if weights is None else float64(weights)
+  norms = [math.sqrt(sum(x * x for x in phi)) for phi in features]
+  largest = max(
+    (norm for v, norm in zip(weights, norms, strict=True) if v), default=0.0
+  )
   widths = []
   for y, m in zip(labels, competitors(logits, labels), strict=True):
     if m < 0:
       return math.nan
     widths.append(math.sqrt(sum((w[y] - w[m]) ** 2 for w in kernel)))
-  count = len(widths)
-  weights = [1.0] * count if weights is None else float64(weights)
   pairs = [*zip(weights, widths, strict=True)]
   if reduction == 'square_of_mean':
     return (largest * sum(v * width for v, width in pairs) / count) ** 2

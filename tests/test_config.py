@@ -373,3 +373,16 @@ def test_a_crop_holds_some_of_the_image():
   config.data.crop_padding = 8
   with pytest.raises(ConfigError, match=r'crop_padding=8 .* below 8, the side'):
     schema.validate_data(config, 640, (8, 9, 1))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'idle'),
+  [({}, False), ({'steps': 114}, True), ({'selection.warmup': 9}, True)],
+)
+def test_a_memory_that_never_acts_is_a_warning(fields, idle):
+  """An epoch has 100 steps, and the tail is an eighth of all."""
+  fields = {'selection.memory': True, 'steps': 800, **fields}
+  config = make_config({**fields, 'selection.rule': 'mms'})
+  lines = schema.idle_memory(config, {'train': 100 * config.batch_size + 1})
+  assert len(lines) == idle
+  assert all('has no effect: the first selection.warmup=' in x for x in lines)

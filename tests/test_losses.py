@@ -271,6 +271,7 @@ def test_an_example_of_weight_zero_may_overflow(reduction):
   logits = np.where(np.arange(5) == 3, 9, 0).astype(np.float32)  # competitor
   logits = np.tile(logits, (6, 1))
   kernel[:, 0] = 1e30
+  features[0] = 1e10  # nor is it the largest
   weights = np.array([0, 1, 1, 1, 1, 2], np.float32)
   expected = references.mmr_penalty(
     features, logits, kernel, labels, reduction, weights
@@ -287,6 +288,7 @@ def test_an_example_of_weight_zero_may_overflow(reduction):
   np.testing.assert_allclose(value, expected, 1e-5)
   for gradient in by:
     assert np.isfinite(gradient).all()
+  np.testing.assert_array_equal(by[0][0], 0)
 
 
 @each_reduction

@@ -390,6 +390,12 @@ def test_bad_models_and_rules_are_refused():
     registry.register_model('mlp', Mlp(2))
   with pytest.raises(TypeError, match='must have a field num_classes'):
     registry.register_model('mlp', nn.Dense)
+
+  class Wide(Mlp):
+    width: int = 128
+
+  with pytest.raises(ValueError, match=r'Wide has width=128, but model\.width'):
+    registry.register_model('mlp', Wide)
   for name in ('mms', 'uniform'):
     with pytest.raises(ValueError, match='already exists'):
       registry.register_rule(name, selection.mms)

@@ -40,6 +40,13 @@ VARIANTS = ('he', 'authors', 'mms_select')
 HEADS = ('linear', 'released')
 KERNEL_INITS = ('default', 'glorot')
 DTYPES = ('float32', 'bfloat16')
+# The fields that a registered model may have for the config to set, and what
+# their defaults may be: the config's, or the record of a run would be wrong.
+OPTIONAL = {
+  'dtype': (jnp.float32, jnp.dtype('float32'), None),
+  'dropout': (0,),
+  'width': (1,),
+}
 
 MODELS: dict[str, Model] = {
   **cnn.MODELS,

@@ -81,7 +81,9 @@ def eval_step(
   logits = logits_fn(inputs)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   prediction = jnp.argmax(logits, axis=1)
-  correct = real & (prediction == label)
+  # Without finite logits there is no prediction; argmax would say class 0.
+  known = real & jnp.all(jnp.isfinite(logits), axis=1)
+  correct = known & (prediction == label)
   zeros = jnp.zeros(spec.dataset.num_classes, jnp.int32)
   sums = {
     'loss': jnp.sum(jnp.where(real, losses, 0)),
@@ -91,7 +93,7 @@ def eval_step(
     'class_count': zeros.at[label].add(real),
   }
   if spec.dataset.f1:
-    predicted, positive = prediction == 1, label == 1
+    predicted, positive = known & (prediction == 1), label == 1
     sums['true_positives'] = jnp.sum(real & predicted & positive)
     sums['false_positives'] = jnp.sum(real & predicted & ~positive)
     sums['false_negatives'] = jnp.sum(real & ~predicted & positive)

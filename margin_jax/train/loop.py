@@ -186,7 +186,7 @@ def train(
       if main:
         log(place.named(line))
 
-    for line in warnings:
+    for line in (*warnings, *schema.idle_memory(config, dataset.counts)):
       say(line)
     spec = setup_lib.make_spec(config, dataset, devices.total, rule)
     source = runs.attack_source(config, dataset, place)

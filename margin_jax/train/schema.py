@@ -6,6 +6,7 @@ that has no effect in a run is not an error, but the trainer warns of it.
 """
 
 import copy
+from collections.abc import Mapping
 
 import ml_collections
 
@@ -384,6 +385,23 @@ def validate_data(
   if kinds.is_sentences(config.data.name):
     return  # what remains is about images
   _check_sides(config, image_shape)
+
+
+def idle_memory(
+  config: ml_collections.ConfigDict, counts: Mapping[str, int]
+) -> list[str]:
+  """Returns a line if the run ends before its sampler leaves anything out."""
+  selection = config.selection
+  epoch = counts['train'] // config.batch_size
+  tail = config.steps - round(selection.tail * config.steps)
+  if not selection.memory or selection.warmup * epoch < tail:
+    return []
+  return [
+    'warning: selection.memory=True has no effect: the first '
+    f'selection.warmup={selection.warmup} epoch(s) have {epoch:,} steps each, '
+    f'and all examples; so have the steps from {tail:,} on '
+    f'(selection.tail={selection.tail:g})'
+  ]
 
 
 def _check_sides(
