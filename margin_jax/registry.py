@@ -247,8 +247,8 @@ def register_model(
       raise ValueError(
         f'model {name!r}: {module.__name__} has '
         f'{field.name}={field.default!r}, but model.{field.name} of the config '
-        f'sets it. Let its default be {allowed[0]!r}, or give the field another '
-        'name'
+        f'sets it. Let its default be {allowed[0]!r}, or give the field '
+        'another name'
       )
   models.REGISTERED[name] = models.Model(
     make=module,
