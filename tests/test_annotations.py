@@ -105,7 +105,7 @@ def test_annotations_hold_for_rules_and_the_fit():
   for rule in selection.RULES.values():
     assert checked(rule.score)(scored).shape == (B,)
   rng = np.random.default_rng(0)
-  fit = API['fit_generalization_gap'](rng.uniform(1, 2, (6, 2)), np.ones(6))
+  fit = API['fit_generalization_gap'](rng.uniform(1, 2, (6, 2)), np.arange(6.0))
   assert fit.coefficients.shape == (2,)
 
 

@@ -440,9 +440,11 @@ def test_labels_of_streamed_and_of_bucketed_examples(tmp_path, vocabulary):
   for streamed in (False, True):
     fields = {'labels': file, 'streamed': streamed, 'validation_examples': 3}
     dataset = load(name, **fields)
+    rows = dataset.rows
+    assert [len(rows[x]) for x in ('train', 'validation')] == [8, 3]
     for split, expected in (
-      ('train', own[:8]),
-      ('validation', own[8:]),
+      ('train', own[rows['train']]),
+      ('validation', own[rows['validation']]),
       ('test', [0, 0, 0, 1, 1]),
     ):
       if streamed:
