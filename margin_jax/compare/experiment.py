@@ -15,7 +15,6 @@ from margin_jax.train.guard import NonFiniteError
 from margin_jax.train.process import Interrupts
 
 SPLITS = ('test', 'validation')
-
 MOST_SEEDS = 1000  # more is a slip of the hand
 
 

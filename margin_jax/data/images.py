@@ -57,8 +57,7 @@ def resize(encoded: bytes, side: int) -> np.ndarray:
   """Decodes an image to its central square, resized to (side, side, 3) uint8.
 
   Bilinear, with antialiasing. A photo is turned as its EXIF data say, if they
-  can be read; grey
-  levels become RGB, and what is transparent lies on black.
+  can be read. Grey levels become RGB, and what is transparent lies on black.
   """
   with open_encoded(encoded) as image:
     with contextlib.suppress(*_NO_EXIF):
